@@ -1,0 +1,109 @@
+"""Every default of the package, with its unit. All classes are frozen; bad values raise here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from squeezed.errors import SqueezedError
+
+FarField = Literal["none", "first_order", "self_calibrated"]
+FAR_FIELDS: tuple[FarField, ...] = ("none", "first_order", "self_calibrated")
+
+DEFAULT_BUDGET = 0.1
+"""Share of the context's clustered keys that a query reads exactly."""
+
+SELF_CALIBRATION_CLAMP = 3.0
+"""Largest correction, in nats, that the keys just read may apply to the far field."""
+
+
+@dataclass(frozen=True)
+class ClusteringConfig:
+    """How a document's keys become a tree of clusters.
+
+    `levels` holds the number of clusters of each level as a share of the clustered tokens, coarse
+    to fine: `(0.01, 0.05)` is the nested default, `(0.05,)` is the flat clustering of
+    arXiv 2411.09688, and any depth works.
+    """
+
+    levels: tuple[float, ...] = (0.01, 0.05)
+    iterations: int = 10
+    seed: int = 0
+    pinned_first: int = 16  # tokens; attention sinks, always read exactly
+    pinned_last: int = 100  # tokens; the observation window, always read exactly
+
+    def __post_init__(self) -> None:
+        if not self.levels or any(not 0 < share <= 1 for share in self.levels):
+            raise SqueezedError(
+                f"levels: expected shares in (0, 1], coarse to fine, got {self.levels}"
+            )
+        if any(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
+            raise SqueezedError(f"levels: every level must be finer than the last: {self.levels}")
+        if self.iterations < 1:
+            raise SqueezedError(f"iterations: expected at least 1, got {self.iterations}")
+        if self.pinned_first < 0 or self.pinned_last < 1:
+            raise SqueezedError(
+                "pinned_first must be >= 0 and pinned_last >= 1 (the last tokens calibrate the "
+                f"thresholds), got {self.pinned_first} and {self.pinned_last}"
+            )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a query uses the tree: which score selects, and what a dropped cluster still counts.
+
+    Attributes:
+        second_order: add the calibrated variance term to the score that selects.
+        far_field: what dropped clusters contribute: nothing, their first-order mass, or that mass
+            rescaled by the ratio of exact to estimated mass of the clusters that were read.
+        coarse_ratio: every level above the leaves keeps this many times the keys of the level
+            below it; `None` prunes nothing, so that every leaf is scored.
+        query_block: query tokens that select together during prefill.
+    """
+
+    name: str
+    second_order: bool
+    far_field: FarField
+    coarse_ratio: float | None
+    query_block: int = 64
+
+    def __post_init__(self) -> None:
+        if self.far_field not in FAR_FIELDS:
+            raise SqueezedError(f"far_field: expected one of {FAR_FIELDS}, got {self.far_field!r}")
+        if self.coarse_ratio is not None and self.coarse_ratio < 1:
+            raise SqueezedError(f"coarse_ratio: expected at least 1, got {self.coarse_ratio}")
+        if self.query_block < 1:
+            raise SqueezedError(f"query_block: expected at least 1, got {self.query_block}")
+
+
+PAPER = Preset("paper", second_order=False, far_field="none", coarse_ratio=None)
+BEST = Preset("best", second_order=True, far_field="first_order", coarse_ratio=4.0)
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (PAPER, BEST)}
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """Everything that `squeezed.index` decides."""
+
+    clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
+    presets: tuple[Preset, ...] = (PAPER, BEST)
+    budgets: tuple[float, ...] = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
+    prefill_chunk: int = 1024  # document tokens per forward pass
+
+    def __post_init__(self) -> None:
+        if self.prefill_chunk < 1:
+            raise SqueezedError(f"prefill_chunk: expected at least 1, got {self.prefill_chunk}")
+        if not self.budgets or any(not 0 < b < 1 for b in self.budgets):
+            raise SqueezedError(f"budgets: expected shares in (0, 1), got {self.budgets}")
+        if tuple(sorted(set(self.budgets))) != self.budgets:
+            raise SqueezedError(f"budgets: expected increasing values, got {self.budgets}")
+
+
+def check_budget(budget: float) -> float:
+    """Return `budget` as a float in (0, 1], or raise `SqueezedError`."""
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
+        raise SqueezedError(
+            f"budget: expected a share of the context's keys in (0, 1], got {budget!r}; "
+            "0.1 reads a tenth, 1.0 is dense attention"
+        )
+    return float(budget)

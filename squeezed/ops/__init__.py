@@ -1,0 +1,1 @@
+"""Arithmetic behind one signature. This file alone validates and chooses an implementation."""

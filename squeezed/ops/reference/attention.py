@@ -1,0 +1,89 @@
+"""Kept keys, far field, pinned keys and recent keys -> output, in one softmax."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from squeezed.config import SELF_CALIBRATION_CLAMP
+from squeezed.ops.reference.lookup import NEG_INF, Lookup, grouped, lookup, owners, query_blocks
+from squeezed.rule import SelectionRule
+from squeezed.tree import ClusteredLayer
+
+
+def attend(
+    query: Tensor,
+    layer: ClusteredLayer,
+    rule: SelectionRule,
+    suffix_keys: Tensor,
+    suffix_values: Tensor,
+    suffix_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Squeezed attention of `Q` new tokens over a fixed context and the tokens after it.
+
+    Args:
+        query: `[B, Hq, Q, D]`.
+        layer: the context's clustered keys and values.
+        rule: thresholds, score and far field.
+        suffix_keys, suffix_values: `[B, Hkv, S, D]`, user and generated tokens, the queries' own
+            included; always attended densely.
+        suffix_mask: `[B, 1, Q, S]` bool, True where attended; `None` is causal without padding.
+        scale: softmax scale.
+
+    Returns:
+        Output `[B, Hq, Q, D]` in the dtype of `query`, and the number of clustered keys that every
+        request reads, `[B]` int64, summed over KV heads and query tokens.
+    """
+    q = grouped(query, layer.keys.shape[0])
+    rows, suffix = q.shape[3], suffix_keys.shape[2]
+    if suffix_mask is None:
+        suffix_mask = torch.ones(rows, suffix, dtype=torch.bool, device=q.device)
+        suffix_mask = suffix_mask.tril(suffix - rows)[None, None]
+    valid = suffix_mask.any(-1)[:, 0].expand(q.shape[0], rows)  # padding attends to nothing
+
+    recent = scale * torch.einsum("bhgqd,bhsd->bhgqs", q, suffix_keys.to(q.dtype))
+    recent = recent.masked_fill(~suffix_mask[:, :, None], NEG_INF)
+    context = scale * torch.einsum("bhgqd,hpd->bhgqp", q, layer.keys.to(q.dtype))
+    logits, values, keys_read = [recent], [suffix_values.to(q.dtype)], torch.zeros(q.shape[0], device=q.device)
+    if layer.levels:
+        found = lookup(query, layer, rule, scale, valid)
+        context = context.masked_fill(~_rows_read(found, layer, rule, rows), NEG_INF)
+        if rule.far_field != "none":
+            logits.append(_far_logits(found, context, layer.pinned, rule))
+            values.append(found.far_values.expand(q.shape[0], -1, -1, -1))
+        keys_read = _keys_read(found, layer, rule, valid)
+    logits.append(context)
+    values.append(layer.values.to(q.dtype).expand(q.shape[0], -1, -1, -1))
+    output = _softmax_sum(torch.cat(logits, -1), torch.cat(values, 2))
+    return output.reshape(query.shape).to(query.dtype), keys_read.to(torch.int64)
+
+
+def _softmax_sum(logits: Tensor, values: Tensor) -> Tensor:
+    weights = torch.softmax(logits, -1).nan_to_num(0.0)  # rows of padding attend to nothing
+    return torch.einsum("bhgqk,bhkd->bhgqd", weights, values)
+
+
+def _rows_read(found: Lookup, layer: ClusteredLayer, rule: SelectionRule, rows: int) -> Tensor:
+    """Which sorted rows every query reads, `[B, Hkv, 1, Q, P]` bool."""
+    leaf = owners(layer.levels[-1].key_offsets, layer.tokens)[:, layer.pinned :]
+    batch, _, blocks, _ = found.kept.shape
+    read = found.kept.gather(3, leaf[None, :, None, :].expand(batch, -1, blocks, -1))
+    pinned = torch.ones_like(read[..., :1]).expand(-1, -1, -1, layer.pinned)
+    block_of = query_blocks(rows, rule.query_block, read.device)
+    return torch.cat([pinned, read], -1)[:, :, block_of].unsqueeze(2)
+
+
+def _far_logits(found: Lookup, context: Tensor, pinned: int, rule: SelectionRule) -> Tensor:
+    if rule.far_field == "first_order":
+        return found.far_logits
+    exact = context[..., pinned:].logsumexp(-1)
+    gap = (exact - found.kept_estimate).nan_to_num(0.0, 0.0, 0.0)  # nothing kept: no evidence
+    gap = gap.clamp(-SELF_CALIBRATION_CLAMP, SELF_CALIBRATION_CLAMP)
+    return found.far_logits + gap.unsqueeze(-1)
+
+
+def _keys_read(found: Lookup, layer: ClusteredLayer, rule: SelectionRule, valid: Tensor) -> Tensor:
+    read = torch.einsum("bhnc,hc->bn", found.kept.double(), layer.levels[-1].sizes.double())
+    block_of = query_blocks(valid.shape[1], rule.query_block, valid.device)
+    return (read[:, block_of] * valid).sum(-1)

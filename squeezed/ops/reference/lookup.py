@@ -1,0 +1,149 @@
+"""Query -> kept clusters, coarse to fine, and what the dropped ones still count (the far field).
+
+Score of node `i` with mean key `c_i`, size `N_i` and key variance `v_i`, for a query `q`
+(arXiv 2411.09688, section 3; the second-order term is the next term of the cumulant expansion)::
+
+    logit_i = s q.c_i + alpha (s |q|)^2 v_i / 2
+    log S_i = logit_i - log(sum of exp over the pinned keys + sum over the coarsest level of N_j exp logit_j)
+
+A node is kept when `log S_i`, as the mean of `S_i` over a block of queries and the largest of the
+heads of a group, exceeds the level's threshold. Only children of kept nodes are scored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from squeezed.rule import SelectionRule
+from squeezed.tree import ClusteredLayer, Level
+
+NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What a query block reads, and what stands for the rest. `N` blocks, `F` nodes of all levels.
+
+    Attributes:
+        kept: `[B, Hkv, N, C]` bool, leaves that are read exactly.
+        far_logits: `[B, Hkv, G, Q, F]` float32, log mass of the dropped nodes, `-inf` elsewhere.
+        far_values: `[Hkv, F, D]` float32, their mean values.
+        kept_estimate: `[B, Hkv, G, Q]` float32, first-order log mass of the kept leaves.
+    """
+
+    kept: Tensor
+    far_logits: Tensor
+    far_values: Tensor
+    kept_estimate: Tensor
+
+
+def grouped(query: Tensor, kv_heads: int) -> Tensor:
+    """`[B, Hq, Q, D]` -> float32 (or float64) `[B, Hkv, G, Q, D]`."""
+    batch, heads, rows, dim = query.shape
+    query = query if query.dtype == torch.float64 else query.float()
+    return query.reshape(batch, kv_heads, heads // kv_heads, rows, dim)
+
+
+def node_logits(
+    query: Tensor, level: Level, alpha: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """First-order logits and the logits that select, `[B, Hkv, G, Q, C]`; `-inf` where empty."""
+    first = scale * torch.einsum("bhgqd,hcd->bhgqc", query, level.centroids.to(query.dtype))
+    empty = (level.sizes == 0)[None, :, None, None, :]
+    first = first.masked_fill(empty, NEG_INF)
+    if alpha is None:
+        return first, first
+    weight = alpha.view(1, first.shape[1], first.shape[2], 1, 1).to(query.dtype)
+    energy = (0.5 * scale**2) * query.square().sum(-1, keepdim=True)
+    variance = level.variance.to(query.dtype)[None, :, None, None, :]
+    return first, first + weight * energy * variance
+
+
+def log_normaliser(query: Tensor, layer: ClusteredLayer, coarsest: Tensor, scale: float) -> Tensor:
+    """Log of the estimated softmax denominator over the context, `[B, Hkv, G, Q, 1]`."""
+    pinned_keys = layer.keys[:, : layer.pinned].to(query.dtype)
+    pinned = scale * torch.einsum("bhgqd,hpd->bhgqp", query, pinned_keys)
+    sizes = layer.levels[0].sizes.to(query.dtype).log()[None, :, None, None, :]
+    masses = torch.cat([pinned, (coarsest + sizes).masked_fill(coarsest == NEG_INF, NEG_INF)], -1)
+    return masses.logsumexp(-1, keepdim=True)
+
+
+def query_blocks(rows: int, block: int, device: torch.device) -> Tensor:
+    """Block of every query row, `[Q]`. Blocks end at the last row, so left padding moves none."""
+    from_end = torch.arange(rows - 1, -1, -1, device=device) // block
+    return from_end[0] - from_end if rows else from_end
+
+
+def block_scores(log_scores: Tensor, blocks: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean over each block of queries, largest over the group: `[B, Hkv, N, C]` in logarithms."""
+    if valid is not None:
+        log_scores = log_scores.masked_fill(~valid[:, None, None, :, None], NEG_INF)
+    batch, _, _, rows, _ = log_scores.shape
+    members = []
+    for block in range(int(blocks[-1]) + 1):
+        inside = blocks == block
+        count = inside.expand(batch, rows) if valid is None else inside & valid
+        log_count = count.sum(-1).clamp(min=1).log().to(log_scores.dtype)
+        mean = log_scores[:, :, :, inside].logsumexp(3) - log_count[:, None, None, None]
+        members.append(mean.amax(2))
+    return torch.stack(members, 2)
+
+
+def lookup(
+    query: Tensor,
+    layer: ClusteredLayer,
+    rule: SelectionRule,
+    scale: float,
+    valid: Tensor | None = None,
+) -> Lookup:
+    """Walk the tree from the coarsest level down.
+
+    Args:
+        query: `[B, Hq, Q, D]`, after rotary embedding.
+        scale: softmax scale `s`.
+        valid: `[B, Q]` bool; padded rows select nothing and move no mean.
+    """
+    q = grouped(query, layer.keys.shape[0])
+    blocks = query_blocks(q.shape[3], rule.query_block, q.device)
+    alive = normaliser = None
+    far_logits, far_values = [], []
+    for depth, level in enumerate(layer.levels):
+        alpha = None if rule.alpha is None else rule.alpha[depth]
+        first, selecting = node_logits(q, level, alpha, scale)
+        if normaliser is None:
+            normaliser = log_normaliser(q, layer, selecting, scale)
+            alive = torch.ones_like(first[:, :, 0, :1, :], dtype=torch.bool)
+            alive = alive.expand(-1, -1, int(blocks[-1]) + 1, -1)
+        scores = block_scores(selecting - normaliser, blocks, valid)
+        alive = alive & (level.sizes > 0)[None, :, None, :]
+        kept = alive & (scores > rule.log_thresholds[depth])
+        mass = first + level.sizes.clamp(min=1).to(first.dtype).log()[None, :, None, None, :]
+        dropped = (alive & ~kept)[:, :, blocks].unsqueeze(2)
+        far_logits.append(mass.masked_fill(~dropped, NEG_INF))
+        far_values.append(level.mean_values.to(q.dtype))
+        if level.child_offsets is not None:
+            alive = _children(kept, level, layer.levels[depth + 1].nodes)
+    kept_mass = mass.masked_fill(~kept[:, :, blocks].unsqueeze(2), NEG_INF)
+    return Lookup(
+        kept=kept,
+        far_logits=torch.cat(far_logits, -1),
+        far_values=torch.cat(far_values, 1),
+        kept_estimate=kept_mass.logsumexp(-1),
+    )
+
+
+def _children(kept: Tensor, level: Level, child_nodes: int) -> Tensor:
+    """Whether the parent of every node of the next level was kept, `[B, Hkv, N, C']`."""
+    parent = owners(level.child_offsets, child_nodes)
+    batch, _, blocks, _ = kept.shape
+    return kept.gather(3, parent[None, :, None, :].expand(batch, -1, blocks, -1))
+
+
+def owners(offsets: Tensor, members: int) -> Tensor:
+    """Index of the node that holds each member, `[Hkv, members]`, from `[Hkv, C + 1]` offsets."""
+    index = torch.arange(members, device=offsets.device, dtype=offsets.dtype)
+    index = index.expand(offsets.shape[0], members).contiguous()
+    return torch.searchsorted(offsets[:, 1:].contiguous(), index, right=True)
