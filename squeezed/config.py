@@ -27,8 +27,7 @@ class ClusteringConfig:
     """
 
     levels: tuple[float, ...] = (0.01, 0.05)
-    iterations: int = 10
-    seed: int = 0
+    iterations: int = 5
     pinned_first: int = 16  # tokens; attention sinks, always read exactly
     pinned_last: int = 100  # tokens; the observation window, always read exactly
 
