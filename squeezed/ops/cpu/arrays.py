@@ -1,0 +1,54 @@
+"""Tensors as the arrays that Numba reads: flat, without a copy, 16-bit floats as their bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from squeezed.errors import SqueezedError
+
+Array = np.ndarray
+_BITS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+
+def flat(tensor: Tensor) -> Array:
+    """All elements of a contiguous tensor; of any other, of a contiguous copy."""
+    return _bits(tensor.contiguous().view(-1))
+
+
+def _bits(tensor: Tensor) -> Array:
+    if tensor.dtype not in _BITS:
+        raise SqueezedError(
+            f"keys and values: expected float32, bfloat16 or float16, got {tensor.dtype}; "
+            "convert them, or use the reference implementation"
+        )
+    return tensor.detach().view(_BITS[tensor.dtype]).numpy()
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """Suffix keys and values, flat; strides `(batch, head, token)` in elements."""
+
+    keys: Array
+    values: Array
+    key_strides: tuple[int, int, int]
+    value_strides: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor) -> Suffix:
+        """Views of `[B, Hkv, S, D]`, expanded and sliced tensors included."""
+        keys, values = _dense_rows(keys), _dense_rows(values)
+        return cls(_span(keys), _span(values), keys.stride()[:3], values.stride()[:3])
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _span(tensor: Tensor) -> Array:
+    """Everything from the tensor's first to its last element, whatever lies between."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return _bits(tensor.as_strided((last + 1,), (1,)) if tensor.numel() else tensor.reshape(0))

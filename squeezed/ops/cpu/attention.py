@@ -1,0 +1,70 @@
+"""`attend` for the CPU: queries -> rows -> output, with the signature of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numba
+import torch
+from torch import Tensor
+
+from squeezed.ops.cpu.arrays import Suffix
+from squeezed.ops.cpu.decode import attend_units
+from squeezed.ops.cpu.rows import QueryRows, from_rows, to_rows
+from squeezed.rule import SelectionRule
+from squeezed.tree import ClusteredLayer
+
+SLAB_ROWS = 128
+"""Query rows per KV head that are worked on at once; bounds the memory of the partial sums."""
+
+
+def attend(
+    query: Tensor,
+    layer: ClusteredLayer,
+    rule: SelectionRule,
+    suffix_keys: Tensor,
+    suffix_values: Tensor,
+    suffix_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Squeezed attention, as `squeezed.ops.reference.attend` defines it.
+
+    Keys, values and suffix are float32, bfloat16 or float16; sums are float32. Uses as many threads
+    as `torch.get_num_threads()`. The first call of a dtype compiles (cached on disk afterwards).
+
+    Raises:
+        SqueezedError: keys or values of another dtype.
+    """
+    if query.shape[2] == 0:
+        return torch.empty_like(query), torch.zeros(query.shape[0], dtype=torch.int64)
+    rows = to_rows(
+        query, layer.keys.shape[0], suffix_mask, suffix_keys.shape[2], rule.query_block, scale
+    )
+    suffix = Suffix.of(suffix_keys, suffix_values)
+    outputs, reads = [], []
+    with _threads():
+        for slab in _slabs(rows):
+            output, keys_read = attend_units(slab, layer, rule, suffix)
+            outputs.append(output)
+            reads.append(keys_read * slab.valid.sum(-1))
+    keys_read = torch.zeros(query.shape[0], dtype=torch.int64)
+    keys_read.index_add_(0, rows.batch, torch.cat(reads))
+    return from_rows(torch.cat(outputs, 1), query), keys_read
+
+
+def _slabs(rows: QueryRows) -> Iterator[QueryRows]:
+    step = max(1, SLAB_ROWS // rows.rows)
+    for start in range(0, rows.units, step):
+        yield rows.slab(start, min(start + step, rows.units))
+
+
+@contextmanager
+def _threads() -> Iterator[None]:
+    """Numba on as many threads as torch."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
