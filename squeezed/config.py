@@ -55,28 +55,28 @@ class Preset:
         second_order: add the calibrated variance term to the score that selects.
         far_field: what dropped clusters contribute: nothing, their first-order mass, or that mass
             rescaled by the ratio of exact to estimated mass of the clusters that were read.
-        coarse_ratio: every level above the leaves keeps this many times the keys of the level
-            below it; `None` prunes nothing, so that every leaf is scored.
+        coarse_share: a level above one that keeps a share `b` of the keys keeps
+            `min(1, coarse_share * sqrt(b))`; `None` prunes nothing, so that every leaf is scored.
         query_block: query tokens that select together during prefill.
     """
 
     name: str
     second_order: bool
     far_field: FarField
-    coarse_ratio: float | None
+    coarse_share: float | None
     query_block: int = 64
 
     def __post_init__(self) -> None:
         if self.far_field not in FAR_FIELDS:
             raise SqueezedError(f"far_field: expected one of {FAR_FIELDS}, got {self.far_field!r}")
-        if self.coarse_ratio is not None and self.coarse_ratio < 1:
-            raise SqueezedError(f"coarse_ratio: expected at least 1, got {self.coarse_ratio}")
+        if self.coarse_share is not None and self.coarse_share < 1:
+            raise SqueezedError(f"coarse_share: expected at least 1, got {self.coarse_share}")
         if self.query_block < 1:
             raise SqueezedError(f"query_block: expected at least 1, got {self.query_block}")
 
 
-PAPER = Preset("paper", second_order=False, far_field="none", coarse_ratio=None)
-BEST = Preset("best", second_order=True, far_field="first_order", coarse_ratio=4.0)
+PAPER = Preset("paper", second_order=False, far_field="none", coarse_share=None)
+BEST = Preset("best", second_order=True, far_field="first_order", coarse_share=1.25)
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (PAPER, BEST)}
 
 

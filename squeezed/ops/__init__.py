@@ -1,1 +1,58 @@
-"""Arithmetic behind one signature. This file alone validates and chooses an implementation."""
+"""Arithmetic behind one signature. This file alone validates and chooses an implementation.
+
+Every implementation is a package with the same `attend`; none imports another (except that all are
+tested against `reference`), and a named one never falls back to another.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from squeezed.errors import SqueezedError
+
+IMPLEMENTATIONS = {
+    "reference": "squeezed.ops.reference",
+    "cpu": "squeezed.ops.cpu",
+    "triton": "squeezed.ops.triton",
+}
+
+log = logging.getLogger("squeezed")
+
+
+@cache
+def choose(implementation: str, device: torch.device) -> str:
+    """Name of the implementation that runs on `device`; `auto` logs what it chose and why."""
+    if implementation == "auto":
+        chosen = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
+        log.info("implementation auto: %s, because the context is on %s", chosen, device)
+        return chosen
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(["auto", *IMPLEMENTATIONS])
+        raise SqueezedError(f"implementation: expected one of {known}, got {implementation!r}")
+    if implementation == "cpu" and device.type != "cpu":
+        raise SqueezedError(
+            f"implementation: 'cpu' cannot read a context on {device}; use 'triton' or 'auto'"
+        )
+    if implementation == "triton" and device.type != "cuda":
+        raise SqueezedError(
+            f"implementation: 'triton' needs a context on a GPU, got {device}; use 'auto' or 'cpu'"
+        )
+    return implementation
+
+
+@cache
+def attend_function(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    return importlib.import_module(IMPLEMENTATIONS[name]).attend
+
+
+def attend(query: Tensor, layer, rule, *suffix, scale: float, implementation: str = "auto"):
+    """Squeezed attention; see `squeezed.ops.reference.attention.attend` for shapes and meaning."""
+    return attend_function(choose(implementation, layer.keys.device))(
+        query, layer, rule, *suffix, scale
+    )

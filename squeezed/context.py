@@ -1,0 +1,105 @@
+"""The fixed context: what a document becomes for one model, ready to be asked any number of times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from squeezed.calibration import Calibration
+from squeezed.config import BEST, DEFAULT_BUDGET, IndexConfig, check_budget
+from squeezed.errors import SqueezedError
+from squeezed.prompt import PromptTemplate
+from squeezed.tree import ClusteredLayer, WindowLayer
+
+Layer = ClusteredLayer | WindowLayer
+
+
+@dataclass(frozen=True)
+class FixedContext:
+    """A document, prefilled, clustered and calibrated.
+
+    Attributes:
+        tokens: `[P]` int64, ids of the document with the template before it.
+        layers: one per model layer; loaded from disk when first used.
+        windows: sliding window of every layer in tokens, `None` for full attention.
+        scales: softmax scale of every full-attention layer.
+        calibrations: thresholds by preset name.
+        config: the settings used.
+        template: text around document and question.
+        model, tokenizer: fingerprints.
+        seconds: how long prefill, clustering and calibration took.
+    """
+
+    tokens: Tensor
+    layers: Sequence[Layer]
+    windows: tuple[int | None, ...]
+    scales: tuple[float, ...]
+    calibrations: dict[str, Calibration]
+    config: IndexConfig
+    template: PromptTemplate
+    model: str
+    tokenizer: str
+    seconds: dict[str, float]
+
+    @property
+    def clustered_layers(self) -> list[ClusteredLayer]:
+        return [layer for layer in self.layers if isinstance(layer, ClusteredLayer)]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the document was too short to cluster, so that all of it is always read."""
+        return not any(layer.levels for layer in self.clustered_layers)
+
+    def calibration(self, preset: str) -> Calibration:
+        """Thresholds of a preset; raises `SqueezedError` for a name the context does not hold."""
+        if preset not in self.calibrations:
+            known = ", ".join(self.calibrations)
+            raise SqueezedError(
+                f"preset: this context was calibrated for {known}, got {preset!r}; index the "
+                "document again with that preset"
+            )
+        return self.calibrations[preset]
+
+    def cache(
+        self,
+        budget: float = DEFAULT_BUDGET,
+        preset: str = BEST.name,
+        implementation: str = "auto",
+    ):
+        """A new cache over this context for `model.generate(..., past_key_values=...)`.
+
+        Args:
+            budget: share of the clustered keys read exactly, on average, in (0, 1]; 1.0 is dense.
+            preset: `best` or `paper`.
+            implementation: `auto`, `reference`, `cpu` or `triton`.
+
+        Returns:
+            `squeezed.hf.cache.SqueezedCache`; one per request or batch of requests.
+        """
+        from squeezed.hf.cache import LayerRules, build_cache
+
+        calibration, budget = self.calibration(preset), check_budget(budget)
+        rules = [
+            LayerRules(
+                token=calibration.rule(index, budget, block=False),
+                block=calibration.rule(index, budget, block=True),
+            )
+            for index in range(len(self.scales))
+        ]
+        return build_cache(self.layers, rules, list(self.windows), budget, implementation)
+
+    def kv_bytes(self) -> int:
+        return sum(layer.kv_bytes() for layer in self.layers)
+
+    def index_bytes(self) -> int:
+        """Bytes held on top of the keys and values."""
+        return sum(layer.index_bytes() for layer in self.layers)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the context as a directory; complete under `path`, or not there at all."""
+        from squeezed.storage import save
+
+        return save(self, Path(path))

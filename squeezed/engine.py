@@ -1,0 +1,218 @@
+"""The whole journey on one page: a document becomes a fixed context, a question an answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from squeezed import storage
+from squeezed.calibration import ObservedLayer, calibrate
+from squeezed.clustering import cluster_layer
+from squeezed.config import BEST, DEFAULT_BUDGET, IndexConfig
+from squeezed.context import FixedContext
+from squeezed.errors import ContextFileError, SqueezedError
+from squeezed.fingerprint import model_fingerprint, tokenizer_fingerprint
+from squeezed.hf.cache import Spending, suffix_mask
+from squeezed.hf.capture import CapturedLayer, capture
+from squeezed.hf.support import layer_kinds, text_config, using_attention
+from squeezed.prompt import PromptTemplate
+from squeezed.tree import ClusteredLayer, WindowLayer
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a phase, steps done, and steps in all."""
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    pass
+
+
+def index(
+    model,
+    tokenizer,
+    text: str,
+    config: IndexConfig | None = None,
+    template: PromptTemplate | None = None,
+    progress: Progress = _silent,
+) -> FixedContext:
+    """Prefill, cluster and calibrate a document once.
+
+    Args:
+        model: a Transformers causal language model with full or sliding-window attention.
+        tokenizer: its tokenizer.
+        text: the document.
+        config: clustering, presets and budgets; the defaults suit most documents.
+        template: text around document and question; by default the tokenizer's chat template.
+        progress: called with `("prefill" | "cluster" | "calibrate", done, total)`.
+
+    Raises:
+        UnsupportedModelError: the model computes attention in another way.
+        SqueezedError: the document is empty or longer than the model's positions.
+    """
+    config = config or IndexConfig()
+    template = template or PromptTemplate.of(tokenizer)
+    kinds = layer_kinds(model)
+    tokens = template.document_ids(tokenizer, _document(text))
+    _check_length(model, len(tokens))
+
+    started = time.perf_counter()
+    observed = config.clustering.pinned_last
+    captured = capture(
+        model,
+        tokens,
+        observed,
+        config.prefill_chunk,
+        lambda done: progress("prefill", done, len(tokens)),
+    )
+    prefilled = time.perf_counter()
+    layers, seen = _cluster(captured, len(tokens), config, progress)
+    clustered = time.perf_counter()
+    calibrations = {}
+    for done, preset in enumerate(config.presets):
+        calibrations[preset.name] = calibrate(seen, preset, config.budgets)
+        progress("calibrate", done + 1, len(config.presets))
+    return FixedContext(
+        tokens=tokens,
+        layers=tuple(layers),
+        windows=tuple(kind.sliding_window for kind in kinds),
+        scales=tuple(layer.scale for layer in seen),
+        calibrations=calibrations,
+        config=config,
+        template=template,
+        model=model_fingerprint(model),
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        seconds={
+            "prefill": prefilled - started,
+            "cluster": clustered - prefilled,
+            "calibrate": time.perf_counter() - clustered,
+        },
+    )
+
+
+def _cluster(
+    captured: list[CapturedLayer], tokens: int, config: IndexConfig, progress: Progress
+) -> tuple[list[ClusteredLayer | WindowLayer], list[ObservedLayer]]:
+    """Every captured layer as a tree; a layer's unsorted keys are dropped as soon as it is done."""
+    layers: list[ClusteredLayer | WindowLayer] = []
+    seen: list[ObservedLayer] = []
+    total = len(captured)
+    captured.reverse()
+    while captured:
+        layer = captured.pop()
+        if layer.queries is None:
+            layers.append(WindowLayer(layer.keys, layer.values, tokens))
+        else:
+            layers.append(cluster_layer(layer.keys, layer.values, config.clustering))
+            seen.append(ObservedLayer(layers[-1], layer.queries, layer.scale))
+        progress("cluster", len(layers), total)
+    return layers, seen
+
+
+def _document(text: str) -> str:
+    if not text.strip():
+        raise SqueezedError("text: the document is empty; give at least one word")
+    return text
+
+
+def _check_length(model, tokens: int) -> None:
+    longest = getattr(text_config(model), "max_position_embeddings", None)
+    if longest and tokens > longest:
+        raise SqueezedError(
+            f"text: the document has {tokens:,} tokens, the model's positions end at "
+            f"{longest:,}; shorten the document or choose a model for longer contexts"
+        )
+
+
+def load(path: str | Path, model=None) -> FixedContext:
+    """Open a saved context, on the model's device, and check that the model made it.
+
+    Raises:
+        ContextFileError: nothing there, damaged, another format, or made by another model.
+    """
+    device = "cpu" if model is None else model.device
+    context = storage.load(Path(path), device)
+    if model is not None and model_fingerprint(model) != context.model:
+        raise ContextFileError(
+            f"{path}: this context was made by another model; load that model, or index the "
+            "document again with this one"
+        )
+    return context
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `generate` returns.
+
+    Attributes:
+        text: the answer, without special tokens.
+        tokens: `[n]` int64, its ids.
+        spending: budget really spent on the answer's tokens and on the question's.
+        seconds: time for the question's prefill with the first token, and per further token.
+    """
+
+    text: str
+    tokens: torch.Tensor
+    spending: Spending
+    seconds: dict[str, float]
+
+
+def generate(
+    model,
+    tokenizer,
+    context: FixedContext,
+    question: str,
+    budget: float = DEFAULT_BUDGET,
+    preset: str = BEST.name,
+    implementation: str = "auto",
+    **generate_arguments,
+) -> Answer:
+    """Answer a question about a fixed context.
+
+    Args:
+        budget: share of the context's clustered keys read exactly, in (0, 1]; 1.0 is dense.
+        preset: `best` or `paper`.
+        implementation: `auto`, `reference`, `cpu` or `triton`.
+        generate_arguments: passed to `model.generate` (`max_new_tokens`, `streamer`, ...).
+    """
+    if tokenizer_fingerprint(tokenizer) != context.tokenizer:
+        raise ContextFileError(
+            "tokenizer: this context was made with another tokenizer; use the one it was made with"
+        )
+    cache = context.cache(budget, preset, implementation)
+    ids = context.template.question_ids(tokenizer, question)[None].to(model.device)
+    arguments = {"max_new_tokens": 128, "do_sample": False} | generate_arguments
+    clock = _Clock()
+    with using_attention(model), torch.inference_mode():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=suffix_mask(len(context.tokens), torch.ones_like(ids)),
+            past_key_values=cache,
+            stopping_criteria=[clock],
+            **arguments,
+        )
+    new = output[0, ids.shape[1] :].cpu()
+    return Answer(
+        text=tokenizer.decode(new, skip_special_tokens=True).strip(),
+        tokens=new,
+        spending=cache.spending(),
+        seconds=clock.seconds(),
+    )
+
+
+class _Clock:
+    """A stopping criterion that never stops: it notes when each token came."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def seconds(self) -> dict[str, float]:
+        steps = len(self.times) - 2
+        decoding = (self.times[-1] - self.times[1]) / steps if steps > 0 else 0.0
+        return {"first_token": self.times[1] - self.times[0], "per_token": decoding}

@@ -1,0 +1,202 @@
+"""The cache that `generate()` gets: a shared fixed context, and each request's own recent tokens.
+
+Only the suffix (user and generated tokens) has a batch dimension. Reordering, repeating, selecting
+and cropping touch the suffix alone, so beam search and batches share one copy of the context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from squeezed import ops
+from squeezed.hf.attention import Handover
+from squeezed.rule import SelectionRule
+from squeezed.tree import ClusteredLayer, WindowLayer
+
+
+@dataclass(frozen=True)
+class LayerRules:
+    """How one layer selects for a single token, and for blocks of the user's tokens."""
+
+    token: SelectionRule
+    block: SelectionRule
+
+
+class SqueezedLayer(DynamicLayer):
+    """Full attention over a clustered context and a dense suffix `[B, Hkv, S, D]`."""
+
+    def __init__(self, context: ClusteredLayer, rules: LayerRules, implementation: str) -> None:
+        super().__init__()
+        self.context, self.rules, self.implementation = context, rules, implementation
+        self.select_per_token = False
+        self.keys_read: Tensor | None = None
+        self.queries_answered: Tensor | int = 0
+        self.watch: list[Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        super().update(key_states, value_states)
+        handover = Handover(self.attend)
+        return handover, handover
+
+    def attend(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Squeezed attention of `query [B, Hq, Q, D]`; `mask` covers the suffix only."""
+        alone = query.shape[2] == 1 or self.select_per_token
+        rule = self.rules.token if alone else self.rules.block
+        if self.watch is not None:
+            self.watch.append(query)
+        output, keys_read = ops.attend(
+            query,
+            self.context,
+            rule,
+            self.keys,
+            self.values,
+            mask,
+            scale=scale,
+            implementation=self.implementation,
+        )
+        self._account(query, mask, keys_read)
+        return output
+
+    def _account(self, query: Tensor, mask: Tensor | None, keys_read: Tensor) -> None:
+        read = keys_read.sum()
+        self.keys_read = read if self.keys_read is None else self.keys_read + read
+        answered = query.shape[0] * query.shape[2]
+        if mask is not None:
+            answered = mask.any(-1).sum() * (query.shape[0] // mask.shape[0])
+        self.queries_answered = self.queries_answered + answered
+
+    @property
+    def suffix_length(self) -> int:
+        return self.keys.shape[-2] if self.is_initialized else 0
+
+    def get_seq_length(self) -> int:
+        return self.context.tokens + self.suffix_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.suffix_length + query_length, self.context.tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.suffix_length:
+            super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.suffix_length:
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.suffix_length:
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.suffix_length:
+            super().batch_select_indices(indices)
+
+
+class PrefilledWindowLayer(DynamicSlidingWindowLayer):
+    """A sliding-window layer that starts with the document's last tokens."""
+
+    def __init__(self, context: WindowLayer, sliding_window: int) -> None:
+        super().__init__(sliding_window)
+        self.context = context
+        self.cumulative_length = context.tokens
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        batch = key_states.shape[0]
+        self.keys = self.context.keys.expand(batch, -1, -1, -1)
+        self.values = self.context.values.expand(batch, -1, -1, -1)
+
+    def reset(self) -> None:
+        super().reset()
+        self.cumulative_length = self.context.tokens
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a request really read.
+
+    Attributes:
+        budget: share of the clustered keys read exactly, over heads, layers and tokens.
+        keys_read: clustered keys read exactly per query token, summed over KV heads and layers.
+    """
+
+    budget: float
+    keys_read: float
+
+
+class SqueezedCache(Cache):
+    """A cache over a fixed context. Pass it as `past_key_values`; make one per request or batch."""
+
+    def __init__(self, layers: list[SqueezedLayer | PrefilledWindowLayer], budget: float) -> None:
+        super().__init__(layers=layers)
+        self.budget = budget
+
+    @property
+    def squeezed_layers(self) -> list[SqueezedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, SqueezedLayer)]
+
+    def select_per_token(self, enabled: bool = True) -> None:
+        """Let every token of a longer input select alone, as in decoding (teacher forcing)."""
+        for layer in self.squeezed_layers:
+            layer.select_per_token = enabled
+
+    def watch_queries(self) -> None:
+        """Keep every query from now on, for `squeezed.sources`."""
+        for layer in self.squeezed_layers:
+            layer.watch = []
+
+    def restart_spending(self) -> None:
+        """Count keys from here on."""
+        for layer in self.squeezed_layers:
+            layer.keys_read, layer.queries_answered = None, 0
+
+    def spending(self) -> Spending:
+        """What was read since the start, or since `restart_spending()`. Waits for the device."""
+        read = available = 0.0
+        queries = 0
+        for layer in self.squeezed_layers:
+            if layer.keys_read is None:
+                continue
+            queries = int(layer.queries_answered)
+            read += float(layer.keys_read)
+            available += queries * layer.context.clustered * layer.context.keys.shape[0]
+        return Spending(
+            budget=read / available if available else 1.0,
+            keys_read=read / queries if queries else 0.0,
+        )
+
+
+def build_cache(
+    layers, rules: list[LayerRules], windows: list[int | None], budget: float, implementation: str
+) -> SqueezedCache:
+    """Assemble a cache from a context's layers.
+
+    Args:
+        layers: `ClusteredLayer` or `WindowLayer`, one per model layer.
+        rules: one per clustered layer.
+        windows: sliding window of every layer, in tokens.
+    """
+    remaining = iter(rules)
+    built = [
+        PrefilledWindowLayer(layer, window)
+        if isinstance(layer, WindowLayer)
+        else SqueezedLayer(layer, next(remaining), implementation)
+        for layer, window in zip(layers, windows, strict=True)
+    ]
+    return SqueezedCache(built, budget)
+
+
+def suffix_mask(tokens: int, suffix: Tensor) -> Tensor:
+    """The full-length 2-D mask that `generate()` wants beside suffix ids, `[B, P + S]`."""
+    context = torch.ones(suffix.shape[0], tokens, dtype=suffix.dtype, device=suffix.device)
+    return torch.cat([context, suffix], 1)

@@ -1,0 +1,51 @@
+"""Document + question -> token ids, so that the document is always the same prefix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DOCUMENT, QUESTION = "\x02DOCUMENT\x03", "\x02QUESTION\x03"
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """Text around the document and the question.
+
+    The fixed context is `before + document`; a question adds `between + question + after`.
+    """
+
+    before: str
+    between: str
+    after: str
+
+    @classmethod
+    def of(cls, tokenizer) -> PromptTemplate:
+        """The tokenizer's chat template around both, or a plain form if it has none."""
+        if not getattr(tokenizer, "chat_template", None):
+            return cls(tokenizer.bos_token or "", "\n\nQuestion: ", "\nAnswer:")
+        message = {"role": "user", "content": f"{DOCUMENT}\n\n{QUESTION}"}
+        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        before, rest = text.split(DOCUMENT)
+        between, after = rest.split(QUESTION)
+        return cls(before, between, after)
+
+    @classmethod
+    def plain(cls) -> PromptTemplate:
+        """No text at all around document and question."""
+        return cls("", "", "")
+
+    def document_ids(self, tokenizer, document: str) -> Tensor:
+        """Ids of the fixed context, `[P]` int64."""
+        return _ids(tokenizer, self.before + document)
+
+    def question_ids(self, tokenizer, question: str) -> Tensor:
+        """Ids of what follows the fixed context, `[S]` int64."""
+        return _ids(tokenizer, self.between + question + self.after)
+
+
+def _ids(tokenizer, text: str) -> Tensor:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
