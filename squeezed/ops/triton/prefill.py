@@ -1,0 +1,247 @@
+"""Prefill of the user's tokens over a squeezed context: the launcher of the Triton kernels.
+
+One call is eight launches with two levels (normaliser; select and expand per level; plan;
+attention; combine), none of which waits for the host, so it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from squeezed.config import SELF_CALIBRATION_CLAMP
+from squeezed.ops.triton.prefill_attention import attention_kernel, combine_kernel, plan_kernel
+from squeezed.ops.triton.prefill_lookup import Found, Geometry, geometry, lookup
+from squeezed.rule import SelectionRule
+from squeezed.tree import ClusteredLayer
+
+LOG2E = 1 / math.log(2)
+LIST_BYTES = 1 << 29
+"""Most bytes of row lists at once; longer prompts are walked in pieces of whole blocks."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of the attention kernel: query rows and keys of a tile, and how it is compiled."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    programs: int  # per multiprocessor
+
+
+def attend(
+    query: Tensor,
+    layer: ClusteredLayer,
+    rule: SelectionRule,
+    suffix_keys: Tensor,
+    suffix_values: Tensor,
+    suffix_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Squeezed attention of `Q` new tokens, block by block of `rule.query_block`.
+
+    Arguments and results are those of `squeezed.ops.reference.attend`: `query [B, Hq, Q, D]`,
+    `suffix_keys, suffix_values [B, Hkv, S, D]`, `suffix_mask [B, 1, Q, S]` bool or `None` for
+    causal; output in the shape and dtype of `query`, keys read `[B]` int64.
+    """
+    query, suffix_keys, suffix_values = map(_rows_contiguous, (query, suffix_keys, suffix_values))
+    rows, suffix = query.shape[2], suffix_keys.shape[2]
+    outputs, keys_read = [], 0
+    for first, last in _pieces(query, layer, rule):
+        seen = suffix if suffix_mask is not None else max(0, suffix - (rows - last))
+        output, read = _attend_piece(
+            query[:, :, first:last], layer, rule, suffix_keys[:, :, :seen],
+            suffix_values[:, :, :seen],
+            None if suffix_mask is None else suffix_mask[:, :, first:last], scale,
+        )  # fmt: skip
+        outputs.append(output)
+        keys_read = keys_read + read
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2), keys_read
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _pieces(query: Tensor, layer: ClusteredLayer, rule: SelectionRule) -> list[tuple[int, int]]:
+    """Row ranges whose row lists fit in `LIST_BYTES`, cut between blocks."""
+    rows = query.shape[2]
+    per_block = 4 * query.shape[0] * layer.keys.shape[0] * max(1, layer.clustered)
+    step = max(1, LIST_BYTES // per_block) * rule.query_block
+    cuts = [*range(rows, 0, -step), 0]
+    return [(first, last) for last, first in zip(cuts, cuts[1:], strict=False)][::-1]
+
+
+def _attend_piece(
+    query: Tensor, layer: ClusteredLayer, rule: SelectionRule,
+    suffix_keys: Tensor, suffix_values: Tensor, suffix_mask: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    valid = _valid_rows(query, suffix_keys, suffix_mask)
+    sizes, found = geometry(query, layer, rule), None
+    if layer.levels:
+        found = lookup(query, layer, rule, sizes, valid, scale)
+    work = _Work(sizes, layer, rule, found, choose_tile(query, sizes))
+    ends, bounds, keys_read = work.plan(valid, suffix_keys.shape[2], suffix_mask is None)
+    parts = work.attend(query, suffix_keys, suffix_values, suffix_mask, ends, bounds, scale)
+    return work.combine(query, ends, bounds, parts), keys_read
+
+
+def _valid_rows(query: Tensor, suffix_keys: Tensor, suffix_mask: Tensor | None) -> Tensor | None:
+    """`[B, Q]` int8, nonzero where a row attends to any suffix token; `None` if all rows do."""
+    batch, _, rows, _ = query.shape
+    if suffix_mask is not None:
+        return suffix_mask.any(-1)[:, 0].expand(batch, rows).to(torch.int8).contiguous()
+    short = rows - suffix_keys.shape[2]
+    if short <= 0:
+        return None
+    row = torch.arange(rows, device=query.device)
+    return (row >= short).to(torch.int8).expand(batch, rows).contiguous()
+
+
+def choose_tile(query: Tensor, sizes: Geometry) -> Tile:
+    """The shape measured best on an H200 for this many rows (benchmarks/prefill-h200.json)."""
+    rows = max(16, triton.next_power_of_2(sizes.group * sizes.block))
+    if query.dtype == torch.float32 or sizes.dim > 128:
+        return Tile(min(rows, 32 if query.dtype == torch.float32 else 64), 32, 4, 2, 2)
+    if rows >= 128:
+        return Tile(128, 128, 8, 3, 1)
+    return Tile(rows, 64, 4, 3, 3)
+
+
+def _programs(tile: Tile, device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3  # the interpreter runs them one by one: enough to cut tiles in the middle
+    return torch.cuda.get_device_properties(device).multi_processor_count * tile.programs
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The attention of one call: its tiles laid out as a line of units, shared by programs."""
+
+    sizes: Geometry
+    layer: ClusteredLayer
+    rule: SelectionRule
+    found: Found | None
+    tile: Tile
+
+    @property
+    def split_m(self) -> int:
+        return triton.cdiv(self.sizes.group * self.sizes.block, self.tile.rows)
+
+    @property
+    def calibrated(self) -> bool:
+        return self.found is not None and self.rule.far_field == "self_calibrated"
+
+    @property
+    def far_levels(self) -> int:
+        return 0 if self.found is None else len(self.found.dropped)
+
+    @property
+    def classes(self) -> int:
+        return 3 + self.far_levels + self.calibrated
+
+    @property
+    def pinned(self) -> int:
+        """Rows that every query reads: all of them where there is no tree."""
+        return self.layer.tokens if self.found is None else self.layer.pinned
+
+    def plan(self, valid: Tensor | None, suffix: int, causal: bool) -> tuple[Tensor, ...]:
+        """`ends [W]`, `bounds [W, classes]` int32 and keys read `[B]` int64."""
+        sizes, device = self.sizes, self.layer.keys.device
+        spans = sizes.tiles * self.split_m
+        ends = torch.empty(spans, dtype=torch.int32, device=device)
+        bounds = torch.empty(spans, self.classes, dtype=torch.int32, device=device)
+        keys_read = torch.zeros(sizes.batch, dtype=torch.int64, device=device)
+        _, row_count, dropped_counts, _, kept_count = self._lists(ends)
+        plan_kernel[(1,)](
+            ends, bounds, keys_read, row_count, dropped_counts, kept_count,
+            ends if valid is None else _valid_per_block(valid, sizes), sizes.tiles, sizes.blocks,
+            sizes.rows, suffix, self.pinned, HEADS_KV=sizes.kv_heads, SPLIT_M=self.split_m,
+            BLOCK=sizes.block, BLOCK_N=self.tile.keys, LEVELS=self.far_levels,
+            CLASSES=self.classes, CALIBRATED=self.calibrated, INDEXED=self.found is not None,
+            MASKED=valid is not None, CAUSAL=causal, STEP=1024, num_warps=8,
+        )  # fmt: skip
+        return ends, bounds, keys_read
+
+    def _lists(self, unused: Tensor) -> tuple:
+        """Row list and count, dropped counts, kept leaves and count; `unused` where there are none."""
+        found = self.found
+        if found is None:
+            return unused, unused, (), unused, unused
+        counts = tuple(gone.count for gone in found.dropped)
+        kept = found.kept_leaves
+        return found.rows.nodes, found.rows.count, counts, kept.nodes, kept.count
+
+    def attend(
+        self, query: Tensor, suffix_keys: Tensor, suffix_values: Tensor,
+        suffix_mask: Tensor | None, ends: Tensor, bounds: Tensor, scale: float,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Outputs and log2 masses of all stretches."""
+        sizes, tile, layer = self.sizes, self.tile, self.layer
+        row_list, row_count, dropped_counts, kept_list, kept_count = self._lists(ends)
+        levels = layer.levels[: self.far_levels]
+        programs = _programs(tile, query.device)
+        parts = self._parts(query, programs)
+        mask = bounds if suffix_mask is None else suffix_mask.view(torch.int8)
+        mask_strides = (0, 0, 0) if suffix_mask is None else _mask_strides(suffix_mask)
+        attention_kernel[(programs,)](
+            query, *query.stride()[:3], layer.keys, layer.values, layer.tokens,
+            suffix_keys, *suffix_keys.stride()[:3], suffix_values, *suffix_values.stride()[:3],
+            mask, *mask_strides, ends, bounds, row_list, row_count,
+            tuple(lv.centroids for lv in levels), tuple(lv.mean_values for lv in levels),
+            tuple(lv.key_offsets for lv in levels), tuple(lv.nodes for lv in levels),
+            tuple(gone.nodes for gone in self.found.dropped) if self.found else (),
+            dropped_counts, kept_list, kept_count, *parts.values(),
+            sizes.tiles, sizes.blocks, sizes.rows, suffix_keys.shape[2], self.pinned,
+            layer.clustered, scale * LOG2E, HEADS_KV=sizes.kv_heads, GROUP=sizes.group,
+            BLOCK=sizes.block, DIM=sizes.dim, BLOCK_D=triton.next_power_of_2(sizes.dim),
+            BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT_M=self.split_m, LEVELS=self.far_levels,
+            CLASSES=self.classes, CALIBRATED=self.calibrated, INDEXED=self.found is not None,
+            CAUSAL=suffix_mask is None, STEP=512, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return parts
+
+    def _parts(self, query: Tensor, programs: int) -> dict[str, Tensor]:
+        slots = self.sizes.tiles * self.split_m + programs
+        shape = (slots, self.tile.rows)
+
+        def empty(used: bool, *more: int) -> Tensor:
+            return query.new_empty(*(shape if used else (0, 0)), *more, dtype=torch.float32)
+
+        far, dim = self.calibrated, self.sizes.dim
+        return {
+            "part": empty(True, dim), "part_lse": empty(True), "far": empty(far, dim),
+            "far_lse": empty(far), "exact_lse": empty(far), "estimate": empty(far),
+        }  # fmt: skip
+
+    def combine(self, query: Tensor, ends: Tensor, bounds: Tensor, parts: dict) -> Tensor:
+        sizes, tile = self.sizes, self.tile
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        grid = (sizes.tiles * self.split_m, triton.cdiv(tile.rows, 16))
+        combine_kernel[grid](
+            output, ends, bounds, *parts.values(), sizes.tiles, sizes.blocks, sizes.rows,
+            _programs(tile, query.device), SELF_CALIBRATION_CLAMP * LOG2E,
+            HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
+            BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_M=tile.rows, BLOCK_R=16,
+            SPLIT_M=self.split_m, CLASSES=self.classes, CALIBRATED=self.calibrated, num_warps=4,
+        )  # fmt: skip
+        return output
+
+
+def _mask_strides(mask: Tensor) -> tuple[int, int, int]:
+    """Request, query and key strides of `[B or 1, 1, Q, S]`."""
+    per_request = mask.stride(0) if mask.shape[0] > 1 else 0
+    return per_request, mask.stride(2), mask.stride(3)
+
+
+def _valid_per_block(valid: Tensor, sizes: Geometry) -> Tensor:
+    """Valid rows of every block of queries, `[B, N]` int32."""
+    missing = sizes.blocks * sizes.block - sizes.rows
+    padded = torch.nn.functional.pad(valid, (missing, 0)).view(sizes.batch, sizes.blocks, -1)
+    return padded.sum(-1, dtype=torch.int32)

@@ -1,0 +1,210 @@
+"""Blocks of queries -> lists of what each block reads, on the device and without a host copy.
+
+The tree is walked level by level, in two launches each: `select_kernel` scores the candidates of a
+block of queries, 128 nodes per program, and counts what it keeps; `expand_kernel` turns the kept
+nodes into the list of their members: the candidates of the next level, or rows of sorted keys.
+Every list is written in ascending order from prefix sums, so a run gives the same bytes each time.
+
+A *tile* is one (request, KV head, block of queries), numbered `(b * Hkv + h) * N + n`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from squeezed.ops.triton.prefill_select import expand_kernel, normaliser_kernel, select_kernel
+from squeezed.rule import SelectionRule
+from squeezed.tree import ClusteredLayer, Level
+
+LOG2E = 1 / math.log(2)
+NODES_PER_PROGRAM = 128
+NODES_PER_SPLIT = 512
+"""Nodes that one program adds up for the normaliser."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one prefill call, in the letters of the house."""
+
+    batch: int
+    kv_heads: int
+    group: int
+    rows: int  # query tokens, Q
+    block: int  # query tokens that select together
+    dim: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.rows // self.block)
+
+    @property
+    def tiles(self) -> int:
+        return self.batch * self.kv_heads * self.blocks
+
+
+@dataclass(frozen=True)
+class NodeList:
+    """Per tile, `nodes[t, :count[t]]` in ascending order; the rest is unwritten.
+
+    Attributes:
+        nodes: `[T, capacity]` int32.
+        count: `[T]` int32.
+    """
+
+    nodes: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class Found:
+    """What every tile reads.
+
+    Attributes:
+        rows: rows of the sorted keys that are read exactly.
+        dropped: per level, the nodes whose far field counts; empty without a far field.
+        kept_leaves: the leaves behind `rows`, if the far field calibrates itself.
+    """
+
+    rows: NodeList
+    dropped: tuple[NodeList, ...]
+    kept_leaves: NodeList | None
+
+
+def lookup(
+    query: Tensor,
+    layer: ClusteredLayer,
+    rule: SelectionRule,
+    sizes: Geometry,
+    valid: Tensor | None,
+    scale: float,
+) -> Found:
+    """Walk the tree from the coarsest level down for every block of queries.
+
+    Args:
+        query: `[B, Hq, Q, D]`, last dimension contiguous.
+        valid: `[B, Q]` int8, nonzero where the row is no padding; `None` if all are valid.
+        scale: softmax scale.
+    """
+    partial = _normaliser(query, layer, rule, sizes, scale)
+    candidates, dropped, kept_leaves = None, [], None
+    for depth in range(len(layer.levels)):
+        walk = _Step(sizes, layer, rule, depth)
+        state, counts = walk.select(query, valid, partial, candidates, scale)
+        candidates, gone, kept_leaves = walk.expand(state, counts, candidates)
+        dropped += [gone] if rule.far_field != "none" else []
+    return Found(candidates, tuple(dropped), kept_leaves)
+
+
+def geometry(query: Tensor, layer: ClusteredLayer, rule: SelectionRule) -> Geometry:
+    batch, heads, rows, dim = query.shape
+    kv_heads = layer.keys.shape[0]
+    return Geometry(batch, kv_heads, heads // kv_heads, rows, min(rule.query_block, rows), dim)
+
+
+def row_tile(rows: int) -> int:
+    """Rows of a tile of queries: a power of two the tensor cores accept."""
+    return min(128, max(16, triton.next_power_of_2(rows)))
+
+
+def _normaliser(
+    query: Tensor, layer: ClusteredLayer, rule: SelectionRule, sizes: Geometry, scale: float
+) -> Tensor:
+    """Shares of the log2 of every row's estimated denominator, `[B, Hq, Q, splits]`."""
+    level, heads = layer.levels[0], query.shape[1]
+    splits = triton.cdiv(level.nodes, NODES_PER_SPLIT) + 1  # the last one sums the pinned keys
+    partial = query.new_empty(sizes.batch, heads, sizes.rows, splits, dtype=torch.float32)
+    block_r = min(64, row_tile(sizes.rows))
+    grid = (sizes.batch * heads * triton.cdiv(sizes.rows, block_r), splits)
+    normaliser_kernel[grid](
+        query, *query.stride()[:3], layer.keys, level.centroids, level.variance, level.key_offsets,
+        alpha_of(rule, 0, query), partial, sizes.rows, layer.tokens, layer.pinned, level.nodes,
+        splits, scale, HEADS=heads, GROUP=sizes.group, DIM=sizes.dim,
+        BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=block_r, BLOCK_C=64,
+        SPLIT=NODES_PER_SPLIT, SECOND=rule.alpha is not None, num_warps=4,
+    )  # fmt: skip
+    return partial
+
+
+def alpha_of(rule: SelectionRule, depth: int, query: Tensor) -> Tensor:
+    """The level's weights `[Hq]`, or any tensor where the kernel reads none."""
+    return query if rule.alpha is None else rule.alpha[depth]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One level of the walk."""
+
+    sizes: Geometry
+    layer: ClusteredLayer
+    rule: SelectionRule
+    depth: int
+
+    @property
+    def level(self) -> Level:
+        return self.layer.levels[self.depth]
+
+    @property
+    def chunks(self) -> int:
+        return triton.cdiv(self.level.nodes, NODES_PER_PROGRAM)
+
+    @property
+    def members(self) -> Tensor:
+        """Offsets of what a kept node stands for: its children, or at the leaves its rows."""
+        level = self.level
+        return level.key_offsets if level.child_offsets is None else level.child_offsets
+
+    def select(
+        self, query: Tensor, valid: Tensor | None, partial: Tensor,
+        candidates: NodeList | None, scale: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Fate of every candidate `[T, C]` int8 (1 kept, 2 dropped) and counts `[3, T, chunks]`."""
+        level, sizes = self.level, self.sizes
+        state = query.new_empty(sizes.tiles, level.nodes, dtype=torch.int8)
+        counts = query.new_empty(3, sizes.tiles, self.chunks, dtype=torch.int32)
+        splits = partial.shape[-1]
+        select_kernel[(sizes.tiles * self.chunks,)](
+            query, *query.stride()[:3], query if valid is None else valid, level.centroids,
+            level.variance, level.key_offsets, self.members,
+            alpha_of(self.rule, self.depth, query), partial, *_listed(candidates, state), state,
+            counts, sizes.rows, level.nodes, sizes.blocks, self.chunks, sizes.tiles, splits, scale,
+            self.rule.log_thresholds[self.depth] * LOG2E, HEADS_KV=sizes.kv_heads,
+            GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
+            BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=row_tile(sizes.block),
+            BLOCK_C=NODES_PER_PROGRAM, SPLITS=triton.next_power_of_2(splits),
+            SECOND=self.rule.alpha is not None, MASKED=valid is not None,
+            LISTED=candidates is not None, num_warps=8,
+        )  # fmt: skip
+        return state, counts
+
+    def expand(
+        self, state: Tensor, counts: Tensor, candidates: NodeList | None
+    ) -> tuple[NodeList, NodeList, NodeList | None]:
+        """Lists of the kept nodes' members, of the dropped nodes, and of kept leaves if wanted."""
+        level, sizes, leaf = self.level, self.sizes, self.level.child_offsets is None
+        capacity = self.layer.clustered if leaf else self.layer.levels[self.depth + 1].nodes
+        far, calibrated = self.rule.far_field != "none", self.rule.far_field == "self_calibrated"
+        members = _new_list(sizes, capacity, state.device)
+        dropped = _new_list(sizes, level.nodes if far else 0, state.device)
+        kept = _new_list(sizes, level.nodes if leaf and calibrated else 0, state.device)
+        expand_kernel[(sizes.tiles * self.chunks,)](
+            self.members, *_listed(candidates, state), state, counts, members.nodes, members.count,
+            dropped.nodes, dropped.count, kept.nodes, kept.count, level.nodes, sizes.blocks,
+            self.chunks, sizes.tiles, capacity, HEADS_KV=sizes.kv_heads, BLOCK_C=NODES_PER_PROGRAM,
+            CHUNKS=triton.next_power_of_2(self.chunks), RUN=32 if leaf else 8,
+            LISTED=candidates is not None, DROPPED=far, KEPT=leaf and calibrated, num_warps=4,
+        )  # fmt: skip
+        return members, dropped, kept
+
+
+def _listed(candidates: NodeList | None, unused: Tensor) -> tuple[Tensor, Tensor]:
+    return (unused, unused) if candidates is None else (candidates.nodes, candidates.count)
+
+
+def _new_list(sizes: Geometry, capacity: int, device: torch.device) -> NodeList:
+    nodes = torch.empty(sizes.tiles, capacity, dtype=torch.int32, device=device)
+    return NodeList(nodes, torch.empty(sizes.tiles, dtype=torch.int32, device=device))
