@@ -1,0 +1,183 @@
+"""Kernels of the first half of a decode step: query -> coarse scores -> kept rows and far field.
+
+`open_kernel` does all that needs no selection: it scores the coarsest nodes and attends to pinned
+and recent rows. `descend_kernel` runs once per further level: it selects nodes, scores only the
+children of the kept ones, and appends what they keep to a list for the next level, at last the rows
+to attend. Which requests keep a node is a bit mask, so the bytes of a node move once for all.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from squeezed.ops.triton.tile import (
+    fold,
+    fold_mass,
+    load_query,
+    load_rows,
+    problem,
+    store_partial,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def energy_of(q, alpha, head, row, scale_bits, GROUP: tl.constexpr, SECOND: tl.constexpr):
+    """Factor of a node's variance in the score that selects, in bits, `[M]`."""
+    energy = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
+    if SECOND:
+        scale = scale_bits / LOG2_E
+        weight = tl.load(alpha + head * GROUP + row % GROUP)
+        energy = weight * energy * (0.5 * scale * scale * LOG2_E)
+    return energy
+
+
+@triton.jit
+def node_logits(
+    q, centroids, key_offsets, node, live, head, nodes, scale_bits,
+    D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """First-order logits `[M, N]` of nodes, `-inf` where empty, and their first row and size."""
+    at = head * (nodes + 1) + node
+    start = tl.load(key_offsets + at, mask=live, other=0)
+    size = tl.load(key_offsets + at + 1, mask=live, other=0) - start
+    mean = load_rows(
+        centroids + head.to(tl.int64) * nodes * D, node, live & (size > 0), D, D, D_PAD
+    )
+    logits = tl.dot(q, tl.trans(mean)) * scale_bits
+    return tl.where((size > 0)[None, :], logits, float("-inf")), start, size
+
+
+@triton.jit
+def selecting(first, energy, variance, node, live, SECOND: tl.constexpr):
+    """The logits that select: first order, or with the calibrated second-order term."""
+    if SECOND:
+        spread = tl.load(variance + node, mask=live, other=0.0)
+        first = first + energy[:, None] * spread[None, :]
+    return first
+
+
+@triton.jit
+def score_nodes(
+    q, exists, row, z, head, split, centroids, variance, key_offsets, energy, nodes, scale_bits,
+    logits, norm_highs, norm_masses, norm_slots, splits,
+    ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr,
+    SECOND: tl.constexpr,
+):  # fmt: skip
+    """Logits of one share of the coarsest nodes, and their part of the normaliser."""
+    high = tl.full([M], float("-inf"), tl.float32)
+    mass = tl.zeros([M], tl.float32)
+    for start in range(split * N, nodes, splits * N):
+        node = start + tl.arange(0, N)
+        live = node < nodes
+        first, _, size = node_logits(
+            q, centroids, key_offsets, node, live, head, nodes, scale_bits, D, D_PAD
+        )
+        score = selecting(first, energy, variance + head * nodes, node, live, SECOND)
+        score += tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
+        high, mass, _, _ = fold_mass(high, mass, score)
+        at = (z * ROWS + row).to(tl.int64)[:, None] * nodes + node[None, :]
+        tl.store(logits + at, first, mask=exists[:, None] & live[None, :])
+    at = (z * norm_slots + split) * ROWS + row
+    tl.store(norm_highs + at, high, mask=exists)
+    tl.store(norm_masses + at, mass, mask=exists)
+
+
+@triton.jit
+def attend_run(
+    q, keys, values, row_stride, first, stop, mask, mask_stride, scale_bits,
+    M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Softmax partial over the rows `[first, stop)` of one matrix of keys."""
+    high = tl.full([M], float("-inf"), tl.float32)
+    mass = tl.zeros([M], tl.float32)
+    total = tl.zeros([M, D_PAD], tl.float32)
+    for start in range(first, stop, N):
+        position = start + tl.arange(0, N)
+        live = position < stop
+        if MASKED:
+            live = live & (tl.load(mask + position * mask_stride, mask=live, other=0) != 0)
+        key = load_rows(keys, position, live, row_stride, D, D_PAD)
+        value = load_rows(values, position, live, row_stride, D, D_PAD)
+        logits = tl.where(live[None, :], tl.dot(q, tl.trans(key)) * scale_bits, float("-inf"))
+        high, mass, total = fold(high, mass, total, logits, value)
+    return high, mass, total
+
+
+@triton.jit
+def open_kernel(
+    query, keys, values, centroids, variance, key_offsets, alpha,
+    suffix_keys, suffix_values, suffix_mask,
+    logits, norm_highs, norm_masses, sums, highs, masses, counters, read_counts, keys_read,
+    query_stride_batch, query_stride_head, suffix_stride_batch, suffix_stride_head,
+    suffix_stride_row, mask_stride_batch, mask_stride_row,
+    batch, context_tokens, pinned, suffix, nodes, splits, pinned_chunks, suffix_chunks,
+    fixed_base, scale_bits,
+    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    M: tl.constexpr, M_ONE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr,
+    CHUNK: tl.constexpr, COUNTERS: tl.constexpr, SECOND: tl.constexpr, MASKED: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid `(problems, pinned_chunks + splits + TILE_BATCH * suffix_chunks)`."""
+    z, part = tl.program_id(0), tl.program_id(1)
+    head, tile = problem(z, TILES)
+    if PDL:
+        gdc_launch_dependents()
+    if part == 0:  # counters that the later kernels add to
+        for index in tl.static_range(COUNTERS):
+            tl.store(counters + z * COUNTERS + index, 0)
+        for index in range(TILE_BATCH):
+            tl.store(read_counts + z * TILE_BATCH + index, 0)
+            if (head == 0) & (tile * TILE_BATCH + index < batch):
+                tl.store(keys_read + tile * TILE_BATCH + index, 0)
+    norm_slots = splits + pinned_chunks
+    slot = fixed_base + z * (pinned_chunks + suffix_chunks)
+    if part < norm_slots:
+        row = tl.arange(0, M)
+        q, exists = load_query(
+            query, query_stride_batch, query_stride_head, head, tile, row, batch,
+            GROUP, TILE_BATCH, D, D_PAD,
+        )  # fmt: skip
+        if part < pinned_chunks:
+            base = head.to(tl.int64) * context_tokens * D
+            stop = tl.minimum(pinned, (part + 1) * CHUNK)
+            high, mass, total = attend_run(
+                q, keys + base, values + base, D, part * CHUNK, stop, suffix_mask, 0, scale_bits,
+                M, D, D_PAD, N, False,
+            )  # fmt: skip
+            store_partial(
+                sums, highs, masses, slot + part, row, exists, high, mass, total, ROWS, D, D_PAD
+            )
+            at = (z * norm_slots + splits + part) * ROWS + row
+            tl.store(norm_highs + at, high, mask=exists)
+            tl.store(norm_masses + at, mass, mask=exists)
+        else:
+            energy = energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND)
+            score_nodes(
+                q, exists, row, z, head, part - pinned_chunks, centroids, variance, key_offsets,
+                energy, nodes, scale_bits, logits, norm_highs, norm_masses, norm_slots, splits,
+                ROWS, M, D, D_PAD, N, SECOND,
+            )  # fmt: skip
+    else:
+        chunk = (part - norm_slots) % suffix_chunks
+        member = (part - norm_slots) // suffix_chunks
+        request = (tile * TILE_BATCH + member).to(tl.int64)
+        one = tl.arange(0, M_ONE)
+        row = member * GROUP + one
+        q, exists = load_query(
+            query, query_stride_batch, query_stride_head, head, tile, row, batch,
+            GROUP, TILE_BATCH, D, D_PAD,
+        )  # fmt: skip
+        exists = exists & (one < GROUP)
+        base = tl.minimum(request, batch - 1) * suffix_stride_batch + head * suffix_stride_head
+        high, mass, total = attend_run(
+            q, suffix_keys + base, suffix_values + base, suffix_stride_row,
+            chunk * CHUNK, tl.minimum(suffix, (chunk + 1) * CHUNK),
+            suffix_mask + tl.minimum(request, batch - 1) * mask_stride_batch, mask_stride_row,
+            scale_bits, M_ONE, D, D_PAD, N, MASKED,
+        )  # fmt: skip
+        store_partial(
+            sums, highs, masses, slot + pinned_chunks + chunk, row, exists, high, mass, total,
+            ROWS, D, D_PAD,
+        )  # fmt: skip

@@ -1,0 +1,120 @@
+"""Parts of the selection kernel: which requests keep a node, and what becomes of it.
+
+A kept node goes to a list, as a range of rows (leaves) or by its index (levels above). A dropped
+node joins the far field.
+"""
+
+import triton
+import triton.language as tl
+
+from squeezed.ops.triton.tile import fold, fold_mass, load_rows
+
+
+@triton.jit
+def either(a, b):
+    return a | b
+
+
+@triton.jit
+def keep_bits(score, threshold, selects, row, GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, BITS):
+    """Which requests keep each node `[N]`: bit `b` is set if any head of request `b` keeps it."""
+    kept = ((score > threshold) & selects[:, None]).to(BITS)
+    if TILE_BATCH == 1:
+        return tl.max(kept, 0)
+    return tl.reduce(kept << (row // GROUP)[:, None], 0, either)
+
+
+@triton.jit
+def spread(bits, row, GROUP: tl.constexpr):
+    """Bit masks `[N]` -> which rows they mean, `[M, N]` bool."""
+    return ((bits[None, :] >> (row // GROUP)[:, None]) & 1) != 0
+
+
+@triton.jit
+def members(first, begin, end, N: tl.constexpr):
+    """Positions `[N]` in the concatenation of ranges, and whose each one is, `[N, ranges]`."""
+    index = first + tl.arange(0, N)
+    return index, (begin[None, :] <= index[:, None]) & (index[:, None] < end[None, :])
+
+
+@triton.jit
+def pick(member, values):
+    """The value of the range that holds each position, `[N]`; zero behind the last range."""
+    return tl.sum(tl.where(member, values[None, :], 0), 1)
+
+
+@triton.jit
+def append(rows, row_bits, counter, bits, start, length, WRITE: tl.constexpr, SHARED: tl.constexpr):
+    """Append the ranges `[start, start + length)` of the kept nodes to a list, in any order."""
+    length = tl.where(bits != 0, length, 0)
+    end = tl.cumsum(length, 0)
+    begin = end - length
+    total = tl.sum(length)
+    if total > 0:
+        base = tl.atomic_add(counter, total, sem="relaxed")
+        for first in range(0, total, WRITE):
+            index, member = members(first, begin, end, WRITE)
+            tl.store(rows + base + index, index + pick(member, start - begin), mask=index < total)
+            if SHARED:
+                tl.store(row_bits + base + index, pick(member, bits), mask=index < total)
+
+
+@triton.jit
+def normaliser(
+    norm_highs, norm_masses, z, norm_slots, row, exists,
+    ROWS: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Log of the estimated softmax denominator over the context, in bits, `[M]`."""
+    slot = tl.arange(0, SLOTS)
+    at = (z * norm_slots + slot)[None, :] * ROWS + row[:, None]
+    mask = exists[:, None] & (slot < norm_slots)[None, :]
+    high = tl.load(norm_highs + at, mask=mask, other=float("-inf"))
+    mass = tl.load(norm_masses + at, mask=mask, other=0.0)
+    top = tl.max(high, 1)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    return top + tl.log2(tl.sum(mass * tl.exp2(high - safe[:, None]), 1))
+
+
+@triton.jit
+def attends_to_any(highs, slot, chunks, row, exists, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+    """Whether a row sees any recent token; one that sees none is padding and selects nothing."""
+    chunk = tl.arange(0, SLOTS)
+    mask = exists[:, None] & (chunk < chunks)[None, :]
+    at = (slot + chunk)[None, :].to(tl.int64) * ROWS + row[:, None]
+    return tl.max(tl.load(highs + at, mask=mask, other=float("-inf")), 1) > float("-inf")
+
+
+@triton.jit
+def far_logits(first, size, bits, dropped_bits, row, exists, GROUP: tl.constexpr):
+    """Log mass of the dropped nodes `[M, N]`; also which nodes any row drops `[N]`."""
+    dropped = spread(dropped_bits & ~bits, row, GROUP) & exists[:, None]
+    mass = first + tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
+    return tl.where(dropped, mass, float("-inf")), tl.max(dropped.to(tl.int32), 0) != 0
+
+
+@triton.jit
+def settle(
+    high, mass, total, estimate_high, estimate, read,
+    first, node, start, size, bits, alive, means, found, found_bits, counter, row, exists,
+    SINK: tl.constexpr, LEAVES: tl.constexpr, FAR: tl.constexpr, CALIBRATED: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WRITE: tl.constexpr,
+    SHARED: tl.constexpr,
+):  # fmt: skip
+    """Send kept nodes to the list and the others, if alive, to the far field."""
+    if FAR:
+        logits, wanted = far_logits(first, size, bits, alive, row, exists, GROUP)
+        value = load_rows(means, node, wanted & (size > 0), D, D, D_PAD)
+        high, mass, total = fold(high, mass, total, logits, value)
+    if SINK:
+        if LEAVES:
+            append(found, found_bits, counter, bits, start, size, WRITE, SHARED)
+            kept = spread(bits, row, GROUP)
+            read += tl.sum(tl.where(kept, size[None, :], 0), 1)
+            if CALIBRATED:
+                logits = first + tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
+                logits = tl.where(kept, logits, float("-inf"))
+                estimate_high, estimate, _, _ = fold_mass(estimate_high, estimate, logits)
+        else:
+            once = tl.full(size.shape, 1, tl.int32)
+            append(found, found_bits, counter, bits, node, once, WRITE, SHARED)
+    return high, mass, total, estimate_high, estimate, read

@@ -1,0 +1,69 @@
+"""What the decode kernels share: the tile of query rows and one step of an online softmax.
+
+A *problem* `z` is one KV head and one tile of requests. Its rows are `row = request * G + member`:
+up to 64 of them, so that requests sharing a context read every cluster once. All logits inside the
+kernels are in bits (base two), because the hardware's exponential is `exp2`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def problem(z, TILES: tl.constexpr):
+    """KV head and tile of requests; tiles of one head are neighbours, so that they share L2."""
+    return z // TILES, z % TILES
+
+
+@triton.jit
+def load_query(
+    query, stride_batch, stride_head, head, tile, row, batch,
+    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """Rows `[M, D_PAD]` of a problem and whether each exists."""
+    request = tile * TILE_BATCH + row // GROUP
+    exists = (row < TILE_BATCH * GROUP) & (request < batch)
+    d = tl.arange(0, D_PAD)
+    offset = request.to(tl.int64) * stride_batch + (head * GROUP + row % GROUP) * stride_head
+    mask = exists[:, None] & (d < D)[None, :]
+    return tl.load(query + offset[:, None] + d[None, :], mask=mask, other=0.0), exists
+
+
+@triton.jit
+def load_rows(base, row, live, stride, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Rows `[N, D_PAD]` of a matrix; rows that are not live cost no bytes and are zero."""
+    d = tl.arange(0, D_PAD)
+    mask = live[:, None] & (d < D)[None, :]
+    return tl.load(base + row.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def fold_mass(high, mass, logits):
+    """Fold logits `[M, N]` into a running log-sum-exp, kept as its maximum and scaled sum `[M]`."""
+    new = tl.maximum(high, tl.max(logits, 1))
+    safe = tl.where(new == float("-inf"), 0.0, new)  # all masked so far: avoid inf - inf
+    weight = tl.exp2(logits - safe[:, None])
+    decay = tl.exp2(high - safe)
+    return new, mass * decay + tl.sum(weight, 1), weight, decay
+
+
+@triton.jit
+def fold(high, mass, total, logits, values):
+    """One step of an online softmax: logits `[M, N]`, values `[N, D_PAD]`, running sum `total`."""
+    high, mass, weight, decay = fold_mass(high, mass, logits)
+    total = tl.dot(weight.to(values.dtype), values, acc=total * decay[:, None])
+    return high, mass, total
+
+
+@triton.jit
+def store_partial(
+    sums, highs, masses, slot, row, exists, high, mass, total,
+    ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """Leave an unnormalised softmax sum for the last kernel: `[slots, ROWS, D]` and `[slots, ROWS]`."""
+    at = slot.to(tl.int64) * ROWS + row
+    d = tl.arange(0, D_PAD)
+    tl.store(highs + at, high, mask=exists)
+    tl.store(masses + at, mass, mask=exists)
+    mask = exists[:, None] & (d < D)[None, :]
+    tl.store(sums + at[:, None] * D + d[None, :], total, mask=mask)
