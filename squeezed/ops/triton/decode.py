@@ -69,7 +69,7 @@ def attend(
 
 def check(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, suffix_values: Tensor) -> None:
     """Refuse what the kernels cannot do, in one line."""
-    batch, heads, rows, dim = query.shape
+    _, heads, rows, dim = query.shape
     kv_heads = layer.keys.shape[0]
     if rows != 1:
         raise SqueezedError(f"query: decode takes 1 token per request, got {rows}; use prefill")
@@ -148,10 +148,10 @@ class _Step:
             D=dim, D_PAD=power_of_two(dim),
         )  # fmt: skip
 
-    def _launch(self, warps: int, dependent: bool) -> dict:
+    def _launch(self, warps: int, dependent: bool, stages: int = 1) -> dict:
         """Launch options; a dependent kernel may start while its predecessor drains."""
         overlap = self.tuning.overlap
-        options = dict(num_warps=warps, PDL=overlap)
+        options = dict(num_warps=warps, num_stages=stages, PDL=overlap)
         return options | dict(launch_pdl=True) if overlap and dependent else options
 
     def _energy(self, level: int) -> Tensor:
@@ -175,7 +175,7 @@ class _Step:
             cut.splits, cut.pinned_chunks, cut.recent_chunks, cut.fixed_base, self.scale_bits,
             **self._tile(), M=cut.row_pad, M_ONE=16, N=tuning.score_tile, CHUNK=tuning.chunk,
             COUNTERS=s.counters.shape[1], SECOND=bool(top) and self.rule.alpha is not None,
-            MASKED=mask is not None, **self._launch(tuning.warps[0], dependent=False),
+            MASKED=mask is not None, **self._launch(tuning.warps[0], dependent=False, stages=2),
         )  # fmt: skip
 
     def descend(self, stage: int) -> None:

@@ -48,6 +48,7 @@ def descend_kernel(
     estimate_high = tl.full([M], float("-inf"), tl.float32)
     estimate = tl.zeros([M], tl.float32)
     read = tl.zeros([M], tl.int32)
+    child_means = means + head.to(tl.int64) * nodes * D
     found += z.to(tl.int64) * found_capacity
     found_bits += z.to(tl.int64) * found_capacity
     found_counter = counters + z * COUNTERS + FOUND
@@ -99,19 +100,20 @@ def descend_kernel(
             for child in range(0, children, N):
                 index, member = members(child, begin, end, N)
                 node = index + pick(member, first_child - begin)
-                first, start, size = node_logits(
+                logit, begin_row, length = node_logits(
                     q, centroids, key_offsets, node, index < children, head, nodes, scale_bits,
                     D, D_PAD,
                 )  # fmt: skip
-                score = selecting(
-                    first, energy, variance + head * nodes, node, index < children, SECOND
+                estimated = selecting(
+                    logit, energy, variance + head * nodes, node, index < children, SECOND
                 )
-                score -= norm[:, None]
+                estimated -= norm[:, None]
                 alive = pick(member, bits)
-                kept = keep_bits(score, threshold, selects, row, GROUP, TILE_BATCH, BITS) & alive
+                kept = keep_bits(estimated, threshold, selects, row, GROUP, TILE_BATCH, BITS)
+                kept &= alive
                 high, mass, total, estimate_high, estimate, read = settle(
                     high, mass, total, estimate_high, estimate, read,
-                    first, node, start, size, kept, alive, means + head.to(tl.int64) * nodes * D,
+                    logit, node, begin_row, length, kept, alive, child_means,
                     found, found_bits, found_counter, row, exists, True, LEAVES, FAR, CALIBRATED,
                     GROUP, D, D_PAD, WRITE, SHARED,
                 )  # fmt: skip

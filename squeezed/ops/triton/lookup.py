@@ -106,6 +106,31 @@ def attend_run(
 
 
 @triton.jit
+def attend_recent(
+    query, keys, values, mask, sums, highs, masses,
+    query_stride_batch, query_stride_head, stride_batch, stride_head, stride_row,
+    mask_stride_batch, mask_stride_row, head, tile, member, slot, batch, first, stop, scale_bits,
+    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The heads of one request over a share of its own recent rows."""
+    index = tl.arange(0, M)
+    row = member * GROUP + index
+    q, exists = load_query(
+        query, query_stride_batch, query_stride_head, head, tile, row, batch,
+        GROUP, TILE_BATCH, D, D_PAD,
+    )  # fmt: skip
+    request = tl.minimum(tile * TILE_BATCH + member, batch - 1).to(tl.int64)
+    base = request * stride_batch + head.to(tl.int64) * stride_head
+    high, mass, total = attend_run(
+        q, keys + base, values + base, stride_row, first, stop,
+        mask + request * mask_stride_batch, mask_stride_row, scale_bits, M, D, D_PAD, N, MASKED,
+    )  # fmt: skip
+    exists = exists & (index < GROUP)
+    store_partial(sums, highs, masses, slot, row, exists, high, mass, total, ROWS, D, D_PAD)
+
+
+@triton.jit
 def open_kernel(
     query, keys, values, centroids, variance, key_offsets, alpha,
     suffix_keys, suffix_values, suffix_mask,
@@ -161,23 +186,11 @@ def open_kernel(
             )  # fmt: skip
     else:
         chunk = (part - norm_slots) % suffix_chunks
-        member = (part - norm_slots) // suffix_chunks
-        request = (tile * TILE_BATCH + member).to(tl.int64)
-        one = tl.arange(0, M_ONE)
-        row = member * GROUP + one
-        q, exists = load_query(
-            query, query_stride_batch, query_stride_head, head, tile, row, batch,
-            GROUP, TILE_BATCH, D, D_PAD,
-        )  # fmt: skip
-        exists = exists & (one < GROUP)
-        base = tl.minimum(request, batch - 1) * suffix_stride_batch + head * suffix_stride_head
-        high, mass, total = attend_run(
-            q, suffix_keys + base, suffix_values + base, suffix_stride_row,
-            chunk * CHUNK, tl.minimum(suffix, (chunk + 1) * CHUNK),
-            suffix_mask + tl.minimum(request, batch - 1) * mask_stride_batch, mask_stride_row,
-            scale_bits, M_ONE, D, D_PAD, N, MASKED,
-        )  # fmt: skip
-        store_partial(
-            sums, highs, masses, slot + pinned_chunks + chunk, row, exists, high, mass, total,
-            ROWS, D, D_PAD,
+        attend_recent(
+            query, suffix_keys, suffix_values, suffix_mask, sums, highs, masses,
+            query_stride_batch, query_stride_head, suffix_stride_batch, suffix_stride_head,
+            suffix_stride_row, mask_stride_batch, mask_stride_row, head, tile,
+            (part - norm_slots) // suffix_chunks, slot + pinned_chunks + chunk, batch,
+            chunk * CHUNK, tl.minimum(suffix, (chunk + 1) * CHUNK), scale_bits,
+            GROUP, TILE_BATCH, ROWS, M_ONE, D, D_PAD, N, MASKED,
         )  # fmt: skip

@@ -47,16 +47,17 @@ def pick(member, values):
 def append(rows, row_bits, counter, bits, start, length, WRITE: tl.constexpr, SHARED: tl.constexpr):
     """Append the ranges `[start, start + length)` of the kept nodes to a list, in any order."""
     length = tl.where(bits != 0, length, 0)
-    end = tl.cumsum(length, 0)
-    begin = end - length
     total = tl.sum(length)
     if total > 0:
         base = tl.atomic_add(counter, total, sem="relaxed")
-        for first in range(0, total, WRITE):
-            index, member = members(first, begin, end, WRITE)
-            tl.store(rows + base + index, index + pick(member, start - begin), mask=index < total)
+        begin = base + tl.cumsum(length, 0) - length
+        for first in range(0, tl.max(length), WRITE):
+            index = first + tl.arange(0, WRITE)
+            mask = index[None, :] < length[:, None]
+            at = begin[:, None] + index[None, :]
+            tl.store(rows + at, start[:, None] + index[None, :], mask=mask)
             if SHARED:
-                tl.store(row_bits + base + index, pick(member, bits), mask=index < total)
+                tl.store(row_bits + at, tl.broadcast_to(bits[:, None], at.shape), mask=mask)
 
 
 @triton.jit

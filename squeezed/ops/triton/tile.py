@@ -60,7 +60,7 @@ def store_partial(
     sums, highs, masses, slot, row, exists, high, mass, total,
     ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Leave an unnormalised softmax sum for the last kernel: `[slots, ROWS, D]` and `[slots, ROWS]`."""
+    """Leave an unnormalised sum `[slots, ROWS, D]`, its maximum and mass, for the last kernel."""
     at = slot.to(tl.int64) * ROWS + row
     d = tl.arange(0, D_PAD)
     tl.store(highs + at, high, mask=exists)

@@ -20,9 +20,9 @@ class Tuning:
         score_tile: coarsest nodes, pinned or recent rows per step of the first kernel.
         chunk: pinned or recent rows per program.
         parents, children: nodes per step of the selection kernel.
-        write: kept rows that one store of the selection kernel appends.
+        write: rows of each kept leaf that one store of the selection kernel appends.
         tile: kept rows per step of the attention kernel.
-        stages: tiles that the attention kernel keeps in flight.
+        stages: of the attention kernel's pipeline: indices, loads in flight, arithmetic.
         programs: programs of the attention kernel per multiprocessor.
         warps: of the first, the selection and the attention kernel.
         overlap: start each kernel while its predecessor drains (programmatic dependent launch).
@@ -32,9 +32,9 @@ class Tuning:
     chunk: int = 256
     parents: int = 32
     children: int = 64
-    write: int = 128
+    write: int = 32
     tile: int = 64
-    stages: int = 3
+    stages: int = 4
     programs: int = 2
     warps: tuple[int, int, int] = (4, 4, 4)
     overlap: bool = True
