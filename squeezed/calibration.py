@@ -168,7 +168,7 @@ def _block_scores(
         weight = None if alpha is None else alpha[depth]
         _, selecting = node_logits(query, level, weight, seen.scale)
         if normaliser is None:
-            normaliser = log_normaliser(query, layer, selecting, seen.scale)
+            normaliser = log_normaliser(selecting, level.sizes)
         scores.append(block_scores(selecting - normaliser, blocks, None))
     return scores
 

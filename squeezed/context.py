@@ -68,28 +68,28 @@ class FixedContext:
         budget: float = DEFAULT_BUDGET,
         preset: str = BEST.name,
         implementation: str = "auto",
+        method: str = "squeezed",
     ):
         """A new cache over this context for `model.generate(..., past_key_values=...)`.
 
         Args:
             budget: share of the clustered keys read exactly, on average, in (0, 1]; 1.0 is dense.
-            preset: `best` or `paper`.
-            implementation: `auto`, `reference`, `cpu` or `triton`.
+            preset: `best` or `paper`; other methods ignore it.
+            implementation: `auto`, `reference`, `cpu` or `triton`; other methods ignore it.
+            method: `squeezed`, or another name of `squeezed.methods.METHODS`.
 
         Returns:
             `squeezed.hf.cache.SqueezedCache`; one per request or batch of requests.
         """
-        from squeezed.hf.cache import LayerRules, build_cache
+        from squeezed.hf.cache import build_cache
+        from squeezed.methods import create
 
-        calibration, budget = self.calibration(preset), check_budget(budget)
-        rules = [
-            LayerRules(
-                token=calibration.rule(index, budget, block=False),
-                block=calibration.rule(index, budget, block=True),
-            )
-            for index in range(len(self.scales))
+        chosen = create(method, preset=preset, implementation=implementation)
+        attentions = iter(chosen.prepare(self, check_budget(budget)))
+        contexts = [
+            layer if isinstance(layer, WindowLayer) else next(attentions) for layer in self.layers
         ]
-        return build_cache(self.layers, rules, list(self.windows), budget, implementation)
+        return build_cache(contexts, list(self.windows), budget)
 
     def kv_bytes(self) -> int:
         return sum(layer.kv_bytes() for layer in self.layers)

@@ -13,26 +13,17 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from squeezed import ops
 from squeezed.hf.attention import Handover
-from squeezed.rule import SelectionRule
-from squeezed.tree import ClusteredLayer, WindowLayer
+from squeezed.methods.base import ContextAttention
+from squeezed.tree import WindowLayer
 
 
-@dataclass(frozen=True)
-class LayerRules:
-    """How one layer selects for a single token, and for blocks of the user's tokens."""
+class ContextLayer(DynamicLayer):
+    """Full attention over a fixed context, by any method, and a dense suffix `[B, Hkv, S, D]`."""
 
-    token: SelectionRule
-    block: SelectionRule
-
-
-class SqueezedLayer(DynamicLayer):
-    """Full attention over a clustered context and a dense suffix `[B, Hkv, S, D]`."""
-
-    def __init__(self, context: ClusteredLayer, rules: LayerRules, implementation: str) -> None:
+    def __init__(self, context: ContextAttention) -> None:
         super().__init__()
-        self.context, self.rules, self.implementation = context, rules, implementation
+        self.context = context
         self.select_per_token = False
         self.keys_read: Tensor | None = None
         self.queries_answered: Tensor | int = 0
@@ -49,20 +40,12 @@ class SqueezedLayer(DynamicLayer):
         return handover, handover
 
     def attend(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Squeezed attention of `query [B, Hq, Q, D]`; `mask` covers the suffix only."""
-        alone = query.shape[2] == 1 or self.select_per_token
-        rule = self.rules.token if alone else self.rules.block
+        """Attention of `query [B, Hq, Q, D]`; `mask` covers the suffix only."""
         if self.watch is not None:
             self.watch.append(query)
-        output, keys_read = ops.attend(
-            query,
-            self.context,
-            rule,
-            self.keys,
-            self.values,
-            mask,
-            scale=scale,
-            implementation=self.implementation,
+        per_token = query.shape[2] == 1 or self.select_per_token
+        output, keys_read = self.context.attend(
+            query, self.keys, self.values, mask, scale, per_token
         )
         self._account(query, mask, keys_read)
         return output
@@ -137,39 +120,39 @@ class Spending:
 class SqueezedCache(Cache):
     """A cache over a fixed context. Pass it as `past_key_values`; make one per request or batch."""
 
-    def __init__(self, layers: list[SqueezedLayer | PrefilledWindowLayer], budget: float) -> None:
+    def __init__(self, layers: list[ContextLayer | PrefilledWindowLayer], budget: float) -> None:
         super().__init__(layers=layers)
         self.budget = budget
 
     @property
-    def squeezed_layers(self) -> list[SqueezedLayer]:
-        return [layer for layer in self.layers if isinstance(layer, SqueezedLayer)]
+    def context_layers(self) -> list[ContextLayer]:
+        return [layer for layer in self.layers if isinstance(layer, ContextLayer)]
 
     def select_per_token(self, enabled: bool = True) -> None:
         """Let every token of a longer input select alone, as in decoding (teacher forcing)."""
-        for layer in self.squeezed_layers:
+        for layer in self.context_layers:
             layer.select_per_token = enabled
 
     def watch_queries(self) -> None:
         """Keep every query from now on, for `squeezed.sources`."""
-        for layer in self.squeezed_layers:
+        for layer in self.context_layers:
             layer.watch = []
 
     def restart_spending(self) -> None:
         """Count keys from here on."""
-        for layer in self.squeezed_layers:
+        for layer in self.context_layers:
             layer.keys_read, layer.queries_answered = None, 0
 
     def spending(self) -> Spending:
         """What was read since the start, or since `restart_spending()`. Waits for the device."""
         read = available = 0.0
         queries = 0
-        for layer in self.squeezed_layers:
+        for layer in self.context_layers:
             if layer.keys_read is None:
                 continue
             queries = int(layer.queries_answered)
             read += float(layer.keys_read)
-            available += queries * layer.context.clustered * layer.context.keys.shape[0]
+            available += queries * layer.context.selectable_keys
         return Spending(
             budget=read / available if available else 1.0,
             keys_read=read / queries if queries else 0.0,
@@ -177,21 +160,14 @@ class SqueezedCache(Cache):
 
 
 def build_cache(
-    layers, rules: list[LayerRules], windows: list[int | None], budget: float, implementation: str
+    contexts: list[ContextAttention | WindowLayer], windows: list[int | None], budget: float
 ) -> SqueezedCache:
-    """Assemble a cache from a context's layers.
-
-    Args:
-        layers: `ClusteredLayer` or `WindowLayer`, one per model layer.
-        rules: one per clustered layer.
-        windows: sliding window of every layer, in tokens.
-    """
-    remaining = iter(rules)
+    """Assemble a cache: one entry per model layer, with the sliding windows in tokens."""
     built = [
-        PrefilledWindowLayer(layer, window)
-        if isinstance(layer, WindowLayer)
-        else SqueezedLayer(layer, next(remaining), implementation)
-        for layer, window in zip(layers, windows, strict=True)
+        PrefilledWindowLayer(context, window)
+        if isinstance(context, WindowLayer)
+        else ContextLayer(context)
+        for context, window in zip(contexts, windows, strict=True)
     ]
     return SqueezedCache(built, budget)
 

@@ -4,7 +4,7 @@ Score of node `i` with mean key `c_i`, size `N_i` and key variance `v_i`, for a 
 (arXiv 2411.09688, section 3; the second-order term is the next term of the cumulant expansion)::
 
     logit_i = s q.c_i + alpha (s |q|)^2 v_i / 2
-    log S_i = logit_i - log(sum of exp over the pinned keys + sum over the coarsest level of N_j exp logit_j)
+    log S_i = logit_i - log(sum over the coarsest level of N_j exp logit_j)
 
 A node is kept when `log S_i`, as the mean of `S_i` over a block of queries and the largest of the
 heads of a group, exceeds the level's threshold. Only children of kept nodes are scored.
@@ -62,13 +62,18 @@ def node_logits(
     return first, first + weight * energy * variance
 
 
-def log_normaliser(query: Tensor, layer: ClusteredLayer, coarsest: Tensor, scale: float) -> Tensor:
-    """Log of the estimated softmax denominator over the context, `[B, Hkv, G, Q, 1]`."""
-    pinned_keys = layer.keys[:, : layer.pinned].to(query.dtype)
-    pinned = scale * torch.einsum("bhgqd,hpd->bhgqp", query, pinned_keys)
-    sizes = layer.levels[0].sizes.to(query.dtype).log()[None, :, None, None, :]
-    masses = torch.cat([pinned, (coarsest + sizes).masked_fill(coarsest == NEG_INF, NEG_INF)], -1)
-    return masses.logsumexp(-1, keepdim=True)
+def log_normaliser(coarsest: Tensor, sizes: Tensor) -> Tensor:
+    """Log of the clusters' estimated mass from the coarsest level's logits, `[B, Hkv, G, Q, 1]`.
+
+    The pinned keys are left out: counting them too moved the KL divergence by less than its noise,
+    and cost another pass before anything could be selected.
+    """
+    return (coarsest + log_sizes(sizes, coarsest)).logsumexp(-1, keepdim=True)
+
+
+def log_sizes(sizes: Tensor, like: Tensor) -> Tensor:
+    """Log of the nodes' sizes `[Hkv, C]`, shaped for logits `[B, Hkv, G, Q, C]`; 0 if empty."""
+    return sizes.clamp(min=1).to(like.dtype).log()[None, :, None, None, :]
 
 
 def query_blocks(rows: int, block: int, device: torch.device) -> Tensor:
@@ -114,13 +119,13 @@ def lookup(
         alpha = None if rule.alpha is None else rule.alpha[depth]
         first, selecting = node_logits(q, level, alpha, scale)
         if normaliser is None:
-            normaliser = log_normaliser(q, layer, selecting, scale)
+            normaliser = log_normaliser(selecting, level.sizes)
             alive = torch.ones_like(first[:, :, 0, :1, :], dtype=torch.bool)
             alive = alive.expand(-1, -1, int(blocks[-1]) + 1, -1)
         scores = block_scores(selecting - normaliser, blocks, valid)
         alive = alive & (level.sizes > 0)[None, :, None, :]
         kept = alive & (scores > rule.log_thresholds[depth])
-        mass = first + level.sizes.clamp(min=1).to(first.dtype).log()[None, :, None, None, :]
+        mass = first + log_sizes(level.sizes, first)
         dropped = (alive & ~kept)[:, :, blocks].unsqueeze(2)
         far_logits.append(mass.masked_fill(~dropped, NEG_INF))
         far_values.append(level.mean_values.to(q.dtype))

@@ -1,0 +1,56 @@
+"""What a method of sparse attention over a fixed context must offer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from squeezed.context import FixedContext
+
+
+class ContextAttention(Protocol):
+    """One layer of a fixed context, as one method reads it.
+
+    Attributes:
+        tokens: length of the context.
+        selectable_keys: keys per query token that the method chooses among, over all KV heads; the
+            pinned ones, which every method reads, are not counted.
+    """
+
+    tokens: int
+    selectable_keys: int
+
+    def attend(
+        self,
+        query: Tensor,
+        suffix_keys: Tensor,
+        suffix_values: Tensor,
+        suffix_mask: Tensor | None,
+        scale: float,
+        per_token: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of `query [B, Hq, Q, D]` over context and suffix.
+
+        Args:
+            suffix_keys, suffix_values: `[B, Hkv, S, D]`, always attended densely.
+            suffix_mask: `[B, 1, Q, S]` bool, or `None` for causal without padding.
+            per_token: every token selects alone; otherwise blocks of the user's tokens may share.
+
+        Returns:
+            Output `[B, Hq, Q, D]`, and the keys that each request read, `[B]` int64, summed over KV
+            heads and query tokens, without the pinned ones.
+        """
+        ...
+
+
+class Method(Protocol):
+    """A method of sparse attention: a name, a source, and its view of a context."""
+
+    name: str
+    paper: str
+
+    def prepare(self, context: FixedContext, budget: float) -> list[ContextAttention]:
+        """One `ContextAttention` per full-attention layer of `context`, at `budget` in (0, 1]."""
+        ...
