@@ -31,6 +31,8 @@ class FixedContext:
         template: text around document and question.
         model, tokenizer: fingerprints.
         seconds: how long prefill, clustering and calibration took.
+        observed: `[Hq, W, D]` per full-attention layer, the queries of the document's last tokens,
+            for methods that vote with them; empty if nobody kept them.
     """
 
     tokens: Tensor
@@ -43,6 +45,7 @@ class FixedContext:
     model: str
     tokenizer: str
     seconds: dict[str, float]
+    observed: Sequence[Tensor] = ()
 
     @property
     def clustered_layers(self) -> list[ClusteredLayer]:
@@ -89,7 +92,7 @@ class FixedContext:
         contexts = [
             layer if isinstance(layer, WindowLayer) else next(attentions) for layer in self.layers
         ]
-        return build_cache(contexts, list(self.windows), budget)
+        return build_cache(contexts, budget)
 
     def kv_bytes(self) -> int:
         return sum(layer.kv_bytes() for layer in self.layers)

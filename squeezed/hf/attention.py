@@ -11,10 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    sdpa_mask,
+)
 
 from squeezed.errors import SqueezedError, UnsupportedModelError
 
@@ -74,5 +79,37 @@ def refuse_unsupported(module, kwargs: dict[str, Any]) -> None:
             )
 
 
+def squeezed_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs,
+) -> Tensor | None:
+    """Mask `[B, 1, Q, K]` as Transformers asks for it, True where attended.
+
+    With a 2-D `attention_mask [B, tokens]`, distances count real tokens instead of columns: a
+    request whose padding lies between the document and its question still sees its whole sliding
+    window. Rows of padding attend to nothing, by which the kernels know them.
+    """
+    if attention_mask is None:
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, None, **kwargs
+        )
+    missing = max(kv_offset + kv_length, q_offset + q_length) - attention_mask.shape[-1]
+    real = torch.nn.functional.pad(attention_mask, (0, max(0, missing))).bool()
+    position = real.long().cumsum(-1) - 1
+    rows = torch.arange(q_length, device=real.device) + q_offset
+    columns = torch.arange(kv_length, device=real.device) + kv_offset
+    batch = torch.arange(batch_size, device=real.device)[:, None, None, None]
+    query_position = position[:, rows][:, None, :, None]
+    key_position = position[:, columns][:, None, None, :]
+    seen = mask_function(batch, torch.zeros_like(batch), query_position, key_position)
+    return seen & real[:, rows][:, None, :, None] & real[:, columns][:, None, None, :]
+
+
 AttentionInterface.register(NAME, squeezed_attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, squeezed_mask)

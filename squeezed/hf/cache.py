@@ -11,28 +11,66 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from squeezed.hf.attention import Handover
 from squeezed.methods.base import ContextAttention
 from squeezed.tree import WindowLayer
 
 
-class ContextLayer(DynamicLayer):
-    """Full attention over a fixed context, by any method, and a dense suffix `[B, Hkv, S, D]`."""
+class SuffixLayer(DynamicLayer):
+    """A layer after a fixed context of `tokens` tokens: only its suffix grows and has a batch."""
 
-    def __init__(self, context: ContextAttention) -> None:
+    def __init__(self, tokens: int, window_tokens: int = 0) -> None:
         super().__init__()
-        self.context = context
-        self.select_per_token = False
-        self.keys_read: Tensor | None = None
-        self.queries_answered: Tensor | int = 0
-        self.watch: list[Tensor] | None = None
+        self.tokens, self.window_tokens = tokens, window_tokens
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
+
+    @property
+    def suffix_length(self) -> int:
+        return self.keys.shape[-2] if self.is_initialized else 0
+
+    def get_seq_length(self) -> int:
+        return self.tokens + self.suffix_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The mask covers the suffix, and the context's last tokens if they are a window."""
+        visible = self.window_tokens + self.suffix_length + query_length
+        return visible, self.tokens - self.window_tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.suffix_length:
+            super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.suffix_length:
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.suffix_length:
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.suffix_length:
+            super().batch_select_indices(indices)
+
+
+class ContextLayer(SuffixLayer):
+    """Full attention over a fixed context, by any method, and a dense suffix `[B, Hkv, S, D]`."""
+
+    is_sliding = False
+
+    def __init__(self, context: ContextAttention) -> None:
+        super().__init__(context.tokens)
+        self.context = context
+        self.select_per_token = False
+        self.keys_read: Tensor | None = None
+        self.queries_answered: Tensor | int = 0
+        self.watch: list[Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         super().update(key_states, value_states)
@@ -58,50 +96,25 @@ class ContextLayer(DynamicLayer):
             answered = mask.any(-1).sum() * (query.shape[0] // mask.shape[0])
         self.queries_answered = self.queries_answered + answered
 
-    @property
-    def suffix_length(self) -> int:
-        return self.keys.shape[-2] if self.is_initialized else 0
 
-    def get_seq_length(self) -> int:
-        return self.context.tokens + self.suffix_length
+class WindowedLayer(SuffixLayer):
+    """Sliding-window attention: the document's last tokens, shared, and the whole suffix.
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.suffix_length + query_length, self.context.tokens
+    The suffix is not cut to the window: in a left-padded batch the window of each request reaches
+    back by its own number of columns, which only the mask knows.
+    """
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if self.suffix_length:
-            super().crop(tokens_to_remove)
+    is_sliding = True
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.suffix_length:
-            super().reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.suffix_length:
-            super().batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.suffix_length:
-            super().batch_select_indices(indices)
-
-
-class PrefilledWindowLayer(DynamicSlidingWindowLayer):
-    """A sliding-window layer that starts with the document's last tokens."""
-
-    def __init__(self, context: WindowLayer, sliding_window: int) -> None:
-        super().__init__(sliding_window)
+    def __init__(self, context: WindowLayer) -> None:
+        super().__init__(context.tokens, context.keys.shape[1])
         self.context = context
-        self.cumulative_length = context.tokens
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        batch = key_states.shape[0]
-        self.keys = self.context.keys.expand(batch, -1, -1, -1)
-        self.values = self.context.values.expand(batch, -1, -1, -1)
-
-    def reset(self) -> None:
-        super().reset()
-        self.cumulative_length = self.context.tokens
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        keys, values = super().update(key_states, value_states)
+        batch = keys.shape[0]
+        window = (x.expand(batch, -1, -1, -1) for x in (self.context.keys, self.context.values))
+        return tuple(torch.cat(pair, 2) for pair in zip(window, (keys, values), strict=True))
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ class Spending:
 class SqueezedCache(Cache):
     """A cache over a fixed context. Pass it as `past_key_values`; make one per request or batch."""
 
-    def __init__(self, layers: list[ContextLayer | PrefilledWindowLayer], budget: float) -> None:
+    def __init__(self, layers: list[ContextLayer | WindowedLayer], budget: float) -> None:
         super().__init__(layers=layers)
         self.budget = budget
 
@@ -159,15 +172,11 @@ class SqueezedCache(Cache):
         )
 
 
-def build_cache(
-    contexts: list[ContextAttention | WindowLayer], windows: list[int | None], budget: float
-) -> SqueezedCache:
-    """Assemble a cache: one entry per model layer, with the sliding windows in tokens."""
+def build_cache(contexts: list[ContextAttention | WindowLayer], budget: float) -> SqueezedCache:
+    """Assemble a cache: one entry per model layer."""
     built = [
-        PrefilledWindowLayer(context, window)
-        if isinstance(context, WindowLayer)
-        else ContextLayer(context)
-        for context, window in zip(contexts, windows, strict=True)
+        WindowedLayer(context) if isinstance(context, WindowLayer) else ContextLayer(context)
+        for context in contexts
     ]
     return SqueezedCache(built, budget)
 
