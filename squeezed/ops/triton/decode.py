@@ -162,7 +162,7 @@ class _Step:
         keys, values, mask = self.suffix_keys, self.suffix_values, self.mask
         top = self.layer.levels[0] if self.layer.levels else None
         recent_programs = cut.tile_batch * cut.recent_chunks
-        lookup.open_kernel[cut.problems, cut.norm_slots + recent_programs](
+        lookup.open_kernel[cut.problems, cut.pinned_chunks + cut.splits + recent_programs](
             self.query, self.layer.keys, self.layer.values,
             top.centroids if top else self.query, top.variance if top else self.query,
             top.key_offsets if top else self.query, self._energy(0), keys, values,
@@ -196,13 +196,13 @@ class _Step:
             s.counters, s.read_counts, s.sums, s.highs, s.masses,
             s.estimate_highs, s.estimate_masses,
             self.query.stride(0), self.query.stride(1), shape.batch, parent.nodes, child.nodes,
-            s.kept[listed].shape[1], s.kept[found].shape[1], cut.norm_slots,
+            s.kept[listed].shape[1], s.kept[found].shape[1], cut.splits,
             cut.fixed_base + cut.pinned_chunks, cut.fixed_slots, cut.recent_chunks,
             cut.far_base + sum(cut.parts[:stage]), sum(cut.parts),
             threshold[stage], threshold[stage if flat else stage + 1], self.scale_bits,
             LISTED=listed, FOUND=found, COUNTERS=s.counters.shape[1], TOP=stage == 0, FLAT=flat,
             LEAVES=leaves, **self._tile(), M=cut.row_pad, N_PARENT=tuning.parents,
-            N=tuning.children, WRITE=tuning.write, NORM_PAD=power_of_two(cut.norm_slots),
+            N=tuning.children, WRITE=tuning.write, NORM_PAD=power_of_two(cut.splits),
             RECENT_PAD=power_of_two(max(cut.recent_chunks, 1)),
             BITS=triton.language.int32 if cut.bits == torch.int32 else triton.language.int64,
             SHARED=shared, SECOND=rule.alpha is not None,

@@ -23,7 +23,7 @@ def descend_kernel(
     listed, listed_bits, found, found_bits, counters, read_counts, sums, highs, masses,
     estimate_highs, estimate_masses,
     query_stride_batch, query_stride_head, batch, parents, nodes, listed_capacity, found_capacity,
-    norm_slots, recent_base, recent_stride, recent_chunks, far_base, far_slots,
+    splits, recent_base, recent_stride, recent_chunks, far_base, far_slots,
     parent_threshold, threshold, scale_bits,
     LISTED: tl.constexpr, FOUND: tl.constexpr, COUNTERS: tl.constexpr, TOP: tl.constexpr,
     FLAT: tl.constexpr, LEAVES: tl.constexpr,
@@ -55,7 +55,7 @@ def descend_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    norm = normaliser(norm_highs, norm_masses, z, norm_slots, row, exists, ROWS, M, NORM_PAD)
+    norm = normaliser(norm_highs, norm_masses, z, splits, row, exists, ROWS, M, NORM_PAD)
     selects = exists
     if MASKED:
         recent = recent_base + z * recent_stride

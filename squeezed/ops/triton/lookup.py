@@ -61,7 +61,7 @@ def selecting(first, energy, variance, node, live, SECOND: tl.constexpr):
 @triton.jit
 def score_nodes(
     q, exists, row, z, head, split, centroids, variance, key_offsets, energy, nodes, scale_bits,
-    logits, norm_highs, norm_masses, norm_slots, splits,
+    logits, norm_highs, norm_masses, splits,
     ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr,
     SECOND: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def score_nodes(
         high, mass, _, _ = fold_mass(high, mass, score)
         at = (z * ROWS + row).to(tl.int64)[:, None] * nodes + node[None, :]
         tl.store(logits + at, first, mask=exists[:, None] & live[None, :])
-    at = (z * norm_slots + split) * ROWS + row
+    at = (z * splits + split) * ROWS + row
     tl.store(norm_highs + at, high, mask=exists)
     tl.store(norm_masses + at, mass, mask=exists)
 
@@ -156,9 +156,9 @@ def open_kernel(
             tl.store(read_counts + z * TILE_BATCH + index, 0)
             if (head == 0) & (tile * TILE_BATCH + index < batch):
                 tl.store(keys_read + tile * TILE_BATCH + index, 0)
-    norm_slots = splits + pinned_chunks
+    shared_parts = pinned_chunks + splits
     slot = fixed_base + z * (pinned_chunks + suffix_chunks)
-    if part < norm_slots:
+    if part < shared_parts:
         row = tl.arange(0, M)
         q, exists = load_query(
             query, query_stride_batch, query_stride_head, head, tile, row, batch,
@@ -174,23 +174,20 @@ def open_kernel(
             store_partial(
                 sums, highs, masses, slot + part, row, exists, high, mass, total, ROWS, D, D_PAD
             )
-            at = (z * norm_slots + splits + part) * ROWS + row
-            tl.store(norm_highs + at, high, mask=exists)
-            tl.store(norm_masses + at, mass, mask=exists)
         else:
             energy = energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND)
             score_nodes(
                 q, exists, row, z, head, part - pinned_chunks, centroids, variance, key_offsets,
-                energy, nodes, scale_bits, logits, norm_highs, norm_masses, norm_slots, splits,
+                energy, nodes, scale_bits, logits, norm_highs, norm_masses, splits,
                 ROWS, M, D, D_PAD, N, SECOND,
             )  # fmt: skip
     else:
-        chunk = (part - norm_slots) % suffix_chunks
+        chunk = (part - shared_parts) % suffix_chunks
         attend_recent(
             query, suffix_keys, suffix_values, suffix_mask, sums, highs, masses,
             query_stride_batch, query_stride_head, suffix_stride_batch, suffix_stride_head,
             suffix_stride_row, mask_stride_batch, mask_stride_row, head, tile,
-            (part - norm_slots) // suffix_chunks, slot + pinned_chunks + chunk, batch,
+            (part - shared_parts) // suffix_chunks, slot + pinned_chunks + chunk, batch,
             chunk * CHUNK, tl.minimum(suffix, (chunk + 1) * CHUNK), scale_bits,
             GROUP, TILE_BATCH, ROWS, M_ONE, D, D_PAD, N, MASKED,
         )  # fmt: skip

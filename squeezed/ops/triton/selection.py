@@ -62,13 +62,13 @@ def append(rows, row_bits, counter, bits, start, length, WRITE: tl.constexpr, SH
 
 @triton.jit
 def normaliser(
-    norm_highs, norm_masses, z, norm_slots, row, exists,
+    norm_highs, norm_masses, z, splits, row, exists,
     ROWS: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Log of the estimated softmax denominator over the context, in bits, `[M]`."""
     slot = tl.arange(0, SLOTS)
-    at = (z * norm_slots + slot)[None, :] * ROWS + row[:, None]
-    mask = exists[:, None] & (slot < norm_slots)[None, :]
+    at = (z * splits + slot)[None, :] * ROWS + row[:, None]
+    mask = exists[:, None] & (slot < splits)[None, :]
     high = tl.load(norm_highs + at, mask=mask, other=float("-inf"))
     mass = tl.load(norm_masses + at, mask=mask, other=0.0)
     top = tl.max(high, 1)

@@ -80,10 +80,6 @@ class Plan:
         return self.pinned_chunks + self.recent_chunks
 
     @property
-    def norm_slots(self) -> int:
-        return self.splits + self.pinned_chunks
-
-    @property
     def bits(self) -> torch.dtype:
         return torch.int32 if self.tile_batch <= 32 else torch.int64
 
@@ -137,7 +133,7 @@ class Workspace:
 
     Attributes:
         logits: `[Z, rows, C]` first-order logits of the coarsest nodes, in bits.
-        norm_highs, norm_masses: `[Z, norm_slots, rows]` parts of the normaliser.
+        norm_highs, norm_masses: `[Z, splits, rows]` parts of the normaliser.
         counters: `[Z, levels]` int32: kept rows, then kept nodes of every level between.
         read_counts: `[Z, tile_batch]` int32, rows that every request reads.
         kept: per list (rows, then the levels between) `[Z, capacity]` int32.
@@ -173,8 +169,8 @@ class Workspace:
         parts = cut.parts[-1] if levels else 1
         return Workspace(
             logits=new(z, rows, shape.nodes[0] if levels else 1),
-            norm_highs=new(z, max(cut.norm_slots, 1), rows),
-            norm_masses=new(z, max(cut.norm_slots, 1), rows),
+            norm_highs=new(z, max(cut.splits, 1), rows),
+            norm_masses=new(z, max(cut.splits, 1), rows),
             counters=new(z, max(levels, 1), dtype=torch.int32),
             read_counts=new(z, cut.tile_batch, dtype=torch.int32),
             kept=tuple(new(z, n, dtype=torch.int32) for n in capacities),
