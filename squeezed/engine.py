@@ -84,6 +84,7 @@ def index(
         template=template,
         model=model_fingerprint(model),
         tokenizer=tokenizer_fingerprint(tokenizer),
+        observed=tuple(layer.queries for layer in seen),
         seconds={
             "prefill": prefilled - started,
             "cluster": clustered - prefilled,

@@ -1,4 +1,5 @@
-"""A saved context: `context.json` and one safetensors file per layer, with checksums.
+"""A saved context: `context.json` and one safetensors file per layer, with checksums; the
+observed queries, which only some methods use, lie in a file of their own.
 
 Everything is written under a temporary name and renamed when complete. Layers are memory-mapped
 when first used, and checked then.
@@ -28,6 +29,7 @@ from squeezed.tree import ClusteredLayer, Level, WindowLayer
 
 FORMAT_VERSION = 1
 MANIFEST = "context.json"
+OBSERVED = "observed_queries.safetensors"
 
 
 def save(context: FixedContext, path: Path) -> Path:
@@ -44,6 +46,9 @@ def save(context: FixedContext, path: Path) -> Path:
             name = f"layer_{index:03d}.safetensors"
             save_file(_layer_tensors(layer), partial / name, metadata=_layer_metadata(layer))
             files[name] = _file_record(partial / name)
+        queries = {f"layer_{i:03d}": q.contiguous() for i, q in enumerate(context.observed)}
+        save_file(queries, partial / OBSERVED)
+        files[OBSERVED] = _file_record(partial / OBSERVED)
         manifest = _manifest(context, files)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _replace(partial, path)
@@ -91,6 +96,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> FixedContext:
         model=manifest["model"],
         tokenizer=manifest["tokenizer"],
         seconds=manifest["seconds"],
+        observed=ObservedQueries(path, manifest["files"], torch.device(device)),
     )
 
 
@@ -99,7 +105,7 @@ class StoredLayers(Sequence[Layer]):
 
     def __init__(self, path: Path, files: dict[str, dict], device: torch.device) -> None:
         self.path, self.files, self.device = path, files, device
-        self.names = sorted(files)
+        self.names = sorted(name for name in files if name != OBSERVED)
         self.opened: dict[int, Layer] = {}
 
     def __len__(self) -> int:
@@ -115,14 +121,36 @@ class StoredLayers(Sequence[Layer]):
         return self.opened[index]
 
     def _open(self, name: str) -> Layer:
-        file = self.path / name
-        if _file_record(file)["sha256"] != self.files[name]["sha256"]:
-            raise ContextFileError(
-                f"{file}: its checksum is not the one in {MANIFEST}; the file was altered, index "
-                "the document again"
-            )
-        tensors = load_file(file, device=str(self.device))
-        return _layer_of(tensors)
+        return _layer_of(_checked_tensors(self.path / name, self.files[name], self.device))
+
+
+class ObservedQueries(Sequence[Tensor]):
+    """The observed queries of a saved context, `[Hq, W, D]` per layer, read when first used."""
+
+    def __init__(self, path: Path, files: dict[str, dict], device: torch.device) -> None:
+        self.path, self.record, self.device = path / OBSERVED, files.get(OBSERVED), device
+        self.opened: list[Tensor] | None = None
+
+    def _queries(self) -> list[Tensor]:
+        if self.opened is None:
+            found = _checked_tensors(self.path, self.record, self.device) if self.record else {}
+            self.opened = [found[name] for name in sorted(found)]
+        return self.opened
+
+    def __len__(self) -> int:
+        return len(self._queries())
+
+    def __getitem__(self, index):
+        return self._queries()[index]
+
+
+def _checked_tensors(file: Path, record: dict, device: torch.device) -> dict[str, Tensor]:
+    if _file_record(file)["sha256"] != record["sha256"]:
+        raise ContextFileError(
+            f"{file}: its checksum is not the one in {MANIFEST}; the file was altered, index "
+            "the document again"
+        )
+    return load_file(file, device=str(device))
 
 
 def _layer_tensors(layer: Layer) -> dict[str, Tensor]:
