@@ -30,18 +30,18 @@ def _bits(tensor: Tensor) -> Array:
 
 @dataclass(frozen=True)
 class Suffix:
-    """Suffix keys and values, flat; strides `(batch, head, token)` in elements."""
+    """Suffix keys and values, flat; their strides (batch, head, token) in elements, `[2, 3]`."""
 
     keys: Array
     values: Array
-    key_strides: tuple[int, int, int]
-    value_strides: tuple[int, int, int]
+    strides: Array
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor) -> Suffix:
         """Views of `[B, Hkv, S, D]`, expanded and sliced tensors included."""
         keys, values = _dense_rows(keys), _dense_rows(values)
-        return cls(_span(keys), _span(values), keys.stride()[:3], values.stride()[:3])
+        strides = np.array([keys.stride()[:3], values.stride()[:3]], np.int64)
+        return cls(_span(keys), _span(values), strides)
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:

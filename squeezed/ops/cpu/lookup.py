@@ -1,8 +1,8 @@
-"""Parallel loops that walk the tree: score nodes, normalise, select, mark children.
+"""The walk down the tree, one level per call: score, normalise, select, far field, children.
 
 `H` key/value heads, `U` units (a request's block of queries), `R` rows of a unit, ordered
-`[G, block]`, `W = U * R`, `C` nodes of a level. `state [H, U, C]` says what became of a node; logits
-of dead nodes are never read.
+`[G, block]`, `W = U * R`, `C` nodes of a level. `state [H, U, C]` says what became of a node; the
+logits of dead nodes are never read.
 """
 
 from __future__ import annotations
@@ -12,81 +12,46 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from squeezed.ops.cpu.numerics import TILE, dots, exp_nonpositive, log_sum
+from squeezed.ops.cpu.numerics import TILE, absorb, dots, exp_nonpositive, log_sum
 
 DEAD, DROPPED, KEPT = np.uint8(0), np.uint8(1), np.uint8(2)
 NEG_INF = np.float32(-np.inf)
 
 
 @njit(cache=True)
-def _score_unit(start, stop, base, q, centroids, state, out):
+def _score(q, centroids, base, state, logits):
+    """First-order logits of all nodes that are not dead."""
     rows, dim = q.shape
     offsets, nodes = np.empty(TILE, np.int64), np.empty(TILE, np.int64)
     tile = np.empty((rows, TILE), np.float32)
-    count = 0
-    for node in range(start, stop):
+    count, last = 0, state.shape[0] - 1
+    for node in range(last + 1):
         if state[node] != DEAD:
             nodes[count], offsets[count] = node, base + node * dim
             count += 1
-        if count == TILE or (node == stop - 1 and count):
+        if count == TILE or (node == last and count):
             dots(q, centroids, offsets, count, tile)
             for r in range(rows):
                 for t in range(count):
-                    out[r, nodes[t]] = tile[r, t]
+                    logits[r, nodes[t]] = tile[r, t]
             count = 0
-
-
-@njit(cache=True, parallel=True)
-def score_nodes(chunk, q, centroids, state, out):
-    """First-order logits of all nodes alive, `out [H, W, C]`; `centroids` flat, `q [H, W, D]`."""
-    heads, units, nodes = state.shape
-    chunks = (nodes + chunk - 1) // chunk
-    rows = q.shape[1] // units
-    for task in prange(heads * chunks):
-        head, start = task // chunks, task % chunks * chunk
-        base = head * nodes * q.shape[2]
-        for unit in range(units):
-            own = slice(unit * rows, (unit + 1) * rows)
-            _score_unit(
-                start, min(start + chunk, nodes), base, q[head, own], centroids,
-                state[head, unit], out[head, own],
-            )  # fmt: skip
 
 
 @njit(cache=True)
 def _log_mass(logits, energy, variance, key_offsets, state, wanted):
     """Log of the sum of `size * exp(logit + energy * variance)` over the nodes in a wanted state."""
-    masses = np.empty(logits.shape[0], np.float32)
-    count = 0
+    terms = np.empty(logits.shape[0], np.float32)
+    top = NEG_INF
     for node in range(logits.shape[0]):
-        if state[node] == wanted:
-            size = np.float32(key_offsets[node + 1] - key_offsets[node])
-            masses[count] = logits[node] + energy * variance[node] + np.float32(math.log(size))
-            count += 1
-    top = masses[:count].max() if count else NEG_INF
+        term = logits[node] + energy * variance[node]
+        terms[node] = term if state[node] == wanted else NEG_INF
+        top = max(top, terms[node])
     mass = np.float32(0.0)
-    for i in range(count):
-        mass += exp_nonpositive(masses[i] - top)
+    if top > NEG_INF:
+        for node in range(logits.shape[0]):
+            size = np.float32(key_offsets[node + 1] - key_offsets[node])
+            mass += size * exp_nonpositive(terms[node] - top)
     return log_sum(mass, top)
-
-
-@njit(cache=True, parallel=True)
-def log_masses(logits, energy, variance, key_offsets, state, wanted, out):
-    """Add to `out [H, W]`, in logarithms, the `_log_mass` of every query row.
-
-    `energy [H, W]` weighs `variance [H, C]`; zero scores to first order.
-    """
-    heads, width = out.shape
-    rows = width // state.shape[1]
-    for task in prange(heads * width):
-        h, w = task // width, task % width
-        nodes = _log_mass(
-            logits[h, w], energy[h, w], variance[h], key_offsets[h], state[h, w // rows], wanted
-        )
-        high, low = max(nodes, out[h, w]), min(nodes, out[h, w])
-        if low > -np.inf:
-            high += np.float32(math.log1p(math.exp(low - high)))
-        out[h, w] = high
 
 
 @njit(cache=True)
@@ -112,7 +77,8 @@ def _mean_score(logits, energy, normaliser, variance, valid, score):
 
 
 @njit(cache=True)
-def _select_unit(logits, energy, normaliser, variance, valid, threshold, state):
+def _select(logits, energy, normaliser, variance, valid, threshold, state):
+    """Mark as kept what exceeds the log threshold."""
     block, nodes = valid.shape[0], state.shape[0]
     score = np.full(nodes, NEG_INF)
     for first in range(0, logits.shape[0], block):
@@ -123,28 +89,89 @@ def _select_unit(logits, energy, normaliser, variance, valid, threshold, state):
             state[node] = KEPT
 
 
+@njit(cache=True)
+def _add_far(values, base, state, key_offsets, logits, top, mass, acc):
+    """Every dropped node as one key of mass `size * exp(logit)` and the node's mean value."""
+    rows, dim = acc.shape
+    offsets, tile = np.empty(TILE, np.int64), np.empty((rows, TILE), np.float32)
+    count, last = 0, state.shape[0] - 1
+    for node in range(last + 1):
+        if state[node] == DROPPED:
+            log_size = np.float32(math.log(key_offsets[node + 1] - key_offsets[node]))
+            offsets[count] = base + node * dim
+            for r in range(rows):
+                tile[r, count] = logits[r, node] + log_size
+            count += 1
+        if count == TILE or (node == last and count):
+            absorb(tile, count, values, offsets, top, mass, acc)
+            count = 0
+
+
+@njit(cache=True)
+def _open_children(state, child_offsets, below):
+    """Children of kept nodes are alive: dropped, until they are kept themselves."""
+    for node in range(state.shape[0]):
+        for child in range(child_offsets[node], child_offsets[node + 1]):
+            below[child] = DROPPED if state[node] == KEPT else DEAD
+
+
+@njit(cache=True)
+def _bury_empty(state, key_offsets):
+    for node in range(state.shape[0]):
+        if key_offsets[node + 1] == key_offsets[node]:
+            state[node] = DEAD
+
+
+@njit(cache=True)
+def _sum_up(logits, variance, key_offsets, state, estimate):
+    """First-order log mass of the kept leaves, `estimate [R]`; returns the keys they hold."""
+    for r in range(estimate.shape[0]):
+        estimate[r] = _log_mass(logits[r], np.float32(0.0), variance, key_offsets, state, KEPT)
+    keys = 0
+    for node in range(state.shape[0]):
+        if state[node] == KEPT:
+            keys += key_offsets[node + 1] - key_offsets[node]
+    return keys
+
+
 @njit(cache=True, parallel=True)
-def select(logits, energy, normaliser, variance, valid, threshold, state):
-    """Mark what exceeds the log threshold as kept. `valid [U, block]`: padding moves no mean."""
-    heads, units, _ = state.shape
-    rows = logits.shape[1] // units
+def descend(
+    q, centroids, mean_values, variance, key_offsets, child_offsets, energy, valid, threshold,
+    is_first, with_far, normaliser, state, below, logits, keys_read, estimate, top, mass, acc,
+):  # fmt: skip
+    """One level for every head and unit.
+
+    Reads `q [H, W, D]`, the level (centroids and mean values flat), `energy [H, W]`, the weight of
+    the variance, and `valid [U, block]`: padding moves no mean. Writes `normaliser [H, W]` at the
+    first level, `logits [H, W, C]`, `state`, and `below`, the states of the next level, which has
+    no nodes at the leaves; there `keys_read [H, U]` and `estimate [H, W]` are written. The far
+    field is added to the softmax sums `top, mass [H, W]`, `acc [H, W, D]`.
+    """
+    heads, units, nodes = state.shape
+    rows, dim = q.shape[1] // units, q.shape[2]
     for task in prange(heads * units):
         h, u = task // units, task % units
         own = slice(u * rows, (u + 1) * rows)
-        _select_unit(
-            logits[h, own], energy[h, own], normaliser[h, own], variance[h], valid[u],
-            threshold, state[h, u],
+        base = h * nodes * dim
+        _bury_empty(state[h, u], key_offsets[h])
+        _score(q[h, own], centroids, base, state[h, u], logits[h, own])
+        if is_first:
+            for w in range(u * rows, (u + 1) * rows):
+                normaliser[h, w] = _log_mass(
+                    logits[h, w], energy[h, w], variance[h], key_offsets[h], state[h, u], DROPPED
+                )
+        _select(
+            logits[h, own], energy[h, own], normaliser[h, own], variance[h], valid[u], threshold,
+            state[h, u],
         )  # fmt: skip
-
-
-@njit(cache=True, parallel=True)
-def open_children(state, child_offsets, key_offsets, out):
-    """States of the next level, `out [H, U, C']`: alive (dropped until kept) below kept nodes."""
-    heads, units, nodes = state.shape
-    for task in prange(heads * units):
-        h, u = task // units, task % units
-        for node in range(nodes):
-            kept = state[h, u, node] == KEPT
-            for child in range(child_offsets[h, node], child_offsets[h, node + 1]):
-                filled = key_offsets[h, child + 1] > key_offsets[h, child]
-                out[h, u, child] = DROPPED if kept and filled else DEAD
+        if with_far:
+            _add_far(
+                mean_values, base, state[h, u], key_offsets[h], logits[h, own],
+                top[h, own], mass[h, own], acc[h, own],
+            )  # fmt: skip
+        if below.shape[2]:
+            _open_children(state[h, u], child_offsets[h], below[h, u])
+        else:
+            keys_read[h, u] = _sum_up(
+                logits[h, own], variance[h], key_offsets[h], state[h, u], estimate[h, own]
+            )

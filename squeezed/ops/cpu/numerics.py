@@ -28,20 +28,26 @@ _TAYLOR = tuple(np.float32(1.0 / math.factorial(n)) for n in range(2, 8))
 
 
 @intrinsic
-def widen(typing_context, element):
-    """A stored element as float32."""
+def load(typing_context, array, index):
+    """Element `index` of a contiguous array, flattened, as float32. For memory nobody writes.
+
+    No bounds, no wrap-around, no reference count, and marked invariant: that is what lets the
+    compiler vectorise a loop that also stores.
+    """
 
     def codegen(context, builder, signature, args):
-        if element == types.uint16:  # bfloat16 is the upper half of a float32
-            bits = builder.shl(
-                builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16)
-            )
-            return builder.bitcast(bits, ir.FloatType())
-        if element == types.int16:
-            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-        return args[0]
+        kind = signature.args[0]
+        base = context.make_array(kind)(context, builder, args[0]).data
+        element = builder.load(builder.gep(base, [args[1]], inbounds=True))
+        element.set_metadata("invariant.load", builder.module.add_metadata([]))
+        if kind.dtype == types.uint16:  # bfloat16 is the upper half of a float32
+            wide = builder.zext(element, ir.IntType(32))
+            return builder.bitcast(builder.shl(wide, wide.type(16)), ir.FloatType())
+        if kind.dtype == types.int16:
+            return builder.fpext(builder.bitcast(element, ir.HalfType()), ir.FloatType())
+        return element
 
-    return types.float32(element), codegen
+    return types.float32(array, types.intp), codegen
 
 
 @intrinsic
@@ -66,82 +72,76 @@ def exp_nonpositive(x):
 
 
 @njit(cache=True, fastmath=REORDER)
-def dot_four(q, r, row, out, t):
-    """Products of query rows `r .. r+3` with one key row, into `out[r .. r+3, t]`."""
-    q0, q1, q2, q3 = q[r], q[r + 1], q[r + 2], q[r + 3]
-    s0 = s1 = s2 = s3 = np.float32(0.0)
-    for d in range(row.shape[0]):
-        x = widen(row[d])
-        s0 += q0[d] * x
-        s1 += q1[d] * x
-        s2 += q2[d] * x
-        s3 += q3[d] * x
-    out[r, t], out[r + 1, t], out[r + 2, t], out[r + 3, t] = s0, s1, s2, s3
-
-
-@njit(cache=True, fastmath=REORDER)
-def dot_one(q, row):
-    total = np.float32(0.0)
-    for d in range(row.shape[0]):
-        total += q[d] * widen(row[d])
-    return total
-
-
-@njit(cache=True)
 def dots(q, flat, offsets, count, out):
     """`out[r, t] = q[r] . flat[offsets[t]:]` for all rows `r` of `q` and `t < count`."""
     rows, dim = q.shape
     fours = rows - rows % 4
     for t in range(count):
-        row = flat[offsets[t] : offsets[t] + dim]
+        row = offsets[t]
         for r in range(0, fours, 4):
-            dot_four(q, r, row, out, t)
+            s0 = s1 = s2 = s3 = np.float32(0.0)
+            for d in range(dim):
+                x = load(flat, row + d)
+                s0 += load(q, r * dim + d) * x
+                s1 += load(q, (r + 1) * dim + d) * x
+                s2 += load(q, (r + 2) * dim + d) * x
+                s3 += load(q, (r + 3) * dim + d) * x
+            out[r, t], out[r + 1, t], out[r + 2, t], out[r + 3, t] = s0, s1, s2, s3
         for r in range(fours, rows):
-            out[r, t] = dot_one(q[r], row)
+            s0 = np.float32(0.0)
+            for d in range(dim):
+                s0 += load(q, r * dim + d) * load(flat, row + d)
+            out[r, t] = s0
 
 
 @njit(cache=True, fastmath=REORDER)
-def _add_four_by_four(acc, r, weights, flat, offsets, t):
-    """`acc[r+i] += weights[r+i, t+j] * row[t+j]` for `i, j < 4`: each loaded element is used often."""
-    dim = acc.shape[1]
-    v0, v1 = flat[offsets[t] :][:dim], flat[offsets[t + 1] :][:dim]
-    v2, v3 = flat[offsets[t + 2] :][:dim], flat[offsets[t + 3] :][:dim]
-    a0, a1, a2, a3 = acc[r], acc[r + 1], acc[r + 2], acc[r + 3]
-    w0, w1, w2, w3 = weights[r], weights[r + 1], weights[r + 2], weights[r + 3]
-    for d in range(dim):
-        x0, x1, x2, x3 = widen(v0[d]), widen(v1[d]), widen(v2[d]), widen(v3[d])
-        a0[d] += w0[t] * x0 + w0[t + 1] * x1 + w0[t + 2] * x2 + w0[t + 3] * x3
-        a1[d] += w1[t] * x0 + w1[t + 1] * x1 + w1[t + 2] * x2 + w1[t + 3] * x3
-        a2[d] += w2[t] * x0 + w2[t + 1] * x1 + w2[t + 2] * x2 + w2[t + 3] * x3
-        a3[d] += w3[t] * x0 + w3[t + 1] * x1 + w3[t + 2] * x2 + w3[t + 3] * x3
+def _add_values(weights, count, flat, offsets, acc):
+    """`acc[r] += sum over t of weights[r, t] * flat[offsets[t]:]`, `count` a multiple of 4.
 
-
-@njit(cache=True, fastmath=REORDER)
-def _add_four(accumulator, weights, flat, offsets, t):
-    """The same for a single query row."""
-    dim = accumulator.shape[0]
-    v0, v1 = flat[offsets[t] :][:dim], flat[offsets[t + 1] :][:dim]
-    v2, v3 = flat[offsets[t + 2] :][:dim], flat[offsets[t + 3] :][:dim]
-    w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
-    for d in range(dim):
-        low = w0 * widen(v0[d]) + w1 * widen(v1[d])
-        accumulator[d] += low + w2 * widen(v2[d]) + w3 * widen(v3[d])
+    Four rows by four values at a time: every element loaded and widened is used four times.
+    """
+    rows, dim = acc.shape
+    fours = rows - rows % 4
+    for t in range(0, count, 4):
+        o0, o1, o2, o3 = offsets[t], offsets[t + 1], offsets[t + 2], offsets[t + 3]
+        for r in range(0, fours, 4):
+            a0, a1, a2, a3 = acc[r], acc[r + 1], acc[r + 2], acc[r + 3]
+            w = weights[r : r + 4, t : t + 4]
+            w00, w01, w02, w03 = w[0, 0], w[0, 1], w[0, 2], w[0, 3]
+            w10, w11, w12, w13 = w[1, 0], w[1, 1], w[1, 2], w[1, 3]
+            w20, w21, w22, w23 = w[2, 0], w[2, 1], w[2, 2], w[2, 3]
+            w30, w31, w32, w33 = w[3, 0], w[3, 1], w[3, 2], w[3, 3]
+            for d in range(dim):
+                x0, x1, x2, x3 = load(flat, o0 + d), load(flat, o1 + d), load(flat, o2 + d), load(flat, o3 + d)
+                a0[d] += w00 * x0 + w01 * x1 + w02 * x2 + w03 * x3
+                a1[d] += w10 * x0 + w11 * x1 + w12 * x2 + w13 * x3
+                a2[d] += w20 * x0 + w21 * x1 + w22 * x2 + w23 * x3
+                a3[d] += w30 * x0 + w31 * x1 + w32 * x2 + w33 * x3
+        for r in range(fours, rows):
+            a0 = acc[r]
+            w00, w01, w02, w03 = weights[r, t], weights[r, t + 1], weights[r, t + 2], weights[r, t + 3]
+            for d in range(dim):
+                low = w00 * load(flat, o0 + d) + w01 * load(flat, o1 + d)
+                a0[d] += low + w02 * load(flat, o2 + d) + w03 * load(flat, o3 + d)
 
 
 @njit(cache=True, fastmath={"reassoc", "nnan", "nsz"})
-def largest(values, count):
+def _largest(rows, r, count):
     top = np.float32(-np.inf)
     for t in range(count):
-        top = max(top, values[t])
+        top = max(top, rows[r, t])
     return top
 
 
-@njit(cache=True, fastmath=REORDER)
-def total(values, count):
-    result = np.float32(0.0)
+@njit(cache=True, fastmath={"reassoc"})
+def _exponentiate(rows, r, count, top):
+    """Row `r` becomes `exp(row - top)`; returns its sum."""
     for t in range(count):
-        result += values[t]
-    return result
+        rows[r, t] = exp_nonpositive(rows[r, t] - top)
+    mass = np.float32(0.0)
+    for t in range(count):
+        mass += rows[r, t]
+    return mass
 
 
 @njit(cache=True)
@@ -153,7 +153,7 @@ def log_sum(mass, top):
 @njit(cache=True)
 def _weigh(logits, count, r, top, mass, acc):
     """Turn one row of logits into softmax weights under a running maximum."""
-    here = largest(logits[r], count)
+    here = _largest(logits, r, count)
     if here > top[r]:
         shrink = exp_nonpositive(top[r] - here)
         top[r] = here
@@ -162,10 +162,8 @@ def _weigh(logits, count, r, top, mass, acc):
             acc[r, d] *= shrink
     if top[r] == -np.inf:
         logits[r, :count] = 0.0  # every key so far is masked
-        return
-    for t in range(count):
-        logits[r, t] = exp_nonpositive(logits[r, t] - top[r])
-    mass[r] += total(logits[r], count)
+    else:
+        mass[r] += _exponentiate(logits, r, count, top[r])
 
 
 @njit(cache=True)
@@ -182,9 +180,4 @@ def absorb(logits, count, flat, offsets, top, mass, acc):
     for t in range(count, padded):
         offsets[t] = offsets[count - 1]
         logits[:, t] = 0.0
-    fours = rows - rows % 4
-    for t in range(0, padded, 4):
-        for r in range(0, fours, 4):
-            _add_four_by_four(acc, r, logits, flat, offsets, t)
-        for r in range(fours, rows):
-            _add_four(acc[r], logits[r], flat, offsets, t)
+    _add_values(logits, padded, flat, offsets, acc)

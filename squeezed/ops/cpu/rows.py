@@ -52,9 +52,10 @@ def to_rows(
     missing = blocks * block - rows
     if mask is None:
         mask = torch.ones(rows, suffix, dtype=torch.bool).tril(suffix - rows)[None, None]
-    mask = pad(mask[:, 0].expand(batch, rows, suffix), (0, 0, missing, 0))
-    q = pad(query.detach().float() * scale, (0, 0, missing, 0))
-    q = q.view(batch, kv_heads, heads // kv_heads, blocks, block, dim)
+    mask, q = mask[:, 0].expand(batch, rows, suffix), query.detach().float() * scale
+    if missing:
+        mask, q = pad(mask, (0, 0, missing, 0)), pad(q, (0, 0, missing, 0))
+    q = q.reshape(batch, kv_heads, heads // kv_heads, blocks, block, dim)
     return QueryRows(
         queries=q.permute(1, 0, 3, 2, 4, 5).reshape(kv_heads, batch * blocks, -1, dim).contiguous(),
         mask=mask.reshape(batch * blocks, block, suffix).contiguous(),

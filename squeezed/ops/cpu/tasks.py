@@ -1,0 +1,136 @@
+"""Cutting the keys to be read into even tasks, and merging what the tasks found."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+from squeezed.ops.cpu.exact import CONTEXT, PINNED, SUFFIX
+from squeezed.ops.cpu.lookup import KEPT
+from squeezed.ops.cpu.numerics import log_sum
+
+
+@njit(cache=True)
+def _kept_by_any(state, leaf):
+    for unit in range(state.shape[0]):  # noqa: SIM110, Numba compiles no generators
+        if state[unit, leaf] == KEPT:
+            return True
+    return False
+
+
+@njit(cache=True)
+def _cut_kept(head, state, key_offsets, piece_keys, pieces, count):
+    """Row ranges of one head that hold `piece_keys` keys kept by any unit; cuts large leaves, too."""
+    start, held = np.int64(key_offsets[0]), 0
+    for leaf in range(state.shape[1]):
+        row, stop = np.int64(key_offsets[leaf]), np.int64(key_offsets[leaf + 1])
+        if row < stop and _kept_by_any(state, leaf):
+            while held + stop - row >= piece_keys:
+                row += piece_keys - held
+                pieces[count] = CONTEXT, head, start, row
+                count, start, held = count + 1, row, 0
+            held += stop - row
+    if held:
+        pieces[count] = CONTEXT, head, start, np.int64(key_offsets[-1])
+        count += 1
+    return count
+
+
+@njit(cache=True)
+def _cut_rows(kind, head, rows, piece_keys, pieces, count):
+    for start in range(0, rows, piece_keys):
+        pieces[count] = kind, head, start, min(start + piece_keys, rows)
+        count += 1
+    return count
+
+
+@njit(cache=True)
+def cut_pieces(state, key_offsets, pinned, suffix, piece_keys):
+    """All pieces of all heads, `[N, 4]`, those of one kind and head side by side."""
+    heads = state.shape[0]
+    most = (key_offsets[:, -1] - key_offsets[:, 0]).sum() + heads * (pinned + suffix)
+    pieces, count = np.empty((most // piece_keys + 3 * heads, 4), np.int64), 0
+    for head in range(heads):
+        count = _cut_kept(head, state[head], key_offsets[head], piece_keys, pieces, count)
+        count = _cut_rows(PINNED, head, pinned, piece_keys, pieces, count)
+        count = _cut_rows(SUFFIX, head, suffix, piece_keys, pieces, count)
+    return pieces[:count]
+
+
+@njit(cache=True)
+def group_pieces(pieces, tasks):
+    """Bounds `[T + 1]` of about `tasks` equal runs of pieces of one kind and head."""
+    per_task = max(1, (pieces.shape[0] + tasks - 1) // tasks)
+    bounds, count = np.zeros(pieces.shape[0] + 1, np.int64), 0
+    for piece in range(pieces.shape[0]):
+        first = bounds[count]
+        full = piece - first == per_task
+        if full or pieces[piece, 0] != pieces[first, 0] or pieces[piece, 1] != pieces[first, 1]:
+            count += 1
+            bounds[count] = piece
+    if pieces.shape[0]:
+        count += 1
+        bounds[count] = pieces.shape[0]
+    return bounds[: count + 1]
+
+
+@njit(cache=True)
+def _log_mass(tasks, kind, w, top, mass):
+    """Log mass of all that the tasks of one kind read, for one query row."""
+    highest, mass_sum = np.float32(-np.inf), np.float32(0.0)
+    for task in tasks:
+        if kind[task] == CONTEXT and mass[task, w] > 0:
+            highest = max(highest, top[task, w])
+    for task in tasks:
+        if kind[task] == CONTEXT and mass[task, w] > 0:
+            mass_sum += mass[task, w] * np.float32(math.exp(top[task, w] - highest))
+    return log_sum(mass_sum, highest)
+
+
+@njit(cache=True)
+def _merge_row(tasks, w, top, mass, acc, far_top, far_mass, far_acc, out):
+    """Softmax over all tasks and the far field of one query row."""
+    highest = far_top if far_mass > 0 else np.float32(-np.inf)
+    for task in tasks:
+        if mass[task, w] > 0:
+            highest = max(highest, top[task, w])
+    out[:] = 0.0
+    weights = np.float32(0.0)
+    if far_mass > 0:
+        factor = np.float32(math.exp(far_top - highest))
+        weights += factor * far_mass
+        for d in range(out.shape[0]):
+            out[d] += factor * far_acc[d]
+    for task in tasks:
+        if mass[task, w] > 0:
+            factor = np.float32(math.exp(top[task, w] - highest))
+            weights += factor * mass[task, w]
+            for d in range(out.shape[0]):
+                out[d] += factor * acc[task, w, d]
+    if weights > 0:
+        for d in range(out.shape[0]):
+            out[d] /= weights
+
+
+@njit(cache=True, parallel=True)
+def combine(pieces, bounds, estimate, clamp, top, mass, acc, far_top, far_mass, far_acc, out):
+    """Merge the tasks of every head into `out [H, W, D]`; rows that attend to nothing become 0.
+
+    With `clamp > 0` the far field is rescaled by exact over estimated mass of the kept leaves:
+    `estimate [H, W]` is the logarithm of the latter, `clamp` bounds the correction in nats.
+    """
+    heads, width, _ = out.shape
+    kind, owner = pieces[bounds[:-1], 0], pieces[bounds[:-1], 1]
+    for row in prange(heads * width):
+        h, w = row // width, row % width
+        tasks = np.nonzero(owner == h)[0]
+        shift = np.float32(0.0)
+        if clamp > 0:
+            gap = _log_mass(tasks, kind, w, top, mass) - estimate[h, w]
+            if np.isfinite(gap):  # else nothing was kept: no evidence
+                shift = np.float32(min(max(gap, -clamp), clamp))
+        _merge_row(
+            tasks, w, top, mass, acc, far_top[h, w] + shift, far_mass[h, w], far_acc[h, w], out[h, w]
+        )
