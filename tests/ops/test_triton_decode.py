@@ -1,0 +1,321 @@
+"""The decode kernels against the reference: on a GPU, or in Triton's interpreter with tiny sizes."""
+
+from dataclasses import replace
+
+import interpreter  # before any kernel
+import pytest
+import torch
+from trees import random_layer
+
+from squeezed.errors import SqueezedError
+from squeezed.ops import reference
+from squeezed.ops.triton import decode
+from squeezed.ops.triton.workspace import Tuning
+from squeezed.rule import SelectionRule
+
+ON_GPU = interpreter.DEVICE == "cuda"
+# The interpreter multiplies no bfloat16.
+DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16,)
+SIZES = (
+    dict(tokens=9000, nodes=(80, 400), pinned=116) if ON_GPU else dict(tokens=300, nodes=(6, 24))
+)
+SMALL = Tuning(
+    score_tile=16, chunk=32, parents=16, children=16, write=8, tile=16, stages=3, overlap=False
+)
+TUNING = None if ON_GPU else SMALL
+KEEP_ALL, KEEP_NONE = -float("inf"), 1e9
+
+
+def layer_of(**changes):
+    return random_layer(**{"dtype": DTYPES[0], "dim": 32, **SIZES, **changes})
+
+
+def inputs(layer, batch=1, group=1, recent=5, seed=0, scale_query=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    heads, _, dim = layer.keys.shape
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(layer.keys.dtype).to(interpreter.DEVICE)
+
+    query = draw(batch, heads * group, 1, dim) * scale_query
+    return query, draw(batch, heads, recent, dim), draw(batch, heads, recent, dim)
+
+
+def rule_of(layer, group=1, threshold=None, far_field="none", second_order=False):
+    """Thresholds in the middle of the scores, and far from any single one for these seeds."""
+    levels = len(layer.levels)
+    alpha = torch.rand(levels, layer.keys.shape[0] * group, device=interpreter.DEVICE)
+    middle = -torch.tensor(float(layer.clustered)).log().item()
+    thresholds = tuple(middle - 0.3 * (levels - 1 - i) for i in range(levels))
+    if threshold is not None:
+        thresholds = (threshold,) * levels
+    return SelectionRule(thresholds, alpha if second_order else None, far_field)
+
+
+def poisoned(*size, dtype=torch.float32, device=None):
+    tensor = torch.zeros(size, dtype=dtype, device=device)
+    return tensor.fill_(float("nan") if dtype.is_floating_point else 77)
+
+
+def run(query, layer, rule, keys, values, mask=None, scale=None, tuning=TUNING):
+    scale = scale or query.shape[-1] ** -0.5
+    return decode.attend(
+        query, layer.to(interpreter.DEVICE), rule, keys, values, mask, scale, tuning
+    )
+
+
+def assert_equals_reference(query, layer, rule, keys, values, mask=None, scale=None):
+    """Error against float64 at most twice that of the reference in the working precision."""
+    layer, scale = layer.to(interpreter.DEVICE), scale or query.shape[-1] ** -0.5
+    output, read = run(query, layer, rule, keys, values, mask, scale)
+    arguments = (layer, rule, keys, values, mask, scale)
+    exact, expected_read = reference.attend(query.double(), *arguments)
+    rounded, _ = reference.attend(query, *arguments)
+    own = (rounded.double() - exact).norm()
+    epsilon = torch.finfo(query.dtype).eps
+    assert (output.double() - exact).norm() <= 2 * own + epsilon / 2 * exact.norm()
+    assert read.tolist() == expected_read.tolist()
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Scratch and outputs hold NaN and nonsense before every launch."""
+    fresh = torch.empty
+
+    def empty(*size, dtype=None, device=None):
+        size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        return poisoned(*size, dtype=dtype or torch.get_default_dtype(), device=device)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    assert fresh is not empty
+
+
+@pytest.mark.parametrize("far_field", ["none", "first_order", "self_calibrated"])
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_decode_equals_reference_at_any_depth_and_far_field(levels, far_field):
+    nodes = (20, 80, 400)[-levels:] if ON_GPU else (4, 10, 24)[-levels:]
+    layer = layer_of(nodes=nodes)
+    rule = rule_of(layer, 2, far_field=far_field, second_order=True)
+    assert_equals_reference(*_around(layer, rule, inputs(layer, group=2)))
+
+
+def _around(layer, rule, drawn):
+    query, keys, values = drawn
+    return query, layer, rule, keys, values
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("group", "dim"), [(1, 64), (3, 96), (4, 128), (16, 32), (2, 256)])
+def test_decode_equals_reference_for_head_shapes(group, dim, dtype):
+    layer = layer_of(dim=dim, dtype=dtype)
+    rule = rule_of(layer, group, far_field="first_order")
+    assert_equals_reference(*_around(layer, rule, inputs(layer, group=group)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "group"), [(3, 2), (40, 2), (64, 1)] if ON_GPU else [(3, 2), (5, 1)]
+)
+def test_requests_that_share_a_context_equal_reference(batch, group):
+    layer = layer_of()
+    query, keys, values = inputs(layer, batch, group)
+    mask = torch.rand(batch, 1, 1, keys.shape[2], device=query.device) > 0.4
+    mask[0] = False  # a request of padding
+    for far_field in ("none", "self_calibrated"):
+        rule = rule_of(layer, group, far_field=far_field)
+        assert_equals_reference(query, layer, rule, keys, values, mask)
+
+
+def test_more_rows_than_a_tile_equal_reference(monkeypatch):
+    monkeypatch.setattr("squeezed.ops.triton.workspace.MAX_ROWS", 4)
+    layer = layer_of(kv_heads=1, pinned=21)
+    rule = rule_of(layer, 2, far_field="first_order")
+    assert_equals_reference(*_around(layer, rule, inputs(layer, batch=5, group=2, seed=3)))
+
+
+def test_neighbours_in_a_batch_do_not_matter():
+    layer = layer_of()
+    query, keys, values = inputs(layer, batch=3, group=2)
+    rule = rule_of(layer, 2)
+    together, read = run(query, layer, rule, keys, values)
+    for request in range(3):
+        one = slice(request, request + 1)
+        alone, read_alone = run(query[one], layer, rule, keys[one], values[one])
+        torch.testing.assert_close(together[one], alone, atol=2e-3, rtol=2e-3)
+        assert read[one].tolist() == read_alone.tolist()
+
+
+def test_everything_kept_equals_dense():
+    layer = layer_of()
+    query, keys, values = inputs(layer)
+    rule = rule_of(layer, threshold=KEEP_ALL, far_field="first_order")
+    output, read = run(query, layer, rule, keys, values)
+    context = [t.to(query.device)[None] for t in (layer.keys, layer.values)]
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query.float(), torch.cat([context[0], keys], 2).float(),
+        torch.cat([context[1], values], 2).float(),
+    )  # fmt: skip
+    torch.testing.assert_close(output.float(), dense, atol=2e-3, rtol=2e-3)
+    assert read.tolist() == [layer.clustered * layer.keys.shape[0]]
+
+
+@pytest.mark.parametrize("far_field", ["none", "first_order", "self_calibrated"])
+def test_nothing_selected_equals_reference_and_not_dense(far_field):
+    layer = layer_of()
+    query, keys, values = inputs(layer)
+    rule = rule_of(layer, threshold=KEEP_NONE, far_field=far_field)
+    assert_equals_reference(query, layer, rule, keys, values)
+    nothing, read = run(query, layer, rule, keys, values)
+    everything, _ = run(query, layer, rule_of(layer, threshold=KEEP_ALL), keys, values)
+    assert read.tolist() == [0]
+    assert (nothing - everything).norm() > 0.02 * everything.norm()
+
+
+def test_all_keys_in_one_cluster_equals_reference():
+    layer = layer_of(nodes=(1, 1))
+    rule = rule_of(layer, threshold=KEEP_ALL)
+    assert_equals_reference(*_around(layer, rule, inputs(layer)))
+
+
+def test_clusters_of_one_key_equal_reference():
+    layer = layer_of(tokens=84, pinned=20, nodes=(8, 200))  # at most one key each, most are empty
+    rule = rule_of(layer, far_field="first_order")
+    assert_equals_reference(*_around(layer, rule, inputs(layer)))
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_huge_logits_equal_reference(shift):
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, SIZES["tokens"], 32, generator=generator)
+    keys[..., 0] = shift / 40
+    layer = layer_of(keys=keys)
+    query, recent_keys, recent_values = inputs(layer)
+    query[..., 0] = 40
+    recent_keys[..., 0] = shift / 40
+    rule = rule_of(layer, far_field="self_calibrated")
+    assert_equals_reference(query, layer, rule, recent_keys, recent_values, scale=1.0)
+
+
+def test_sinks_of_huge_norm_equal_reference():
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, SIZES["tokens"], 32, generator=generator)
+    keys[:, :4] *= 60
+    layer = layer_of(keys=keys)
+    assert_equals_reference(*_around(layer, rule_of(layer), inputs(layer)))
+
+
+def test_cluster_order_does_not_matter():
+    layer = layer_of(nodes=(24,))
+    query, keys, values = inputs(layer)
+    rule = rule_of(layer, far_field="first_order")
+    flipped = _reversed(layer)
+    output, read = run(query, layer, rule, keys, values)
+    other, other_read = run(query, flipped, rule, keys, values)
+    torch.testing.assert_close(output, other, atol=2e-3, rtol=2e-3)
+    assert read.tolist() == other_read.tolist()
+
+
+def _reversed(layer):
+    """The same flat clusters in the opposite order; rows inside a cluster turn around too."""
+
+    def rows(tensor):
+        return torch.cat([tensor[:, : layer.pinned], tensor[:, layer.pinned :].flip(1)], 1)
+
+    level = layer.levels[0]
+    offsets = layer.pinned + layer.tokens - level.key_offsets.flip(1)
+    turned = replace(
+        level,
+        centroids=level.centroids.flip(1), mean_values=level.mean_values.flip(1),
+        variance=level.variance.flip(1), key_offsets=offsets.contiguous(),
+    )  # fmt: skip
+    return replace(layer, keys=rows(layer.keys), values=rows(layer.values), levels=(turned,))
+
+
+def test_a_layer_without_levels_is_dense():
+    layer = layer_of()
+    layer = replace(layer, levels=(), pinned=layer.tokens)
+    rule = SelectionRule((), None, "first_order")
+    assert_equals_reference(*_around(layer, rule, inputs(layer, group=2)))
+
+
+def test_padding_over_no_pinned_rows_gives_zero():
+    layer = layer_of(pinned=0)
+    query, keys, values = inputs(layer, batch=2)
+    mask = torch.ones(2, 1, 1, keys.shape[2], dtype=torch.bool, device=query.device)
+    mask[1] = False
+    output, read = run(query, layer, rule_of(layer), keys, values, mask)
+    assert output[1].abs().max() == 0 and read[1] == 0
+    assert torch.isfinite(output).all() and output[0].abs().max() > 0
+
+
+def test_views_of_a_static_buffer_are_read_in_place():
+    layer = layer_of()
+    query, keys, values = inputs(layer, batch=2, recent=7)
+    buffers = [
+        poisoned(2, keys.shape[1], 40, 32, dtype=keys.dtype, device=keys.device) for _ in "kv"
+    ]
+    views = [buffer[:, :, 3:10] for buffer in buffers]
+    views[0].copy_(keys), views[1].copy_(values)
+    assert_equals_reference(query, layer, rule_of(layer), *views)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU with room for 9 GB")
+def test_offsets_beyond_31_bits_equal_reference():
+    tokens = (1 << 31) // 128 + 4096
+    keys = torch.randn(1, tokens, 128, dtype=torch.bfloat16, device="cuda")
+    ends = torch.tensor([[16, tokens - 4000, tokens - 1000, tokens]], dtype=torch.int32)
+    centroids = torch.stack([keys[:, a:b].float().mean(1) for a, b in ends[0].unfold(0, 2, 1)], 1)
+    from squeezed.tree import ClusteredLayer, Level
+
+    level = Level(centroids.bfloat16(), centroids.bfloat16(), torch.zeros(1, 3), ends).to("cuda")
+    layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,))
+    query, recent, values = inputs(layer_of(kv_heads=1, dim=128, dtype=torch.bfloat16))
+    logits = (query[0, 0, 0].float() @ centroids[0].T) * 128**-0.5
+    score = logits - (logits + ends.diff(dim=-1).float().log().to(logits)).logsumexp(-1)
+    threshold = float(score[0, :].max() + score[0, 1:].max()) / 2
+    rule = SelectionRule((min(threshold, float(score[0, 1:].max()) - 1e-3),), None, "none")
+    output, read = run(query, layer, rule, recent, values)
+    kept = [
+        (a, b)
+        for s, (a, b) in zip(score[0], ends[0].unfold(0, 2, 1).tolist())
+        if s > rule.log_thresholds[0]
+    ]
+    rows = torch.cat([keys[:, :16], *(keys[:, a:b] for a, b in kept)], 1)[None].float()
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query.float(), torch.cat([rows, recent.float()], 2), torch.cat([rows, values.float()], 2)
+    )
+    assert int(read) == sum(b - a for a, b in kept) > 0
+    torch.testing.assert_close(output.float(), dense, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_decode_replays_from_a_graph():
+    layer = layer_of().to("cuda")
+    query, keys, values = inputs(layer, batch=2, group=2)
+    rule = rule_of(layer, 2, far_field="first_order")
+    eager, _ = run(query, layer, rule, keys, values)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, _ = run(query, layer, rule, keys, values)
+    for _ in range(3):
+        captured.fill_(float("nan"))
+        graph.replay()
+        torch.testing.assert_close(captured, eager, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(query=lambda q: q.expand(-1, -1, 2, -1)), "1 token"),
+        (dict(query=lambda q: q.float()), "bfloat16 or float16"),
+        (dict(query=lambda q: q[..., :24]), "multiple of 16"),
+        (dict(query=lambda q: q[:, :1]), "query heads"),
+        (dict(keys=lambda k: k.transpose(2, 3).contiguous().transpose(2, 3)), "contiguous"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(change, words):
+    layer = layer_of()
+    query, keys, values = inputs(layer)
+    query, keys = change.get("query", lambda x: x)(query), change.get("keys", lambda x: x)(keys)
+    with pytest.raises(SqueezedError, match=words) as refused:
+        run(query, layer, rule_of(layer), keys, values)
+    assert "\n" not in str(refused.value)
