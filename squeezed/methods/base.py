@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from squeezed.tree import ClusteredLayer
+
 if TYPE_CHECKING:
     from squeezed.context import FixedContext
 
@@ -14,11 +16,13 @@ class ContextAttention(Protocol):
     """One layer of a fixed context, as one method reads it.
 
     Attributes:
+        layer: keys, values and tree.
         tokens: length of the context.
         selectable_keys: keys per query token that the method chooses among, over all KV heads; the
             pinned ones, which every method reads, are not counted.
     """
 
+    layer: ClusteredLayer
     tokens: int
     selectable_keys: int
 
@@ -41,6 +45,14 @@ class ContextAttention(Protocol):
         Returns:
             Output `[B, Hq, Q, D]`, and the keys that each request read, `[B]` int64, summed over KV
             heads and query tokens, without the pinned ones.
+        """
+        ...
+
+    def index_bytes(self, query: Tensor, scale: float) -> float:
+        """Bytes read beside keys and values by a decoding step of each token of `query`, in sum.
+
+        Centroids, page bounds, links of a graph, mean values: whatever the method must read to
+        choose keys, or puts in place of those it drops. Only evaluations call this.
         """
         ...
 

@@ -1,0 +1,172 @@
+"""Plain PyTorch for methods that say which rows of the context each query reads.
+
+Rows are those of `ClusteredLayer` behind the pinned ones, `R = P - pinned`; `layer.positions` tells
+their place in the document. All methods here share three rules: the pinned tokens are always read;
+a KV head's key is read by all query heads of its group; and a block of the user's tokens selects by
+the mean of its tokens' weights, as squeezed attention does.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from squeezed.config import BEST
+from squeezed.ops.reference.lookup import NEG_INF, block_scores, grouped, query_blocks
+from squeezed.tree import ClusteredLayer
+
+FarField = tuple[Tensor, Tensor]
+"""Log masses `[B, Hkv, G, Q, F]` and mean values `[Hkv, F, D]` of what was not read exactly."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The queries of one call.
+
+    Attributes:
+        q: `[B, Hkv, G, Q, D]` float32 or float64.
+        valid: `[B, Q]` bool, False for padding.
+        blocks: `[Q]`, the block of every row; `N` blocks select separately.
+        scale: softmax scale.
+    """
+
+    q: Tensor
+    valid: Tensor
+    blocks: Tensor
+    scale: float
+
+    def logits(self, keys: Tensor) -> Tensor:
+        """Scaled scores of `keys [Hkv, K, D]`, `[B, Hkv, G, Q, K]`."""
+        return self.scale * torch.einsum("bhgqd,hkd->bhgqk", self.q, keys.to(self.q.dtype))
+
+    def shared(self, log_weights: Tensor) -> Tensor:
+        """Mean over each block, largest over the group: `[B, Hkv, G, Q, K] -> [B, Hkv, N, K]`."""
+        return block_scores(log_weights, self.blocks, self.valid)
+
+
+@dataclass(frozen=True)
+class MaskedLayer(abc.ABC):
+    """A `ContextAttention` whose subclass only decides which rows are read."""
+
+    layer: ClusteredLayer
+    budget: float
+
+    @property
+    def tokens(self) -> int:
+        return self.layer.tokens
+
+    @property
+    def selectable_keys(self) -> int:
+        return self.layer.clustered * self.layer.keys.shape[0]
+
+    @property
+    def budget_keys(self) -> int:
+        """Rows that each KV head may read."""
+        return round(self.budget * self.layer.clustered)
+
+    @abc.abstractmethod
+    def keep(self, queries: Queries) -> Tensor:
+        """Which rows are read, bool, broadcasts to `[B, Hkv, N, R]`."""
+
+    def far_field(self, queries: Queries, keep: Tensor) -> FarField | None:
+        """What the rows that are not read still count; nothing for most methods."""
+        return None
+
+    def index_bytes(self, query: Tensor, scale: float) -> float:
+        return 0.0
+
+    def attend(
+        self,
+        query: Tensor,
+        suffix_keys: Tensor,
+        suffix_values: Tensor,
+        suffix_mask: Tensor | None,
+        scale: float,
+        per_token: bool,
+    ) -> tuple[Tensor, Tensor]:
+        rows = query.shape[2]
+        mask = causal(suffix_mask, rows, suffix_keys.shape[2], query.device)
+        queries = Queries(
+            q=grouped(query, self.layer.keys.shape[0]),
+            valid=mask.any(-1)[:, 0].expand(query.shape[0], rows),
+            blocks=query_blocks(rows, 1 if per_token else BEST.query_block, query.device),
+            scale=scale,
+        )
+        keep = self._keep_all_blocks(queries)
+        far = self.far_field(queries, keep) if self.layer.clustered else None
+        output = masked_attention(queries, self.layer, keep, far, suffix_keys, suffix_values, mask)
+        read = keep.sum((1, 3))[:, queries.blocks]
+        return output.reshape(query.shape).to(query.dtype), (read * queries.valid).sum(-1)
+
+    def _keep_all_blocks(self, queries: Queries) -> Tensor:
+        batch, heads = queries.q.shape[:2]
+        shape = (batch, heads, int(queries.blocks[-1]) + 1, self.layer.clustered)
+        if not self.layer.clustered:
+            return torch.zeros(shape, dtype=torch.bool, device=queries.q.device)
+        return self.keep(queries).expand(shape)
+
+
+def causal(mask: Tensor | None, rows: int, suffix: int, device: torch.device) -> Tensor:
+    """`mask`, or `[1, 1, Q, S]` for a causal suffix without padding."""
+    if mask is not None:
+        return mask
+    return torch.ones(rows, suffix, dtype=torch.bool, device=device).tril(suffix - rows)[None, None]
+
+
+def masked_attention(
+    queries: Queries,
+    layer: ClusteredLayer,
+    keep: Tensor,
+    far: FarField | None,
+    suffix_keys: Tensor,
+    suffix_values: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """One softmax over pinned rows, kept rows, far field and suffix: `[B, Hkv, G, Q, D]`."""
+    q, dtype = queries.q, queries.q.dtype
+    context = queries.logits(layer.keys)
+    rows_kept = keep[:, :, queries.blocks].unsqueeze(2)
+    context[..., layer.pinned :].masked_fill_(~rows_kept, NEG_INF)
+    recent = queries.scale * torch.einsum("bhgqd,bhsd->bhgqs", q, suffix_keys.to(dtype))
+    recent = recent.masked_fill(~mask[:, :, None], NEG_INF)
+    context = context.masked_fill(~queries.valid[:, None, None, :, None], NEG_INF)
+    far_logits = context[..., :0] if far is None else far[0]
+    weights = torch.softmax(torch.cat([context, far_logits, recent], -1), -1).nan_to_num(0.0)
+    parts = weights.split([context.shape[-1], far_logits.shape[-1], recent.shape[-1]], -1)
+    output = torch.einsum("bhgqp,hpd->bhgqd", parts[0], layer.values.to(dtype))
+    if far is not None:
+        output += torch.einsum("bhgqf,hfd->bhgqd", parts[1], far[1].to(dtype))
+    return output + torch.einsum("bhgqs,bhsd->bhgqd", parts[2], suffix_values.to(dtype))
+
+
+def top_rows(scores: Tensor, count: int) -> Tensor:
+    """The `count` highest entries of the last dimension, without those at minus infinity."""
+    best = scores.topk(min(count, scores.shape[-1]), -1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True) & (scores > NEG_INF)
+
+
+def fill(scores: Tensor, sizes: Tensor, keys: int) -> Tensor:
+    """Best nodes first until their keys come nearest to `keys`: bool like `scores`.
+
+    Args:
+        scores: `[B, Hkv, N, C]`, minus infinity where a node cannot be chosen.
+        sizes: `[Hkv, C]`, keys in each node.
+    """
+    order = scores.argsort(-1, descending=True)
+    ranked = sizes[None, :, None].expand(scores.shape).gather(-1, order)
+    taken = 2 * ranked.cumsum(-1) - ranked < 2 * keys
+    return torch.zeros_like(taken).scatter_(-1, order, taken) & (scores > NEG_INF)
+
+
+def rows_of(kept: Tensor, owner: Tensor) -> Tensor:
+    """Spread kept nodes `[B, Hkv, N, C]` to their rows `[B, Hkv, N, R]`; `owner` is `[Hkv, R]`."""
+    batch, _, blocks, _ = kept.shape
+    return kept.gather(3, owner[None, :, None].expand(batch, -1, blocks, -1))
+
+
+def document_rank(layer: ClusteredLayer) -> Tensor:
+    """Place in the document of every row behind the pinned ones, from 0 to R - 1, `[Hkv, R]`."""
+    return layer.positions[:, layer.pinned :].argsort(-1).argsort(-1)

@@ -1,0 +1,78 @@
+"""Multipole attention: exact near, one centroid per cluster far, coarser the farther."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from squeezed.context import FixedContext
+from squeezed.methods.masked import FarField, MaskedLayer, Queries, fill, rows_of
+from squeezed.methods.traffic import tree_bytes
+from squeezed.ops.reference.lookup import (
+    NEG_INF,
+    Lookup,
+    grouped,
+    log_sizes,
+    node_logits,
+    owners,
+    query_blocks,
+)
+
+
+@dataclass(frozen=True)
+class MultipoleLayer(MaskedLayer):
+    """A fixed number of keys per head is opened at every level; unopened nodes stand for theirs."""
+
+    def descend(self, queries: Queries) -> Lookup:
+        """Open the best nodes of level `l` of `L`, as many as hold `budget ** (l / L)` of keys."""
+        alive, far_logits, far_values = None, [], []
+        levels = self.layer.levels
+        for depth, level in enumerate(levels):
+            first, _ = node_logits(queries.q, level, None, queries.scale)
+            scores = queries.shared(first - first.logsumexp(-1, keepdim=True))
+            usable = (level.sizes > 0)[None, :, None].expand(scores.shape)
+            alive = usable if alive is None else alive & usable
+            share = self.budget ** ((depth + 1) / len(levels))
+            wanted = round(share * self.layer.clustered)
+            opened = fill(scores.masked_fill(~alive, NEG_INF), level.sizes, wanted)
+            mass = first + log_sizes(level.sizes, first)
+            closed = (alive & ~opened)[:, :, queries.blocks].unsqueeze(2)
+            far_logits.append(mass.masked_fill(~closed, NEG_INF))
+            far_values.append(level.mean_values.to(queries.q.dtype))
+            if level.child_offsets is not None:
+                alive = rows_of(opened, owners(level.child_offsets, levels[depth + 1].nodes))
+        return Lookup(opened, torch.cat(far_logits, -1), torch.cat(far_values, 1), mass[..., 0])
+
+    def keep(self, queries: Queries) -> Tensor:
+        owner = owners(self.layer.levels[-1].key_offsets, self.tokens)[:, self.layer.pinned :]
+        return rows_of(self.descend(queries).kept, owner)
+
+    def far_field(self, queries: Queries, keep: Tensor) -> FarField:
+        found = self.descend(queries)
+        valid = queries.valid[:, None, None, :, None]
+        return found.far_logits.masked_fill(~valid, NEG_INF), found.far_values
+
+    def index_bytes(self, query: Tensor, scale: float) -> float:
+        if not self.layer.levels:
+            return 0.0
+        q = grouped(query, self.layer.keys.shape[0])
+        valid = torch.ones(q.shape[0], q.shape[3], dtype=torch.bool, device=q.device)
+        queries = Queries(q, valid, query_blocks(q.shape[3], 1, q.device), scale)
+        return tree_bytes(self.layer, self.descend(queries), variance=False, far_field=True)
+
+
+@dataclass(frozen=True)
+class Multipole:
+    """Near keys exactly, and every level's dropped nodes by centroid, size and mean value.
+
+    Differences: near and far are measured by the query's score, as in the first paper, and the
+    hierarchy is the second's (https://arxiv.org/abs/2310.11960), whose near means position.
+    """
+
+    name = "multipole"
+    paper = "https://arxiv.org/abs/2506.13059"
+
+    def prepare(self, context: FixedContext, budget: float) -> list[MultipoleLayer]:
+        return [MultipoleLayer(layer, budget) for layer in context.clustered_layers]

@@ -1,0 +1,68 @@
+"""SnapKV: the last queries of the prompt vote once for the keys that stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool1d
+
+from squeezed.context import FixedContext
+from squeezed.errors import SqueezedError
+from squeezed.methods.fixed import FixedLayer
+from squeezed.methods.masked import document_rank, top_rows
+from squeezed.tree import ClusteredLayer
+
+POOL_TOKENS = 7  # the paper's kernel
+
+
+def votes(layer: ClusteredLayer, observed: Tensor, scale: float, pool: int) -> Tensor:
+    """Attention mass that the observation window gives to every row, pooled, `[Hkv, R]`.
+
+    Args:
+        observed: `[Hq, W, D]`, queries of the document's last `W` tokens.
+        pool: odd number of neighbouring tokens over which the largest vote counts.
+    """
+    heads = layer.keys.shape[0]
+    queries = observed.float().unflatten(0, (heads, -1))
+    logits = scale * torch.einsum("hgwd,hpd->hgwp", queries, layer.keys.float())
+    window = observed.shape[1]
+    asked_at = torch.arange(layer.tokens - window, layer.tokens, device=observed.device)
+    future = layer.positions[:, None, None, :] > asked_at[:, None]
+    weights = logits.masked_fill(future, float("-inf")).softmax(-1)[..., layer.pinned :]
+    mass = weights.sum(2).mean(1)  # [Hkv, R]
+    order = document_rank(layer)
+    in_document = torch.zeros_like(mass).scatter(1, order, mass)
+    pooled = max_pool1d(in_document[:, None], pool, stride=1, padding=pool // 2)[:, 0]
+    return pooled.gather(1, order)
+
+
+@dataclass(frozen=True)
+class SnapKV:
+    """A fixed set of keys per KV head, chosen by the observation window's votes.
+
+    Differences: the window is the end of the document, because the document is compressed before
+    any question exists (the paper's window holds the question); the heads of a group vote together.
+    """
+
+    name = "snapkv"
+    paper = "https://arxiv.org/abs/2404.14469"
+
+    pool_tokens: int = POOL_TOKENS
+
+    def prepare(self, context: FixedContext, budget: float) -> list[FixedLayer]:
+        if len(context.observed) != len(context.clustered_layers):
+            raise SqueezedError(
+                "snapkv: expected a context that holds its observed queries, got one without; "
+                "index the document again"
+            )
+        layers = []
+        parts = zip(context.clustered_layers, context.observed, context.scales, strict=True)
+        for layer, observed, scale in parts:
+            chosen = torch.zeros_like(layer.positions[:, layer.pinned :], dtype=torch.bool)
+            if layer.clustered:
+                mass = votes(layer, observed, scale, self.pool_tokens)
+                chosen = top_rows(mass, round(budget * layer.clustered))
+            layers.append(FixedLayer(layer, budget, chosen))
+        return layers

@@ -1,0 +1,111 @@
+"""Claims that hold for every method of the registry."""
+
+import pytest
+import torch
+
+from methods.contexts import BUDGETS, random_call, random_context
+from squeezed.errors import SqueezedError
+from squeezed.methods import ALIASES, METHODS, create
+
+NAMES = [*METHODS, *ALIASES]
+SPARSE = [name for name in NAMES if name != "dense"]
+
+
+def prepared(name, budget, context=None):
+    if name == "retrieval":
+        pytest.importorskip("faiss")
+    return create(name, implementation="reference").prepare(context or random_context(), budget)
+
+
+def outputs(layers, call, per_token=True):
+    return [call.attend(layer, per_token) for layer in layers]
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("name", SPARSE)
+def test_method_with_everything_kept_equals_dense(name, per_token):
+    context, call = random_context(), random_call()
+    dense = outputs(prepared("dense", 1.0, context), call)
+    found = outputs(prepared(name, 1.0, context), call, per_token)
+    for (output, read), (expected, all_read) in zip(found, dense, strict=True):
+        torch.testing.assert_close(output, expected, rtol=2e-5, atol=2e-5)
+        assert torch.equal(read, all_read)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_method_at_a_small_budget_differs_from_dense_and_reads_less(name):
+    context, call = random_context(), random_call()
+    dense = outputs(prepared("dense", 1.0, context), call)[-1]
+    output, read = outputs(prepared(name, 0.1, context), call)[-1]
+    assert (output - dense[0]).abs().max() > 1e-3
+    assert (read < 0.4 * dense[1]).all()
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_method_is_unmoved_by_neighbours_in_the_batch(name, per_token):
+    layers, call = prepared(name, 0.1), random_call(batch=3, rows=70, suffix=75)
+    together = outputs(layers, call, per_token)
+    for request in range(3):
+        alone = outputs(layers, call.of(request), per_token)
+        for (output, read), (one, one_read) in zip(together, alone, strict=True):
+            torch.testing.assert_close(output[request], one[0], rtol=1e-4, atol=1e-5)
+            assert read[request] == one_read[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_method_ignores_padding(name):
+    layers, call = prepared(name, 0.1), random_call(rows=5, suffix=5)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5).clone()
+    mask[0, :, :, :2] = False  # two padded tokens on the left of the first request
+    call.mask = mask
+    padded = outputs(layers, call, per_token=False)
+    for field in (call.query, call.keys, call.values):
+        field[0, :, :2] = 1e4
+    poisoned = outputs(layers, call, per_token=False)
+    for (output, read), (other, other_read) in zip(padded, poisoned, strict=True):
+        assert torch.isfinite(output).all() and torch.isfinite(other).all()
+        torch.testing.assert_close(output[0, :, 2:], other[0, :, 2:])
+        assert torch.equal(read, other_read)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [1e-4, 1e3])
+def test_method_stays_finite_for_extreme_logits(name, size):
+    call = random_call()
+    call.query *= size
+    for output, _ in outputs(prepared(name, 0.05), call):
+        assert torch.isfinite(output).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_method_attends_densely_to_a_context_too_short_to_cluster(name):
+    context, call = random_context(), random_call()
+    for i, layer in enumerate(context.clustered_layers):
+        context.clustered_layers[i] = type(layer)(
+            layer.keys, layer.values, layer.positions, layer.tokens, ()
+        )
+    dense = outputs(prepared("dense", 0.1, context), call)
+    for layer, (expected, _) in zip(prepared(name, 0.1, context), dense, strict=True):
+        output, read = call.attend(layer)
+        torch.testing.assert_close(output, expected, rtol=2e-5, atol=2e-5)
+        assert (read == 0).all() and layer.index_bytes(call.query, 0.3) == 0
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_method_reads_more_at_a_larger_budget(name):
+    context, call = random_context(layers=5), random_call(rows=1)
+    read = []
+    for budget in BUDGETS:
+        read.append(sum(int(r.sum()) for _, r in outputs(prepared(name, budget, context), call)))
+    assert read[0] < read[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_method_names_its_paper(name):
+    assert create(name).paper.startswith(("https://arxiv.org/abs/", "none:"))
+
+
+def test_create_lists_the_known_methods_for_an_unknown_one():
+    with pytest.raises(SqueezedError, match=r"method: expected one of .*quest.*best.*'attend'"):
+        create("attend")
