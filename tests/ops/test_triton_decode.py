@@ -1,4 +1,4 @@
-"""The decode kernels against the reference: on a GPU, or in Triton's interpreter with tiny sizes."""
+"""The decode kernels against the reference: on a GPU, or tiny in Triton's interpreter."""
 
 from dataclasses import replace
 
@@ -9,9 +9,10 @@ from trees import random_layer
 
 from squeezed.errors import SqueezedError
 from squeezed.ops import reference
-from squeezed.ops.triton import decode
+from squeezed.ops.triton import decode, operator
 from squeezed.ops.triton.workspace import Tuning
 from squeezed.rule import SelectionRule
+from squeezed.tree import ClusteredLayer, Level
 
 ON_GPU = interpreter.DEVICE == "cuda"
 # The interpreter multiplies no bfloat16.
@@ -23,6 +24,7 @@ SMALL = Tuning(
     score_tile=16, chunk=32, parents=16, children=16, write=8, tile=16, stages=3, overlap=False
 )
 TUNING = None if ON_GPU else SMALL
+LEVEL_TENSORS = ("centroids", "mean_values", "variance", "key_offsets", "child_offsets")
 KEEP_ALL, KEEP_NONE = -float("inf"), 1e9
 
 
@@ -52,11 +54,6 @@ def rule_of(layer, group=1, threshold=None, far_field="none", second_order=False
     return SelectionRule(thresholds, alpha if second_order else None, far_field)
 
 
-def poisoned(*size, dtype=torch.float32, device=None):
-    tensor = torch.zeros(size, dtype=dtype, device=device)
-    return tensor.fill_(float("nan") if dtype.is_floating_point else 77)
-
-
 def run(query, layer, rule, keys, values, mask=None, scale=None, tuning=TUNING):
     scale = scale or query.shape[-1] ** -0.5
     return decode.attend(
@@ -80,14 +77,19 @@ def assert_equals_reference(query, layer, rule, keys, values, mask=None, scale=N
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Scratch and outputs hold NaN and nonsense before every launch."""
-    fresh = torch.empty
+    begin = decode._Step.__init__
 
-    def empty(*size, dtype=None, device=None):
-        size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-        return poisoned(*size, dtype=dtype or torch.get_default_dtype(), device=device)
+    def begin_poisoned(step, *arguments):
+        begin(step, *arguments)
+        scratch = [part for field in vars(step.scratch).values() for part in _tensors(field)]
+        for tensor in (step.output, step.keys_read, *scratch):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
 
-    monkeypatch.setattr(torch, "empty", empty)
-    assert fresh is not empty
+    monkeypatch.setattr(decode._Step, "__init__", begin_poisoned)
+
+
+def _tensors(field):
+    return field if isinstance(field, tuple) else (field,)
 
 
 @pytest.mark.parametrize("far_field", ["none", "first_order", "self_calibrated"])
@@ -250,11 +252,11 @@ def test_padding_over_no_pinned_rows_gives_zero():
 def test_views_of_a_static_buffer_are_read_in_place():
     layer = layer_of()
     query, keys, values = inputs(layer, batch=2, recent=7)
-    buffers = [
-        poisoned(2, keys.shape[1], 40, 32, dtype=keys.dtype, device=keys.device) for _ in "kv"
+    size, nan = (2, keys.shape[1], 40, 32), float("nan")
+    views = [
+        torch.full(size, nan, dtype=rows.dtype, device=rows.device)[:, :, 3:10].copy_(rows)
+        for rows in (keys, values)
     ]
-    views = [buffer[:, :, 3:10] for buffer in buffers]
-    views[0].copy_(keys), views[1].copy_(values)
     assert_equals_reference(query, layer, rule_of(layer), *views)
 
 
@@ -264,26 +266,17 @@ def test_offsets_beyond_31_bits_equal_reference():
     keys = torch.randn(1, tokens, 128, dtype=torch.bfloat16, device="cuda")
     ends = torch.tensor([[16, tokens - 4000, tokens - 1000, tokens]], dtype=torch.int32)
     centroids = torch.stack([keys[:, a:b].float().mean(1) for a, b in ends[0].unfold(0, 2, 1)], 1)
-    from squeezed.tree import ClusteredLayer, Level
-
     level = Level(centroids.bfloat16(), centroids.bfloat16(), torch.zeros(1, 3), ends).to("cuda")
     layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,))
     query, recent, values = inputs(layer_of(kv_heads=1, dim=128, dtype=torch.bfloat16))
-    logits = (query[0, 0, 0].float() @ centroids[0].T) * 128**-0.5
-    score = logits - (logits + ends.diff(dim=-1).float().log().to(logits)).logsumexp(-1)
-    threshold = float(score[0, :].max() + score[0, 1:].max()) / 2
-    rule = SelectionRule((min(threshold, float(score[0, 1:].max()) - 1e-3),), None, "none")
+    query[0, 0, 0] = 20 * centroids[0, 2]  # only the last cluster, far beyond 2^31 elements
+    rule = SelectionRule((-8.0,), None, "none")
     output, read = run(query, layer, rule, recent, values)
-    kept = [
-        (a, b)
-        for s, (a, b) in zip(score[0], ends[0].unfold(0, 2, 1).tolist())
-        if s > rule.log_thresholds[0]
-    ]
-    rows = torch.cat([keys[:, :16], *(keys[:, a:b] for a, b in kept)], 1)[None].float()
+    rows = torch.cat([keys[:, :16], keys[:, tokens - 1000 :]], 1)[None].float()
     dense = torch.nn.functional.scaled_dot_product_attention(
         query.float(), torch.cat([rows, recent.float()], 2), torch.cat([rows, values.float()], 2)
     )
-    assert int(read) == sum(b - a for a, b in kept) > 0
+    assert int(read) == 1000
     torch.testing.assert_close(output.float(), dense, atol=2e-2, rtol=2e-2)
 
 
@@ -319,3 +312,34 @@ def test_bad_input_is_refused_in_one_line(change, words):
     with pytest.raises(SqueezedError, match=words) as refused:
         run(query, layer, rule_of(layer), keys, values)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("levels", [0, 2])
+def test_operator_is_traced_without_a_graph_break(levels):
+    layer = layer_of()
+    layer = layer if levels else replace(layer, levels=(), pinned=layer.tokens)
+    layer = layer.to(interpreter.DEVICE)
+    query, keys, values = inputs(layer)
+    rule = rule_of(layer) if levels else SelectionRule((), None, "none")
+
+    def step(query):
+        return operator.attend(2 * query, layer, rule, keys, values, None, 0.1)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    output, read = compiled(query)
+    expected, expected_read = run(2 * query, layer, rule, keys, values, scale=0.1, tuning=None)
+    torch.testing.assert_close(output, expected, atol=2e-3, rtol=2e-3)
+    assert read.tolist() == expected_read.tolist()
+
+
+def test_operator_promises_the_shapes_it_returns():
+    layer = layer_of().to(interpreter.DEVICE)
+    query, keys, values = inputs(layer)
+    tensors = [[getattr(level, name) for level in layer.levels] for name in LEVEL_TENSORS]
+    arguments = (
+        query, layer.keys, layer.values, layer.positions, *tensors[:4], tensors[4][:-1],
+        keys, values, None, None, list(rule_of(layer).log_thresholds), "none", layer.pinned, 0.1,
+    )  # fmt: skip
+    torch.library.opcheck(
+        operator.decode_step, arguments, test_utils=("test_schema", "test_faketensor")
+    )
