@@ -57,13 +57,15 @@ class Preset:
             rescaled by the ratio of exact to estimated mass of the clusters that were read.
         coarse_share: a level above one that keeps a share `b` of the keys keeps
             `min(1, coarse_share * sqrt(b))`; `None` prunes nothing, so that every leaf is scored.
-        query_block: query tokens that select together during prefill.
+        single_tokens: the last tokens of an input that select alone; earlier ones select in blocks.
+        query_block: query tokens that select together in a block.
     """
 
     name: str
     second_order: bool
     far_field: FarField
     coarse_share: float | None
+    single_tokens: int = 64
     query_block: int = 64
 
     def __post_init__(self) -> None:
@@ -71,6 +73,8 @@ class Preset:
             raise SqueezedError(f"far_field: expected one of {FAR_FIELDS}, got {self.far_field!r}")
         if self.coarse_share is not None and self.coarse_share < 1:
             raise SqueezedError(f"coarse_share: expected at least 1, got {self.coarse_share}")
+        if self.single_tokens < 1:
+            raise SqueezedError(f"single_tokens: expected at least 1, got {self.single_tokens}")
         if self.query_block < 1:
             raise SqueezedError(f"query_block: expected at least 1, got {self.query_block}")
 

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from squeezed import ops
 from squeezed.config import BEST
 from squeezed.context import FixedContext
+from squeezed.methods.traffic import tree_bytes
+from squeezed.ops.reference.lookup import lookup
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
 
 @dataclass(frozen=True)
 class SqueezedLayer:
-    """A clustered layer with the rules of one token and of a block of the user's tokens."""
+    """A clustered layer with the rules of one token and of a block of the user's tokens.
+
+    The last `single_tokens` of an input select alone, for the answer hangs on them; those before
+    select in blocks, which read fewer bytes together.
+    """
 
     layer: ClusteredLayer
     token: SelectionRule
     block: SelectionRule
+    single_tokens: int
     implementation: str
 
     @property
@@ -39,17 +47,42 @@ class SqueezedLayer:
         scale: float,
         per_token: bool,
     ) -> tuple[Tensor, Tensor]:
-        rule = self.token if per_token else self.block
-        return ops.attend(
-            query,
+        rows = query.shape[2]
+        early = 0 if per_token else max(0, rows - self.single_tokens)
+        if suffix_mask is None and early:
+            suffix_mask = causal_mask(rows, suffix_keys.shape[2], query.device)
+        outputs, keys_read = [], 0
+        for rule, part in ((self.block, slice(0, early)), (self.token, slice(early, rows))):
+            if part.start == part.stop:
+                continue
+            output, read = ops.attend(
+                query[:, :, part],
+                self.layer,
+                rule,
+                suffix_keys,
+                suffix_values,
+                None if suffix_mask is None else suffix_mask[:, :, part],
+                scale=scale,
+                implementation=self.implementation,
+            )
+            outputs.append(output)
+            keys_read = keys_read + read
+        return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0], keys_read
+
+    def index_bytes(self, query: Tensor, scale: float) -> float:
+        if not self.layer.levels:
+            return 0.0
+        return tree_bytes(
             self.layer,
-            rule,
-            suffix_keys,
-            suffix_values,
-            suffix_mask,
-            scale=scale,
-            implementation=self.implementation,
+            lookup(query, self.layer, self.token, scale),
+            variance=self.token.alpha is not None,
+            far_field=self.token.far_field != "none",
         )
+
+
+def causal_mask(rows: int, suffix: int, device: torch.device) -> Tensor:
+    """`[1, 1, Q, S]` bool: the last `rows` of `suffix` tokens, each seeing what came before."""
+    return torch.ones(rows, suffix, dtype=torch.bool, device=device).tril(suffix - rows)[None, None]
 
 
 @dataclass(frozen=True)
@@ -69,6 +102,7 @@ class Squeezed:
                 layer,
                 token=calibration.rule(index, budget, block=False),
                 block=calibration.rule(index, budget, block=True),
+                single_tokens=calibration.preset.single_tokens,
                 implementation=self.implementation,
             )
             for index, layer in enumerate(context.clustered_layers)
