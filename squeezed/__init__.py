@@ -1,9 +1,22 @@
 """Squeezed Attention: cheap questions over long fixed documents (arXiv 2411.09688)."""
 
-from squeezed.config import ClusteringConfig, IndexConfig, Preset
-from squeezed.context import FixedContext
-from squeezed.engine import Answer, generate, index, load
-from squeezed.errors import ContextFileError, SqueezedError, UnsupportedModelError
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from squeezed.config import ClusteringConfig, IndexConfig, Preset
+    from squeezed.context import FixedContext
+    from squeezed.engine import Answer, generate, index, load
+    from squeezed.errors import ContextFileError, SqueezedError, UnsupportedModelError
+
+HOMES = {
+    "squeezed.config": ("ClusteringConfig", "IndexConfig", "Preset"),
+    "squeezed.context": ("FixedContext",),
+    "squeezed.engine": ("Answer", "generate", "index", "load"),
+    "squeezed.errors": ("ContextFileError", "SqueezedError", "UnsupportedModelError"),
+}
 
 __all__ = [
     "Answer",
@@ -18,3 +31,15 @@ __all__ = [
     "index",
     "load",
 ]
+
+
+def __getattr__(name: str):
+    """Import a public name when it is first used: `squeezed --help` needs no PyTorch."""
+    for module, names in HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

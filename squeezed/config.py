@@ -13,6 +13,9 @@ FAR_FIELDS: tuple[FarField, ...] = ("none", "first_order", "self_calibrated")
 DEFAULT_BUDGET = 0.1
 """Share of the context's clustered keys that a query reads exactly."""
 
+DEFAULT_NEW_TOKENS = 128
+"""Longest answer, in tokens, unless asked otherwise."""
+
 SELF_CALIBRATION_CLAMP = 3.0
 """Largest correction, in nats, that the keys just read may apply to the far field."""
 

@@ -12,11 +12,11 @@ import torch
 from squeezed import storage
 from squeezed.calibration import ObservedLayer, calibrate
 from squeezed.clustering import cluster_layer
-from squeezed.config import BEST, DEFAULT_BUDGET, IndexConfig
+from squeezed.config import BEST, DEFAULT_BUDGET, DEFAULT_NEW_TOKENS, IndexConfig
 from squeezed.context import FixedContext
 from squeezed.errors import ContextFileError, SqueezedError
 from squeezed.fingerprint import model_fingerprint, tokenizer_fingerprint
-from squeezed.hf.cache import Spending, suffix_mask
+from squeezed.hf.cache import Spending, SqueezedCache, suffix_mask
 from squeezed.hf.capture import CapturedLayer, capture
 from squeezed.hf.support import layer_kinds, text_config, using_attention
 from squeezed.prompt import PromptTemplate
@@ -168,6 +168,7 @@ def generate(
     budget: float = DEFAULT_BUDGET,
     preset: str = BEST.name,
     implementation: str = "auto",
+    method: str = "squeezed",
     **generate_arguments,
 ) -> Answer:
     """Answer a question about a fixed context.
@@ -176,23 +177,35 @@ def generate(
         budget: share of the context's clustered keys read exactly, in (0, 1]; 1.0 is dense.
         preset: `best` or `paper`.
         implementation: `auto`, `reference`, `cpu` or `triton`.
+        method: a name of `squeezed.methods.METHODS`.
         generate_arguments: passed to `model.generate` (`max_new_tokens`, `streamer`, ...).
     """
+    check_tokenizer(tokenizer, context)
+    cache = context.cache(budget, preset, implementation, method)
+    ids = context.template.question_ids(tokenizer, question)
+    return respond(model, tokenizer, cache, ids, **generate_arguments)
+
+
+def check_tokenizer(tokenizer, context: FixedContext) -> None:
+    """Raise `ContextFileError` unless `tokenizer` made this context."""
     if tokenizer_fingerprint(tokenizer) != context.tokenizer:
         raise ContextFileError(
             "tokenizer: this context was made with another tokenizer; use the one it was made with"
         )
-    cache = context.cache(budget, preset, implementation)
-    ids = context.template.question_ids(tokenizer, question)[None].to(model.device)
-    arguments = {"max_new_tokens": 128, "do_sample": False} | generate_arguments
+
+
+def respond(model, tokenizer, cache: SqueezedCache, ids: torch.Tensor, **arguments) -> Answer:
+    """Generate what follows the tokens in `cache` and then `ids` `[S]`; the cache grows by both."""
+    ids = ids[None].to(model.device)
+    defaults = {"max_new_tokens": DEFAULT_NEW_TOKENS, "do_sample": False}
     clock = _Clock()
     with using_attention(model), torch.inference_mode():
         output = model.generate(
             input_ids=ids,
-            attention_mask=suffix_mask(len(context.tokens), torch.ones_like(ids)),
+            attention_mask=suffix_mask(cache.get_seq_length(), torch.ones_like(ids)),
             past_key_values=cache,
             stopping_criteria=[clock],
-            **arguments,
+            **(defaults | arguments),
         )
     new = output[0, ids.shape[1] :].cpu()
     return Answer(
