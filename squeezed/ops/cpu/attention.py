@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from threading import Lock
 
 import numba
 import torch
@@ -17,6 +19,8 @@ from squeezed.tree import ClusteredLayer
 
 SLAB_ROWS = 128
 """Query rows per KV head that are worked on at once; bounds the memory of the partial sums."""
+
+_ONE_CALL = Lock()
 
 
 def attend(
@@ -61,10 +65,23 @@ def _slabs(rows: QueryRows) -> Iterator[QueryRows]:
 
 @contextmanager
 def _threads() -> Iterator[None]:
-    """Numba on as many threads as torch."""
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before)
+    """Numba on as many threads as torch, one call at a time: its pool is not re-entrant."""
+    with _ONE_CALL:
+        _choose_pool()
+        before = numba.get_num_threads()
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        try:
+            yield
+        finally:
+            numba.set_num_threads(before)
+
+
+@cache
+def _choose_pool() -> None:
+    """Threads that sleep when idle, unless the user has chosen others.
+
+    OpenMP threads spin at every barrier, and so do torch's own: where both compete for the same
+    cores, a decode step took several times as long.
+    """
+    if numba.config.THREADING_LAYER == "default":
+        numba.config.THREADING_LAYER = "workqueue"

@@ -112,14 +112,24 @@ def _add_values(weights, count, flat, offsets, acc):
             w20, w21, w22, w23 = w[2, 0], w[2, 1], w[2, 2], w[2, 3]
             w30, w31, w32, w33 = w[3, 0], w[3, 1], w[3, 2], w[3, 3]
             for d in range(dim):
-                x0, x1, x2, x3 = load(flat, o0 + d), load(flat, o1 + d), load(flat, o2 + d), load(flat, o3 + d)
+                x0, x1, x2, x3 = (
+                    load(flat, o0 + d),
+                    load(flat, o1 + d),
+                    load(flat, o2 + d),
+                    load(flat, o3 + d),
+                )
                 a0[d] += w00 * x0 + w01 * x1 + w02 * x2 + w03 * x3
                 a1[d] += w10 * x0 + w11 * x1 + w12 * x2 + w13 * x3
                 a2[d] += w20 * x0 + w21 * x1 + w22 * x2 + w23 * x3
                 a3[d] += w30 * x0 + w31 * x1 + w32 * x2 + w33 * x3
         for r in range(fours, rows):
             a0 = acc[r]
-            w00, w01, w02, w03 = weights[r, t], weights[r, t + 1], weights[r, t + 2], weights[r, t + 3]
+            w00, w01, w02, w03 = (
+                weights[r, t],
+                weights[r, t + 1],
+                weights[r, t + 2],
+                weights[r, t + 3],
+            )
             for d in range(dim):
                 low = w00 * load(flat, o0 + d) + w01 * load(flat, o1 + d)
                 a0[d] += low + w02 * load(flat, o2 + d) + w03 * load(flat, o3 + d)

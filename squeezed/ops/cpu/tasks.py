@@ -132,5 +132,13 @@ def combine(pieces, bounds, estimate, clamp, top, mass, acc, far_top, far_mass, 
             if np.isfinite(gap):  # else nothing was kept: no evidence
                 shift = np.float32(min(max(gap, -clamp), clamp))
         _merge_row(
-            tasks, w, top, mass, acc, far_top[h, w] + shift, far_mass[h, w], far_acc[h, w], out[h, w]
+            tasks,
+            w,
+            top,
+            mass,
+            acc,
+            far_top[h, w] + shift,
+            far_mass[h, w],
+            far_acc[h, w],
+            out[h, w],
         )
