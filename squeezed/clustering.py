@@ -27,13 +27,13 @@ def cluster_layer(keys: Tensor, values: Tensor, config: ClusteringConfig) -> Clu
         keys, values: `[Hkv, P, D]` in document order, keys after rotary embedding.
 
     Returns:
-        The layer with its rows sorted; without levels if nothing is left beside the pinned tokens.
+        The layer with its rows sorted; without levels if fewer than two clusters would be left.
     """
     heads, tokens, _ = keys.shape
     order, pinned = _pinned_first(tokens, config, keys.device)
     clustered = tokens - pinned
     counts = [max(1, round(share * clustered)) for share in config.levels]
-    if clustered < counts[-1] * 2 or clustered < 2:
+    if counts[-1] < 2:
         positions = torch.arange(tokens, device=keys.device, dtype=torch.int32).repeat(heads, 1)
         return ClusteredLayer(keys.contiguous(), values.contiguous(), positions, tokens, ())
     points = torch.nn.functional.normalize(keys[:, order[pinned:]].float(), dim=-1)
@@ -121,7 +121,8 @@ def cluster_segments(
         batch = by_size[done : done + max(1, CHUNK_POINTS // lengths[done])]
         column = torch.arange(lengths[done], device=rows.device)
         valid = column < sizes[batch, None]
-        member = starts[batch, None] + column.minimum(sizes[batch, None] - 1).clamp(min=0)
+        inside = column.minimum(sizes[batch, None] - 1).clamp(min=0)
+        member = (starts[batch, None] + inside).clamp(max=len(rows) - 1)  # an empty run may end it
         points = flat[rows[member]].masked_fill_(~valid[..., None], 0.0)
         label = spherical_kmeans(points, valid, clusters[batch], config.iterations)
         labels[member[valid]] = label[valid]

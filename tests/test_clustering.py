@@ -1,0 +1,120 @@
+"""The tree: a partition in order, with true means, whatever the sizes."""
+
+import pytest
+import torch
+
+from squeezed import ClusteringConfig
+from squeezed.clustering import allot, cluster_layer, spherical_kmeans
+from squeezed.errors import SqueezedError
+
+
+def blobs(heads=2, tokens=600, dim=16, centres=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(heads, centres, dim, generator=generator) * 4
+    pick = torch.randint(0, centres, (heads, tokens), generator=generator)
+    noise = torch.randn(heads, tokens, dim, generator=generator)
+    keys = means.gather(1, pick[..., None].expand(-1, -1, dim)) + noise
+    return keys, torch.randn(heads, tokens, dim, generator=generator), pick
+
+
+@pytest.mark.parametrize("levels", [(0.05,), (0.02, 0.1), (0.01, 0.05, 0.2)])
+def test_layer_is_a_permutation_of_the_document(levels):
+    keys, values, _ = blobs()
+    layer = cluster_layer(keys, values, ClusteringConfig(levels=levels))
+    order = layer.positions.long()
+    assert order.sort(1).values.equal(torch.arange(600).expand(2, -1))
+    pick = order[..., None].expand_as(keys)
+    assert layer.keys.equal(keys.gather(1, pick)) and layer.values.equal(values.gather(1, pick))
+    assert order[:, : layer.pinned].equal(
+        torch.cat([torch.arange(16), torch.arange(500, 600)]).expand(2, -1)
+    )
+
+
+@pytest.mark.parametrize("levels", [(0.05,), (0.02, 0.1), (0.01, 0.05, 0.2)])
+def test_nodes_partition_their_parents_and_hold_true_means(levels):
+    keys, values, _ = blobs()
+    layer = cluster_layer(keys, values, ClusteringConfig(levels=levels))
+    assert [level.nodes for level in layer.levels] == [round(484 * share) for share in levels]
+    for depth, level in enumerate(layer.levels):
+        assert (level.key_offsets[:, 0] == layer.pinned).all()
+        assert (level.key_offsets[:, -1] == layer.tokens).all()
+        for head in range(2):
+            for node in range(level.nodes):
+                rows = slice(*level.key_offsets[head, node : node + 2].tolist())
+                if rows.start == rows.stop:
+                    continue
+                inside = layer.keys[head, rows]
+                torch.testing.assert_close(level.centroids[head, node], inside.mean(0))
+                torch.testing.assert_close(
+                    level.mean_values[head, node], layer.values[head, rows].mean(0)
+                )
+                torch.testing.assert_close(
+                    level.variance[head, node],
+                    inside.var(0, unbiased=False).mean(),
+                    atol=1e-4,
+                    rtol=1e-3,
+                )
+        if depth + 1 < len(levels):
+            finer = layer.levels[depth + 1]
+            assert finer.key_offsets.gather(1, level.child_offsets.long()).equal(level.key_offsets)
+
+
+def test_clustering_is_deterministic_and_finds_separated_blobs():
+    keys, values, pick = blobs(tokens=1200, centres=6)
+    config = ClusteringConfig(levels=(0.01,))
+    first, second = (cluster_layer(keys, values, config) for _ in range(2))
+    assert first.positions.equal(second.positions)
+    level = first.levels[0]
+    for head in range(2):
+        label = pick[head][first.positions[head].long()]
+        purity = 0
+        for start, end in zip(level.key_offsets[head], level.key_offsets[head, 1:], strict=False):
+            purity += label[start:end].bincount(minlength=6).max()
+        assert purity > 0.95 * first.clustered
+
+
+def test_identical_keys_leave_empty_clusters_and_no_nan():
+    keys = torch.ones(1, 400, 8)
+    layer = cluster_layer(keys, keys, ClusteringConfig(levels=(0.05, 0.2)))
+    for level in layer.levels:
+        assert level.sizes.sum() == layer.clustered
+        assert not level.centroids.isnan().any() and not level.variance.isnan().any()
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 116, 117, 140])
+def test_short_documents_stay_dense(tokens):
+    keys = torch.randn(2, tokens, 8)
+    layer = cluster_layer(keys, keys, ClusteringConfig())
+    assert layer.levels == () and layer.pinned == tokens and layer.keys.equal(keys)
+
+
+def test_children_are_shared_by_size():
+    sizes = torch.tensor([[100, 0, 10, 1, 289], [1, 1, 1, 1, 396]])
+    shares = allot(sizes, 40)
+    assert shares.sum(1).tolist() == [40, 40]
+    assert (shares <= sizes).all() and ((shares > 0) == (sizes > 0)).all()
+    assert shares[0, 4] > shares[0, 0] > shares[0, 2]
+
+
+def test_kmeans_ignores_padding():
+    keys, _, _ = blobs(heads=1, tokens=50)
+    points = torch.nn.functional.normalize(keys, dim=-1)
+    valid, clusters = torch.ones(1, 50, dtype=torch.bool), torch.tensor([7])
+    padded = torch.cat([points, torch.zeros(1, 30, 16)], 1)
+    mask = torch.arange(80)[None] < 50
+    alone = spherical_kmeans(points, valid, clusters, 4)
+    assert spherical_kmeans(padded, mask, clusters, 4)[:, :50].equal(alone)
+
+
+def test_overhead_is_within_eight_percent():
+    keys = torch.randn(1, 6000, 64, dtype=torch.bfloat16)
+    layer = cluster_layer(keys, keys, ClusteringConfig())
+    assert layer.index_bytes() <= 0.08 * layer.kv_bytes()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"levels": ()}, {"levels": (0.1, 0.05)}, {"levels": (2.0,)}, {"iterations": 0}]
+)
+def test_bad_settings_are_refused(bad):
+    with pytest.raises(SqueezedError, match=next(iter(bad))):
+        ClusteringConfig(**bad)
