@@ -26,6 +26,10 @@ class ContextAttention(Protocol):
     tokens: int
     selectable_keys: int
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that `attend` reads beside its arguments: a CUDA graph holds them in place."""
+        ...
+
     def attend(
         self,
         query: Tensor,

@@ -2,8 +2,8 @@
 
 Rows are those of `ClusteredLayer` behind the pinned ones, `R = P - pinned`; `layer.positions` tells
 their place in the document. All methods here share three rules: the pinned tokens are always read;
-a KV head's key is read by all query heads of its group; and a block of the user's tokens selects by
-the mean of its tokens' weights, as squeezed attention does.
+a KV head's key is read by all query heads of its group; and tokens of the user select alone or in
+blocks, by the mean of their weights, exactly where squeezed attention does.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ class Queries:
 
     def shared(self, log_weights: Tensor) -> Tensor:
         """Mean over each block, largest over the group: `[B, Hkv, G, Q, K] -> [B, Hkv, N, K]`."""
+        if int(self.blocks[-1]) + 1 == len(self.blocks):  # every row selects alone
+            best = log_weights.amax(2)
+            return best.masked_fill(~self.valid[:, None, :, None], NEG_INF)
         return block_scores(log_weights, self.blocks, self.valid)
 
 
@@ -92,7 +95,7 @@ class MaskedLayer(abc.ABC):
         queries = Queries(
             q=grouped(query, self.layer.keys.shape[0]),
             valid=mask.any(-1)[:, 0].expand(query.shape[0], rows),
-            blocks=query_blocks(rows, 1 if per_token else BEST.query_block, query.device),
+            blocks=selection_blocks(rows, per_token, query.device),
             scale=scale,
         )
         keep = self._keep_all_blocks(queries)
@@ -107,6 +110,14 @@ class MaskedLayer(abc.ABC):
         if not self.layer.clustered:
             return torch.zeros(shape, dtype=torch.bool, device=queries.q.device)
         return self.keep(queries).expand(shape)
+
+
+def selection_blocks(rows: int, per_token: bool, device: torch.device) -> Tensor:
+    """Block of every row: as in squeezed attention, the last rows of an input select alone."""
+    single = rows if per_token else min(rows, BEST.single_tokens)
+    early = query_blocks(rows - single, BEST.query_block, device)
+    first = int(early[-1]) + 1 if len(early) else 0
+    return torch.cat([early, torch.arange(first, first + single, device=device)])
 
 
 def causal(mask: Tensor | None, rows: int, suffix: int, device: torch.device) -> Tensor:

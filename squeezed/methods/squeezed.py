@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ class SqueezedLayer:
     token: SelectionRule
     block: SelectionRule
     single_tokens: int
-    implementation: str
+    compute: Callable[..., tuple[Tensor, Tensor]]
 
     @property
     def tokens(self) -> int:
@@ -37,6 +38,10 @@ class SqueezedLayer:
     @property
     def selectable_keys(self) -> int:
         return self.layer.clustered * self.layer.keys.shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        alphas = [rule.alpha for rule in (self.token, self.block) if rule.alpha is not None]
+        return [*self.layer.tensors(), *alphas]
 
     def attend(
         self,
@@ -55,15 +60,14 @@ class SqueezedLayer:
         for rule, part in ((self.block, slice(0, early)), (self.token, slice(early, rows))):
             if part.start == part.stop:
                 continue
-            output, read = ops.attend(
+            output, read = self.compute(
                 query[:, :, part],
                 self.layer,
                 rule,
                 suffix_keys,
                 suffix_values,
                 None if suffix_mask is None else suffix_mask[:, :, part],
-                scale=scale,
-                implementation=self.implementation,
+                scale,
             )
             outputs.append(output)
             keys_read = keys_read + read
@@ -103,7 +107,7 @@ class Squeezed:
                 token=calibration.rule(index, budget, block=False),
                 block=calibration.rule(index, budget, block=True),
                 single_tokens=calibration.preset.single_tokens,
-                implementation=self.implementation,
+                compute=ops.implementation(self.implementation, layer.keys.device),
             )
             for index, layer in enumerate(context.clustered_layers)
         ]

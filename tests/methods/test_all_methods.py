@@ -44,7 +44,7 @@ def test_method_at_a_small_budget_differs_from_dense_and_reads_less(name):
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_method_is_unmoved_by_neighbours_in_the_batch(name, per_token):
-    layers, call = prepared(name, 0.1), random_call(batch=3, rows=70, suffix=75)
+    layers, call = prepared(name, 0.1), random_call(batch=3, rows=140, suffix=145)
     together = outputs(layers, call, per_token)
     for request in range(3):
         alone = outputs(layers, call.of(request), per_token)

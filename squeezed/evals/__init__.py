@@ -1,0 +1,1 @@
+"""Accuracy of sparse-attention methods: suites, one runner, one report."""

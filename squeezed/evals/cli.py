@@ -1,0 +1,140 @@
+"""`squeezed eval`: run a suite, or turn result files into tables and plots."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from squeezed.config import check_budget
+from squeezed.errors import SqueezedError
+from squeezed.evals import report as reporting
+from squeezed.evals.examples import SuiteOptions
+from squeezed.evals.loading import load_model
+from squeezed.evals.results import ResultFile
+from squeezed.evals.runner import Runner, RunOptions, limited
+from squeezed.evals.suites import suite_named
+
+app = typer.Typer(help="Accuracy of sparse-attention methods on a model of yours.")
+
+METHODS = "paper,best,quest,snapkv,streaming,oracle"
+BUDGETS = "0.025,0.05,0.1,0.2,0.3"
+
+
+def log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def fail(error: SqueezedError) -> typer.Exit:
+    log(f"error: {error}")
+    return typer.Exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    ctx: typer.Context,
+    suite: Annotated[str, typer.Option(help="fidelity, niah, prefixqa, ruler or longbench")] = "",
+    model: Annotated[str, typer.Option(help="directory, hub name or .gguf file")] = "",
+    output: Annotated[Path, typer.Option(help="result file; an older one is continued")] = Path(
+        "eval.jsonl"
+    ),
+    data: Annotated[Path | None, typer.Option(help="local data of the suite")] = None,
+    methods: Annotated[str, typer.Option(help="comma-separated; dense always runs")] = METHODS,
+    budgets: Annotated[str, typer.Option(help="comma-separated shares of the keys")] = BUDGETS,
+    tasks: Annotated[str, typer.Option(help="comma-separated; all of the suite if empty")] = "",
+    context_tokens: Annotated[int, typer.Option(help="length of made or cut documents")] = 8192,
+    documents: Annotated[int | None, typer.Option(help="at most, per task")] = None,
+    questions: Annotated[int | None, typer.Option(help="at most, per document")] = None,
+    batch: Annotated[int, typer.Option(help="questions asked together")] = 16,
+    errors: Annotated[bool, typer.Option(help="measure each layer's output error")] = False,
+    seed: int = 0,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    dtype: str = "bfloat16",
+    implementation: Annotated[str, typer.Option(help="of squeezed attention")] = "auto",
+) -> None:
+    """Run a suite. Each document is prefilled and indexed once for all methods and questions."""
+    if ctx.invoked_subcommand:
+        return
+    try:
+        chosen = suite_named(suite)
+        options = RunOptions(
+            methods=split(methods),
+            budgets=tuple(check_budget(number(b)) for b in split(budgets)),
+            implementation=implementation,
+            batch=batch,
+            measure_errors=errors,
+        )
+        wanted = SuiteOptions(data, context_tokens, documents, questions, split(tasks), seed)
+        if not model:
+            raise SqueezedError("model: expected a directory, hub name or .gguf file, got nothing")
+        loaded, tokenizer = load_model(model, device, dtype)
+        results = ResultFile(output, header(chosen.name, model, loaded, wanted))
+        found = limited(chosen.documents(wanted, tokenizer), documents, questions)
+        Runner(loaded, tokenizer, options, results, log).run(found)
+        tables = reporting.with_averages(reporting.collect([output]))
+    except SqueezedError as error:
+        raise fail(error) from None
+    print(reporting.markdown(tables))
+
+
+def split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SqueezedError(f"budgets: expected numbers such as 0.1, got {text!r}") from None
+
+
+def header(suite: str, name: str, model, options: SuiteOptions) -> dict:
+    """What a reader of the result file must know about the run."""
+    try:
+        release = version("squeezed-attention")
+    except PackageNotFoundError:
+        release = "source"
+    device = model.device
+    return {
+        "suite": suite,
+        "model": model_label(name),
+        "context_tokens": options.context_tokens,
+        "seed": options.seed,
+        "data": options.data.name if options.data else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "squeezed": release,
+    }
+
+
+def model_label(name: str) -> str:
+    """The last part of a path or hub name; of a GGUF file, its directory."""
+    path = Path(name)
+    return path.parent.name if path.suffix == ".gguf" else path.name
+
+
+@app.command("report")
+def report(
+    files: Annotated[list[Path], typer.Argument(help="result files")],
+    output: Annotated[Path | None, typer.Option(help="directory for table and plots")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="means as JSON")] = False,
+) -> None:
+    """Turn result files into a Markdown table, and PNG plots if a directory is given."""
+    try:
+        tables = reporting.with_averages(reporting.collect(files))
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "table.md").write_text(reporting.markdown(tables), encoding="utf-8")
+            for path in reporting.plot(tables, output):
+                log(f"wrote {path}")
+    except SqueezedError as error:
+        raise fail(error) from None
+    print(json.dumps(reporting.summary(tables)) if as_json else reporting.markdown(tables))
