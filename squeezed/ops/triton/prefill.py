@@ -15,13 +15,16 @@ from torch import Tensor
 
 from squeezed.config import SELF_CALIBRATION_CLAMP
 from squeezed.ops.triton.prefill_attention import attention_kernel, combine_kernel, plan_kernel
-from squeezed.ops.triton.prefill_lookup import Found, Geometry, geometry, lookup
+from squeezed.ops.triton.prefill_lookup import Found, Geometry, geometry, lookup, multiprocessors
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
 LOG2E = 1 / math.log(2)
 LIST_BYTES = 1 << 29
 """Most bytes of row lists at once; longer prompts are walked in pieces of whole blocks."""
+
+STRETCHES_PER_TILE = 4
+"""Programs that share a tile of a pass: more fit the cache better and leave more to merge."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,6 @@ def choose_tile(query: Tensor, sizes: Geometry) -> Tile:
     return Tile(rows, 64, 4, 3, 3)
 
 
-def _programs(tile: Tile, device: torch.device) -> int:
-    if device.type != "cuda":
-        return 3  # the interpreter runs them one by one: enough to cut tiles in the middle
-    return torch.cuda.get_device_properties(device).multi_processor_count * tile.programs
-
-
 @dataclass(frozen=True)
 class _Work:
     """The attention of one call: its tiles laid out as a line of units, shared by programs."""
@@ -133,6 +130,12 @@ class _Work:
     @property
     def split_m(self) -> int:
         return triton.cdiv(self.sizes.group * self.sizes.block, self.tile.rows)
+
+    @property
+    def pass_tiles(self) -> int:
+        """Tiles that run side by side: about a quarter as many as there are programs."""
+        programs = multiprocessors(self.layer.keys.device) * self.tile.programs
+        return max(1, triton.cdiv(programs, STRETCHES_PER_TILE))
 
     @property
     def calibrated(self) -> bool:
@@ -186,7 +189,7 @@ class _Work:
         sizes, tile, layer = self.sizes, self.tile, self.layer
         row_list, row_count, dropped_counts, kept_list, kept_count = self._lists(ends)
         levels = layer.levels[: self.far_levels]
-        programs = _programs(tile, query.device)
+        programs = multiprocessors(query.device) * tile.programs
         parts = self._parts(query, programs)
         mask = bounds if suffix_mask is None else suffix_mask.view(torch.int8)
         mask_strides = (0, 0, 0) if suffix_mask is None else _mask_strides(suffix_mask)
@@ -199,7 +202,7 @@ class _Work:
             tuple(gone.nodes for gone in self.found.dropped) if self.found else (),
             dropped_counts, kept_list, kept_count, *parts.values(),
             sizes.tiles, sizes.blocks, sizes.rows, suffix_keys.shape[2], self.pinned,
-            layer.clustered, scale * LOG2E, HEADS_KV=sizes.kv_heads, GROUP=sizes.group,
+            layer.clustered, self.pass_tiles, scale * LOG2E, HEADS_KV=sizes.kv_heads, GROUP=sizes.group,
             BLOCK=sizes.block, DIM=sizes.dim, BLOCK_D=triton.next_power_of_2(sizes.dim),
             BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT_M=self.split_m, LEVELS=self.far_levels,
             CLASSES=self.classes, CALIBRATED=self.calibrated, INDEXED=self.found is not None,
@@ -208,7 +211,8 @@ class _Work:
         return parts
 
     def _parts(self, query: Tensor, programs: int) -> dict[str, Tensor]:
-        slots = self.sizes.tiles * self.split_m + programs
+        spans = self.sizes.tiles * self.split_m
+        slots = spans + triton.cdiv(spans, self.pass_tiles) * programs
         shape = (slots, self.tile.rows)
 
         def empty(used: bool, *more: int) -> Tensor:
@@ -226,7 +230,7 @@ class _Work:
         grid = (sizes.tiles * self.split_m, triton.cdiv(tile.rows, 16))
         combine_kernel[grid](
             output, ends, bounds, *parts.values(), sizes.tiles, sizes.blocks, sizes.rows,
-            _programs(tile, query.device), SELF_CALIBRATION_CLAMP * LOG2E,
+            multiprocessors(query.device) * tile.programs, self.pass_tiles, SELF_CALIBRATION_CLAMP * LOG2E,
             HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
             BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_M=tile.rows, BLOCK_R=16,
             SPLIT_M=self.split_m, CLASSES=self.classes, CALIBRATED=self.calibrated, num_warps=4,

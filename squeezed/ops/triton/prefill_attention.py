@@ -3,9 +3,11 @@
 The work of a tile (a request, a KV head, a block of queries, up to `BLOCK_M` of its rows) is a row
 of *units* of `BLOCK_N` keys, in this order: kept rows, pinned rows, suffix, the dropped nodes of
 each level, and the kept leaves' centroids if the far field calibrates itself. `plan_kernel` lays
-all tiles end to end; every program of `attention_kernel` takes an equal stretch of that line, so
-heads that keep many keys hold nobody up; `combine_kernel` merges the stretches of each tile.
-The stretch of program `p` in tile `w` has slot `p + w`: along the line one of the two always grows.
+all tiles end to end and the line is cut into passes of a few heads; every program of
+`attention_kernel` takes an equal stretch of each pass, so heads that keep many keys hold nobody up,
+and blocks of one head run side by side and find each other's keys in the cache. `combine_kernel`
+merges the stretches of each tile. The stretch of program `p` in tile `w` of a pass has slot
+`pass * programs + p + w`: along the line one of the three always grows.
 """
 
 from __future__ import annotations
@@ -62,14 +64,26 @@ def plan_kernel(
 
 
 @triton.jit
-def tile_at(ends, tiles, unit, STEP: tl.constexpr):
-    """The tile that holds `unit` of the line."""
-    found = 0
-    for at in range(0, tiles, STEP):
+def tile_at(ends, first, last, unit, STEP: tl.constexpr):
+    """Which of the tiles `first:last` holds `unit` of the line; `last` if none does."""
+    found = first
+    for at in range(first, last, STEP):
         w = at + tl.arange(0, STEP)
-        end = tl.load(ends + w, mask=w < tiles, other=2147483647)
+        end = tl.load(ends + w, mask=w < last, other=2147483647)
         found += tl.sum((end <= unit).to(tl.int32), 0)
     return found
+
+
+@triton.jit
+def stretch(ends, tiles, pass_tiles, number, program, programs):
+    """Tiles `first:last` of a pass, and the units `begin:stop` of the line that a program takes."""
+    first = number * pass_tiles
+    last = tl.minimum(first + pass_tiles, tiles)
+    base = tl.load(ends + first - 1, mask=first > 0, other=0)
+    end = tl.load(ends + last - 1)
+    share = tl.maximum(tl.cdiv(end - base, programs), 1)
+    begin = tl.minimum(base + program * share, end)
+    return first, last, begin, tl.minimum(begin + share, end), base, share
 
 
 @triton.jit
@@ -96,22 +110,17 @@ def attend_rows(
     centroids and mean values, and each counts as often as its node has keys.
     """
     dims = tl.arange(0, BLOCK_D)
+    lane = tl.arange(0, BLOCK_N)
+    row = first * BLOCK_N + lane
+    if LISTED:
+        row = tl.load(list_ + row, mask=row < count, other=0)
     for unit in range(first, last):
-        slot = unit * BLOCK_N + tl.arange(0, BLOCK_N)
-        row = slot
-        if LISTED:
-            row = (
-                tl.load(list_ + slot, mask=slot < count, other=0)
-                if PARTIAL
-                else tl.load(list_ + slot)
-            )
+        slot = unit * BLOCK_N + lane
         at = row[:, None].to(tl.int64) * DIM + dims
         if PARTIAL or DIM != BLOCK_D:
             inside = (slot < count)[:, None] & (dims < DIM)
-            k, v = (
-                tl.load(keys + at, mask=inside, other=0.0),
-                tl.load(values + at, mask=inside, other=0.0),
-            )
+            k = tl.load(keys + at, mask=inside, other=0.0)
+            v = tl.load(values + at, mask=inside, other=0.0)
         else:
             k, v = tl.load(keys + at), tl.load(values + at)
         raw = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -121,6 +130,9 @@ def attend_rows(
         if PARTIAL:
             raw = tl.where((slot < count)[None, :], raw, NEG_INF)
         acc, peak, total = softmax_step(raw, scale, acc, peak, total, v)
+        row = slot + BLOCK_N
+        if LISTED:  # one unit ahead, so that no key waits for its address
+            row = tl.load(list_ + row, mask=row < count, other=0)
     return acc, peak, total
 
 
@@ -132,7 +144,7 @@ def attend_suffix(
 ):  # fmt: skip
     """Units `first:last` of the tokens after the context, under their mask."""
     dims = tl.arange(0, BLOCK_D)
-    for unit in range(first, last):
+    for unit in tl.range(first, last, num_stages=1):  # few: spare shared memory
         slot = unit * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (slot < suffix)[:, None] & (dims < DIM)
         at = slot[:, None].to(tl.int64)
@@ -158,7 +170,7 @@ def estimate_kept(q, scale, centroids, offsets, list_, first, last, count,
     dims = tl.arange(0, BLOCK_D)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for unit in range(first, last):
+    for unit in tl.range(first, last, num_stages=1):
         slot = unit * BLOCK_N + tl.arange(0, BLOCK_N)
         node = tl.load(list_ + slot, mask=slot < count, other=0)
         inside = (slot < count)[:, None] & (dims < DIM)
@@ -197,108 +209,108 @@ def attention_kernel(
     suffix_values, v_b, v_h, v_s, mask, m_b, m_q, m_s,
     ends, bounds, row_list, row_count, centroids, mean_values, offsets, nodes, dropped,
     dropped_counts, kept_list, kept_count, part, part_lse, far, far_lse, exact_lse, estimate,
-    tiles, blocks, rows, suffix, pinned, capacity, scale,
+    tiles, blocks, rows, suffix, pinned, capacity, pass_tiles, scale,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_M: tl.constexpr,
     LEVELS: tl.constexpr, CLASSES: tl.constexpr, CALIBRATED: tl.constexpr, INDEXED: tl.constexpr,
     CAUSAL: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One program's stretch of the line of units."""
-    pid = tl.program_id(0)
-    line = tl.load(ends + tiles * SPLIT_M - 1)
-    share = tl.cdiv(line, tl.num_programs(0))
-    begin, stop = pid * share, tl.minimum(pid * share + share, line)
-    if begin >= stop:
-        return
+    """One program's stretches of the line of units, one in every pass."""
+    pid, programs = tl.program_id(0), tl.num_programs(0)
     dims = tl.arange(0, BLOCK_D)
-    w_first = tile_at(ends, tiles * SPLIT_M, begin, STEP)
-    w_last = tile_at(ends, tiles * SPLIT_M, stop - 1, STEP)
-    for w in range(w_first, w_last + 1):
-        t = w // SPLIT_M
-        wide, h, b = (
-            t.to(tl.int64),
-            ((t // blocks) % HEADS_KV).to(tl.int64),
-            t // blocks // HEADS_KV,
+    for number in range(0, tl.cdiv(tiles * SPLIT_M, pass_tiles)):
+        w_start, w_end, begin, stop, _, _ = stretch(
+            ends, tiles * SPLIT_M, pass_tiles, number, pid, programs
         )
-        bound = bounds + w * CLASSES
-        start = tl.load(ends + w) - tl.load(bound + CLASSES - 1)
-        lo, hi = tl.maximum(begin - start, 0), tl.minimum(stop, tl.load(ends + w)) - start
-        m = (w % SPLIT_M) * BLOCK_M + tl.arange(0, BLOCK_M)
-        row = rows - (blocks - t % blocks) * BLOCK + m % BLOCK
-        ok = (m < GROUP * BLOCK) & (row >= 0)
-        q_rows = query + b.to(tl.int64) * q_b + (h * GROUP + m // BLOCK)[:, None] * q_h
-        q_rows += row[:, None].to(tl.int64) * q_r
-        q = tl.load(q_rows + dims, mask=ok[:, None] & (dims < DIM), other=0.0)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        k_head, v_head = keys + h * tokens * DIM, values + h * tokens * DIM
-        kept_end, pinned_end = tl.load(bound), tl.load(bound + 1)
-        if INDEXED:
-            count = tl.load(row_count + t)
-            first, last, whole = lo, tl.minimum(hi, kept_end), count // BLOCK_N
-            acc, peak, total = attend_rows(
-                q, scale, acc, peak, total, k_head, v_head, row_list + wide * capacity, offsets,
-                first, tl.minimum(last, whole), count, DIM, BLOCK_D, BLOCK_N, True, False, False,
-            )  # fmt: skip
-            acc, peak, total = attend_rows(
-                q, scale, acc, peak, total, k_head, v_head, row_list + wide * capacity, offsets,
-                tl.maximum(first, whole), last, count, DIM, BLOCK_D, BLOCK_N, True, True, False,
-            )  # fmt: skip
-        if CALIBRATED:
-            slots = (pid + w).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-            tl.store(exact_lse + slots, peak + tl.log2(total))
-        first, last = clip(lo, hi, kept_end, pinned_end)
-        acc, peak, total = attend_rows(
-            q, scale, acc, peak, total, k_head, v_head, row_list, offsets,
-            first, last, pinned, DIM, BLOCK_D, BLOCK_N, False, True, False,
-        )  # fmt: skip
-        end = tl.load(bound + 2)
-        first, last = clip(lo, hi, pinned_end, end)
-        acc, peak, total = attend_suffix(
-            q, scale, acc, peak, total, suffix_keys + b.to(tl.int64) * k_b + h * k_h, k_s,
-            suffix_values + b.to(tl.int64) * v_b + h * v_h, v_s, mask + b.to(tl.int64) * m_b,
-            m_q, m_s, row, ok, first, last, rows, suffix, DIM, BLOCK_D, BLOCK_N, CAUSAL,
-        )  # fmt: skip
-        if CALIBRATED:
-            store_part(part, part_lse, pid + w, acc, peak, total, DIM, BLOCK_D, BLOCK_M)
+        w_first = tile_at(ends, w_start, w_end, begin, STEP)
+        w_last = tile_at(ends, w_start, w_end, stop - 1, STEP)
+        for w in range(w_first, tl.where(begin < stop, w_last + 1, w_first)):
+            slot = number * programs + pid + w
+            t = w // SPLIT_M
+            wide, h, b = (
+                t.to(tl.int64),
+                ((t // blocks) % HEADS_KV).to(tl.int64),
+                t // blocks // HEADS_KV,
+            )
+            bound = bounds + w * CLASSES
+            start = tl.load(ends + w) - tl.load(bound + CLASSES - 1)
+            lo, hi = tl.maximum(begin - start, 0), tl.minimum(stop, tl.load(ends + w)) - start
+            m = (w % SPLIT_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+            row = rows - (blocks - t % blocks) * BLOCK + m % BLOCK
+            ok = (m < GROUP * BLOCK) & (row >= 0)
+            q_rows = query + b.to(tl.int64) * q_b + (h * GROUP + m // BLOCK)[:, None] * q_h
+            q_rows += row[:, None].to(tl.int64) * q_r
+            q = tl.load(q_rows + dims, mask=ok[:, None] & (dims < DIM), other=0.0)
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
-        for level in tl.static_range(LEVELS):
-            head = h * nodes[level]
-            start = end
-            end = tl.load(bound + 3 + level)
-            first, last = clip(lo, hi, start, end)
+            k_head, v_head = keys + h * tokens * DIM, values + h * tokens * DIM
+            kept_end, pinned_end = tl.load(bound), tl.load(bound + 1)
+            if INDEXED:
+                count = tl.load(row_count + t)
+                first, last, whole = lo, tl.minimum(hi, kept_end), count // BLOCK_N
+                acc, peak, total = attend_rows(
+                    q, scale, acc, peak, total, k_head, v_head, row_list + wide * capacity, offsets,
+                    first, tl.minimum(last, whole), count, DIM, BLOCK_D, BLOCK_N, True, False, False,
+                )  # fmt: skip
+                acc, peak, total = attend_rows(
+                    q, scale, acc, peak, total, k_head, v_head, row_list + wide * capacity, offsets,
+                    tl.maximum(first, whole), last, count, DIM, BLOCK_D, BLOCK_N, True, True, False,
+                )  # fmt: skip
+            if CALIBRATED:
+                slots = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+                tl.store(exact_lse + slots, peak + tl.log2(total))
+            first, last = clip(lo, hi, kept_end, pinned_end)
             acc, peak, total = attend_rows(
-                q, scale, acc, peak, total, centroids[level] + head * DIM,
-                mean_values[level] + head * DIM, dropped[level] + wide * nodes[level],
-                offsets[level] + head + h, first, last, tl.load(dropped_counts[level] + t),
-                DIM, BLOCK_D, BLOCK_N, True, True, True,
+                q, scale, acc, peak, total, k_head, v_head, row_list, offsets,
+                first, last, pinned, DIM, BLOCK_D, BLOCK_N, False, True, False,
             )  # fmt: skip
-        if CALIBRATED:
-            store_part(far, far_lse, pid + w, acc, peak, total, DIM, BLOCK_D, BLOCK_M)
-            first, last = clip(lo, hi, end, tl.load(bound + 3 + LEVELS))
-            head = h * nodes[LEVELS - 1]
-            lse = estimate_kept(
-                q, scale, centroids[LEVELS - 1] + head * DIM, offsets[LEVELS - 1] + head + h,
-                kept_list + wide * nodes[LEVELS - 1], first, last, tl.load(kept_count + t),
-                DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            end = tl.load(bound + 2)
+            first, last = clip(lo, hi, pinned_end, end)
+            acc, peak, total = attend_suffix(
+                q, scale, acc, peak, total, suffix_keys + b.to(tl.int64) * k_b + h * k_h, k_s,
+                suffix_values + b.to(tl.int64) * v_b + h * v_h, v_s, mask + b.to(tl.int64) * m_b,
+                m_q, m_s, row, ok, first, last, rows, suffix, DIM, BLOCK_D, BLOCK_N, CAUSAL,
             )  # fmt: skip
-            slots = (pid + w).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-            tl.store(estimate + slots, lse)
-        else:
-            store_part(part, part_lse, pid + w, acc, peak, total, DIM, BLOCK_D, BLOCK_M)
+            if CALIBRATED:
+                store_part(part, part_lse, slot, acc, peak, total, DIM, BLOCK_D, BLOCK_M)
+                acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+                peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                total = tl.zeros([BLOCK_M], tl.float32)
+            for level in tl.static_range(LEVELS):
+                head = h * nodes[level]
+                start = end
+                end = tl.load(bound + 3 + level)
+                first, last = clip(lo, hi, start, end)
+                acc, peak, total = attend_rows(
+                    q, scale, acc, peak, total, centroids[level] + head * DIM,
+                    mean_values[level] + head * DIM, dropped[level] + wide * nodes[level],
+                    offsets[level] + head + h, first, last, tl.load(dropped_counts[level] + t),
+                    DIM, BLOCK_D, BLOCK_N, True, True, True,
+                )  # fmt: skip
+            if CALIBRATED:
+                store_part(far, far_lse, slot, acc, peak, total, DIM, BLOCK_D, BLOCK_M)
+                first, last = clip(lo, hi, end, tl.load(bound + 3 + LEVELS))
+                head = h * nodes[LEVELS - 1]
+                lse = estimate_kept(
+                    q, scale, centroids[LEVELS - 1] + head * DIM, offsets[LEVELS - 1] + head + h,
+                    kept_list + wide * nodes[LEVELS - 1], first, last, tl.load(kept_count + t),
+                    DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+                slots = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+                tl.store(estimate + slots, lse)
+            else:
+                store_part(part, part_lse, slot, acc, peak, total, DIM, BLOCK_D, BLOCK_M)
 
 
 @triton.jit
-def calibration(exact_lse, estimate, m, p_first, p_last, w, clamp, BLOCK_M: tl.constexpr,
+def calibration(exact_lse, estimate, m, p_first, p_last, slot, clamp, BLOCK_M: tl.constexpr,
                 BLOCK_R: tl.constexpr):  # fmt: skip
     """log2 of exact over estimated mass of the kept leaves, `[BLOCK_R]`; 0 where nothing is kept."""
     exact = tl.full([BLOCK_R], float("-inf"), tl.float32)
     guess = tl.full([BLOCK_R], float("-inf"), tl.float32)
     for p in range(p_first, p_last + 1):
-        at = (p + w).to(tl.int64) * BLOCK_M + m
+        at = (slot + p).to(tl.int64) * BLOCK_M + m
         exact = log_add(exact, tl.load(exact_lse + at))
         guess = log_add(guess, tl.load(estimate + at))
     known = (exact > NEG_INF) & (guess > NEG_INF)
@@ -330,25 +342,28 @@ def merge_part(out, lse, part, part_lse, at, gap, DIM: tl.constexpr, BLOCK_D: tl
 @triton.jit
 def combine_kernel(
     output, ends, bounds, part, part_lse, far, far_lse, exact_lse, estimate,
-    tiles, blocks, rows, programs, clamp,
+    tiles, blocks, rows, programs, pass_tiles, clamp,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
     CLASSES: tl.constexpr, CALIBRATED: tl.constexpr,
 ):  # fmt: skip
     """Merge all stretches of `BLOCK_R` rows of one tile into the output `[B, Hq, Q, D]`."""
     w, m = tl.program_id(0), tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    share = tl.cdiv(tl.load(ends + tiles * SPLIT_M - 1), programs)
+    number = w // pass_tiles
+    _, _, _, _, base, share = stretch(ends, tiles * SPLIT_M, pass_tiles, number, 0, programs)
     end = tl.load(ends + w)
     start = end - tl.load(bounds + w * CLASSES + CLASSES - 1)
-    p_first, p_last = start // tl.maximum(share, 1), (end - 1) // tl.maximum(share, 1)
+    p_first, p_last = (start - base) // share, (end - 1 - base) // share
     p_last = tl.where(end > start, p_last, p_first - 1)
     out = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     lse = tl.full([BLOCK_R], float("-inf"), tl.float32)
     gap = tl.zeros([BLOCK_R], tl.float32)
     if CALIBRATED:
-        gap = calibration(exact_lse, estimate, m, p_first, p_last, w, clamp, BLOCK_M, BLOCK_R)
+        gap = calibration(
+            exact_lse, estimate, m, p_first, p_last, number * programs + w, clamp, BLOCK_M, BLOCK_R
+        )
     for p in range(p_first, p_last + 1):
-        at = (p + w).to(tl.int64) * BLOCK_M + m
+        at = (number * programs + p + w).to(tl.int64) * BLOCK_M + m
         out, lse = merge_part(out, lse, part, part_lse, at, 0.0, DIM, BLOCK_D)
         if CALIBRATED:
             out, lse = merge_part(out, lse, far, far_lse, at, gap, DIM, BLOCK_D)

@@ -22,8 +22,10 @@ from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer, Level
 
 LOG2E = 1 / math.log(2)
+LOWEST = -1e30
+"""Stands for a threshold of minus infinity, which would make NaN of padded rows."""
 NODES_PER_PROGRAM = 128
-NODES_PER_SPLIT = 512
+NODES_PER_SPLIT = 256
 """Nodes that one program adds up for the normaliser."""
 
 
@@ -106,6 +108,13 @@ def geometry(query: Tensor, layer: ClusteredLayer, rule: SelectionRule) -> Geome
     return Geometry(batch, kv_heads, heads // kv_heads, rows, min(rule.query_block, rows), dim)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """The GPU's; 2 for the interpreter, which runs programs one by one."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def row_tile(rows: int) -> int:
     """Rows of a tile of queries: a power of two the tensor cores accept."""
     return min(128, max(16, triton.next_power_of_2(rows)))
@@ -116,16 +125,16 @@ def _normaliser(
 ) -> Tensor:
     """Shares of the log2 of every row's estimated denominator, `[B, Hq, Q, splits]`."""
     level, heads = layer.levels[0], query.shape[1]
-    splits = triton.cdiv(level.nodes, NODES_PER_SPLIT) + 1  # the last one sums the pinned keys
+    splits = triton.cdiv(level.nodes, NODES_PER_SPLIT)
     partial = query.new_empty(sizes.batch, heads, sizes.rows, splits, dtype=torch.float32)
-    block_r = min(64, row_tile(sizes.rows))
+    block_r = row_tile(sizes.rows)
     grid = (sizes.batch * heads * triton.cdiv(sizes.rows, block_r), splits)
     normaliser_kernel[grid](
-        query, *query.stride()[:3], layer.keys, level.centroids, level.variance, level.key_offsets,
-        alpha_of(rule, 0, query), partial, sizes.rows, layer.tokens, layer.pinned, level.nodes,
-        splits, scale, HEADS=heads, GROUP=sizes.group, DIM=sizes.dim,
+        query, *query.stride()[:3], level.centroids, level.variance, level.key_offsets,
+        alpha_of(rule, 0, query), partial, sizes.rows, level.nodes, splits, scale, HEADS=heads, GROUP=sizes.group, DIM=sizes.dim,
         BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=block_r, BLOCK_C=64,
-        SPLIT=NODES_PER_SPLIT, SECOND=rule.alpha is not None, num_warps=4,
+        SPLIT=NODES_PER_SPLIT, SECOND=rule.alpha is not None, num_warps=8 if block_r == 128 else 4,
+        num_stages=2,
     )  # fmt: skip
     return partial
 
@@ -167,17 +176,18 @@ class _Step:
         state = query.new_empty(sizes.tiles, level.nodes, dtype=torch.int8)
         counts = query.new_empty(3, sizes.tiles, self.chunks, dtype=torch.int32)
         splits = partial.shape[-1]
-        select_kernel[(sizes.tiles * self.chunks,)](
+        spans = min(self.chunks, triton.cdiv(4 * multiprocessors(query.device), sizes.tiles))
+        select_kernel[(sizes.tiles * spans,)](
             query, *query.stride()[:3], query if valid is None else valid, level.centroids,
             level.variance, level.key_offsets, self.members,
             alpha_of(self.rule, self.depth, query), partial, *_listed(candidates, state), state,
-            counts, sizes.rows, level.nodes, sizes.blocks, self.chunks, sizes.tiles, splits, scale,
-            self.rule.log_thresholds[self.depth] * LOG2E, HEADS_KV=sizes.kv_heads,
+            counts, sizes.rows, level.nodes, sizes.blocks, self.chunks, sizes.tiles, splits, spans,
+            scale, max(self.rule.log_thresholds[self.depth] * LOG2E, LOWEST), HEADS_KV=sizes.kv_heads,
             GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
             BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=row_tile(sizes.block),
             BLOCK_C=NODES_PER_PROGRAM, SPLITS=triton.next_power_of_2(splits),
             SECOND=self.rule.alpha is not None, MASKED=valid is not None,
-            LISTED=candidates is not None, num_warps=8,
+            LISTED=candidates is not None, num_warps=8, num_stages=2,
         )  # fmt: skip
         return state, counts
 

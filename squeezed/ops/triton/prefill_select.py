@@ -43,8 +43,8 @@ def _log_sum(peak, total, logits):
 
 @triton.jit
 def normaliser_kernel(
-    query, q_b, q_h, q_r, keys, centroids, variance, offsets, alpha, partial,
-    rows, tokens, pinned, nodes, splits, scale,
+    query, q_b, q_h, q_r, centroids, variance, offsets, alpha, partial,
+    rows, nodes, splits, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
@@ -62,25 +62,17 @@ def normaliser_kernel(
     energy = query_energy(q, tl.load(alpha + head) if SECOND else 0.0, scale)
     peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
-    if split == splits - 1:
-        for at in range(0, pinned, BLOCK_C):
-            key = at + tl.arange(0, BLOCK_C)
-            inside = (key < pinned)[:, None] & (dims < DIM)
-            k = tl.load(keys + (kv * tokens + key[:, None]) * DIM + dims, mask=inside, other=0.0)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-            peak, total = _log_sum(peak, total, tl.where(key < pinned, logits, float("-inf")))
-    else:
-        for at in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, nodes), BLOCK_C):
-            node = at + tl.arange(0, BLOCK_C)
-            inside = node < nodes
-            c_rows = centroids + (kv * nodes + node[:, None]) * DIM
-            c = tl.load(c_rows + dims, mask=inside[:, None] & (dims < DIM), other=0.0)
-            spread = tl.load(variance + kv * nodes + node, mask=inside, other=0.0)
-            edge = offsets + kv * (nodes + 1) + node
-            size = tl.load(edge + 1, mask=inside, other=0) - tl.load(edge, mask=inside, other=0)
-            mass = tl.where(size > 0, tl.log2(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
-            logits = lookup_logits(q, c, energy, spread, scale) + mass[None, :]
-            peak, total = _log_sum(peak, total, logits)
+    for at in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, nodes), BLOCK_C):
+        node = at + tl.arange(0, BLOCK_C)
+        inside = node < nodes
+        c_rows = centroids + (kv * nodes + node[:, None]) * DIM
+        c = tl.load(c_rows + dims, mask=inside[:, None] & (dims < DIM), other=0.0)
+        spread = tl.load(variance + kv * nodes + node, mask=inside, other=0.0)
+        edge = offsets + kv * (nodes + 1) + node
+        size = tl.load(edge + 1, mask=inside, other=0) - tl.load(edge, mask=inside, other=0)
+        mass = tl.where(size > 0, tl.log2(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
+        logits = lookup_logits(q, c, energy, spread, scale) + mass[None, :]
+        peak, total = _log_sum(peak, total, logits)
     out = partial + ((b * HEADS + head).to(tl.int64) * rows + row) * splits + split
     tl.store(out, peak + tl.log2(total), mask=row < rows)  # log2(0) = -inf: nothing here
 
@@ -97,94 +89,131 @@ def _normaliser(partial, line, ok, splits, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _block_scores(
-    q_base, q_h, q_r, first, valid, alpha, partial, nodes_tile, variance, rows, scale, splits, lead,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr, SECOND: tl.constexpr,
-    MASKED: tl.constexpr,
+def _query_tile(
+    q_base, q_r, first, start, valid, alpha, partial, lead, rows, splits, scale, threshold,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr, SECOND: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """log2 of the mean score over the block's rows, largest of the group's heads, `[BLOCK_C]`."""
+    """Queries `[BLOCK_R, D]` of one head, their energy, and the logit that meets the threshold.
+
+    That logit is infinite for rows outside the block and for padding: they keep nothing.
+    """
     dims = tl.arange(0, BLOCK_D)
-    best = tl.full([BLOCK_C], float("-inf"), tl.float32)
-    for g in range(GROUP):
-        weight = tl.load(alpha + g) if SECOND else 0.0
-        peak = tl.full([BLOCK_C], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_C], tl.float32)
-        count = 0
-        for start in range(0, BLOCK, BLOCK_R):
-            index = start + tl.arange(0, BLOCK_R)
-            row = first + index
-            ok = (index < BLOCK) & (row >= 0)
-            if MASKED:
-                ok = ok & (tl.load(valid + row, mask=ok, other=0) != 0)
-            count += tl.sum(ok.to(tl.int32), 0)
-            q_rows = q_base + g * q_h + row[:, None].to(tl.int64) * q_r
-            q = tl.load(q_rows + dims, mask=ok[:, None] & (dims < DIM), other=0.0)
-            x = lookup_logits(q, nodes_tile, query_energy(q, weight, scale), variance, scale)
-            x -= _normaliser(partial, lead + g * rows + row, ok, splits, SPLITS)[:, None]
-            x = tl.where(ok[:, None], x, float("-inf"))
-            top = tl.maximum(peak, tl.max(x, 0))
-            base = tl.where(top == float("-inf"), 0.0, top)
-            total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(x - base[None, :]), 0)
-            peak = top
-        mean = peak + tl.log2(total) - tl.log2(tl.maximum(count, 1).to(tl.float32))
-        best = tl.maximum(best, tl.where(total > 0, mean, float("-inf")))
-    return best
+    index = start + tl.arange(0, BLOCK_R)
+    row = first + index
+    ok = (index < BLOCK) & (row >= 0)
+    if MASKED:
+        ok = ok & (tl.load(valid + row, mask=ok, other=0) != 0)
+    q_rows = q_base + row[:, None].to(tl.int64) * q_r
+    q = tl.load(q_rows + dims, mask=ok[:, None] & (dims < DIM), other=0.0)
+    bar = _normaliser(partial, lead + row, ok, splits, SPLITS) + threshold
+    return q, query_energy(q, alpha, scale), tl.where(ok, bar, float("inf")), ok
+
+
+@triton.jit
+def _weights(q, energy, bar, nodes, variance, scale):
+    """Score over threshold, added up over the rows of `q`, `[nodes]`."""
+    first = tl.dot(nodes, tl.trans(q), input_precision="ieee") * scale
+    logits = (first + variance[:, None] * energy[None, :]) * LOG2E
+    return tl.sum(tl.exp2(logits - bar[None, :]), 1)
 
 
 @triton.jit
 def select_kernel(
     query, q_b, q_h, q_r, valid, centroids, variance, key_offsets, member_offsets, alpha, partial,
     candidates, candidate_count, state, counts,
-    rows, nodes, blocks, chunks, tiles, splits, scale, threshold,
+    rows, nodes, blocks, chunks, tiles, splits, spans, scale, threshold,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
     SECOND: tl.constexpr, MASKED: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """Keep or drop `BLOCK_C` candidates of one tile; count members, drops and keeps."""
-    pid, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    h, b = (pid // blocks) % HEADS_KV, pid // blocks // HEADS_KV
-    wide = pid.to(tl.int64)
+    """Keep or drop every `spans`-th chunk of one tile's candidates; count what becomes of them.
+
+    The mean score of a block exceeds the threshold T when the scores over T add up to more than the
+    block has rows: one pass, and nothing that overflows or underflows changes the answer.
+    """
+    pid, span = tl.program_id(0) // spans, tl.program_id(0) % spans
+    h, b, wide = (pid // blocks) % HEADS_KV, pid // blocks // HEADS_KV, pid.to(tl.int64)
     length = tl.load(candidate_count + pid) if LISTED else nodes
-    slot = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = slot < length
-    out = counts + pid * chunks + chunk
-    if chunk * BLOCK_C >= length:
-        for kind in tl.static_range(3):
-            tl.store(out + kind * tiles * chunks, 0)
-        return
-    node = slot
-    if LISTED:
-        node = tl.load(candidates + wide * nodes + slot, mask=inside, other=0)
-    edge = key_offsets + h * (nodes + 1) + node
-    size = tl.load(edge + 1, mask=inside, other=0) - tl.load(edge, mask=inside, other=0)
-    dims = tl.arange(0, BLOCK_D)
-    c_rows = centroids + (h.to(tl.int64) * nodes + node[:, None]) * DIM
-    c = tl.load(c_rows + dims, mask=inside[:, None] & (dims < DIM), other=0.0)
-    spread = tl.load(variance + h * nodes + node, mask=inside, other=0.0)
+    SINGLE: tl.constexpr = (GROUP == 1) and (BLOCK <= BLOCK_R)
+    dims, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     q_base = query + b.to(tl.int64) * q_b + (h * GROUP).to(tl.int64) * q_h
     lead = (b * HEADS_KV + h).to(tl.int64) * GROUP * rows
-    score = _block_scores(
-        q_base, q_h, q_r, tile_rows(pid, 0, blocks, rows, BLOCK), valid + b.to(tl.int64) * rows,
-        alpha + h * GROUP, partial, c, spread, rows, scale, splits, lead,
-        GROUP, BLOCK, DIM, BLOCK_D, BLOCK_R, BLOCK_C, SPLITS, SECOND, MASKED,
+    first = tile_rows(pid, 0, blocks, rows, BLOCK)
+    mine = valid + b.to(tl.int64) * rows
+    q, energy, bar, ok = _query_tile(
+        q_base, q_r, first, 0, mine, tl.load(alpha + h * GROUP) if SECOND else 0.0, partial, lead,
+        rows, splits, scale, threshold, BLOCK, DIM, BLOCK_D, BLOCK_R, SPLITS, SECOND, MASKED,
     )  # fmt: skip
-    alive = size > 0
-    kept = alive & (score > threshold)
-    tl.store(state + wide * nodes + slot, tl.where(kept, 1, tl.where(alive, 2, 0)), mask=inside)
-    member = member_offsets + h * (nodes + 1) + node
-    members = tl.load(member + 1, mask=kept, other=0) - tl.load(member, mask=kept, other=0)
-    tl.store(out, tl.sum(members, 0))
-    tl.store(out + tiles * chunks, tl.sum((alive & ~kept).to(tl.int32), 0))
-    tl.store(out + 2 * tiles * chunks, tl.sum(kept.to(tl.int32), 0))
+    count = tl.sum(ok.to(tl.int32), 0)
+    node = span * BLOCK_C + lane
+    if LISTED:
+        node = tl.load(candidates + wide * nodes + node, mask=node < length, other=0)
+    for chunk in range(span, tl.cdiv(length, BLOCK_C), spans):
+        slot = chunk * BLOCK_C + lane
+        inside = slot < length
+        c_rows = centroids + (h.to(tl.int64) * nodes + node[:, None]) * DIM
+        c = tl.load(c_rows + dims, mask=inside[:, None] & (dims < DIM), other=0.0)
+        spread = tl.zeros([BLOCK_C], tl.float32)
+        if SECOND:
+            spread = tl.load(variance + h * nodes + node, mask=inside, other=0.0)
+        edge = key_offsets + h * (nodes + 1) + node
+        size = tl.load(edge + 1, mask=inside, other=0) - tl.load(edge, mask=inside, other=0)
+        if SINGLE:
+            wanted = _weights(q, energy, bar, c, spread, scale) > count
+        else:
+            wanted, count = _any_head(
+                q_base, q_h, q_r, first, mine, alpha + h * GROUP, partial, lead, c, spread, rows,
+                splits, scale, threshold, GROUP, BLOCK, DIM, BLOCK_D, BLOCK_R, BLOCK_C, SPLITS,
+                SECOND, MASKED,
+            )  # fmt: skip
+        kept = wanted & (size > 0)
+        dropped = (size > 0) & ~kept
+        fate = tl.where(kept, 1, tl.where(dropped, 2, 0))
+        tl.store(state + wide * nodes + slot, fate.to(tl.int8), mask=inside)
+        member = member_offsets + h * (nodes + 1) + node
+        members = tl.load(member + 1, mask=kept, other=0) - tl.load(member, mask=kept, other=0)
+        out = counts + pid * chunks + chunk
+        tl.store(out, tl.sum(members, 0))
+        tl.store(out + tiles * chunks, tl.sum(dropped.to(tl.int32), 0))
+        tl.store(out + 2 * tiles * chunks, tl.sum(kept.to(tl.int32), 0))
+        node = slot + spans * BLOCK_C
+        if LISTED:  # one chunk ahead, so that no centroid waits for its address
+            node = tl.load(candidates + wide * nodes + node, mask=node < length, other=0)
 
 
 @triton.jit
-def _write_nodes(list_, count, counts, node, chosen, wide, chunk, chunks, capacity,
+def _any_head(
+    q_base, q_h, q_r, first, valid, alpha, partial, lead, nodes_tile, variance, rows, splits,
+    scale, threshold,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr, SECOND: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Whether any head of the group wants each node, `[BLOCK_C]`, and the block's valid rows."""
+    wanted = tl.zeros([BLOCK_C], tl.int32)
+    count = 0
+    for g in range(GROUP):
+        total = tl.zeros([BLOCK_C], tl.float32)
+        count = 0
+        for start in range(0, BLOCK, BLOCK_R):
+            q, energy, bar, ok = _query_tile(
+                q_base + g * q_h, q_r, first, start, valid,
+                tl.load(alpha + g) if SECOND else 0.0, partial, lead + g * rows, rows, splits,
+                scale, threshold, BLOCK, DIM, BLOCK_D, BLOCK_R, SPLITS, SECOND, MASKED,
+            )  # fmt: skip
+            total += _weights(q, energy, bar, nodes_tile, variance, scale)
+            count += tl.sum(ok.to(tl.int32), 0)
+        wanted = wanted | (total > count).to(tl.int32)
+    return wanted != 0, count
+
+
+@triton.jit
+def _write_nodes(list_, count, counts, node, chosen, wide, chunk, chunks, live, capacity,
                  CHUNKS: tl.constexpr):  # fmt: skip
     """Append the `chosen` nodes of this chunk to the tile's list, and its length if first."""
     other = tl.arange(0, CHUNKS)
-    parts = tl.load(counts + wide * chunks + other, mask=other < chunks, other=0)
+    parts = tl.load(counts + wide * chunks + other, mask=other < live, other=0)
     base = tl.sum(tl.where(other < chunk, parts, 0), 0)
     at = base + tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(list_ + wide * capacity + at, node, mask=chosen)
@@ -206,6 +235,7 @@ def expand_kernel(
     length = tl.load(candidate_count + pid) if LISTED else nodes
     if (chunk > 0) & (chunk * BLOCK_C >= length):
         return
+    live = tl.cdiv(length, BLOCK_C)  # chunks that hold candidates
     slot = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = slot < length
     node = slot
@@ -216,7 +246,7 @@ def expand_kernel(
     start = tl.load(member, mask=fate == 1, other=0)
     members = tl.load(member + 1, mask=fate == 1, other=0) - start
     other = tl.arange(0, CHUNKS)
-    parts = tl.load(counts + wide * chunks + other, mask=other < chunks, other=0)
+    parts = tl.load(counts + wide * chunks + other, mask=other < live, other=0)
     at = tl.sum(tl.where(other < chunk, parts, 0), 0) + tl.cumsum(members, 0) - members
     if chunk == 0:
         tl.store(member_count + pid, tl.sum(parts, 0))
@@ -227,7 +257,7 @@ def expand_kernel(
         tl.store(target, start[:, None] + (step + lane), mask=more)
     if DROPPED:
         _write_nodes(dropped_list, dropped_count, counts + tiles * chunks, node, fate == 2,
-                     wide, chunk, chunks, nodes, CHUNKS)  # fmt: skip
+                     wide, chunk, chunks, live, nodes, CHUNKS)  # fmt: skip
     if KEPT:
         _write_nodes(kept_list, kept_count, counts + 2 * tiles * chunks, node, fate == 1,
-                     wide, chunk, chunks, nodes, CHUNKS)  # fmt: skip
+                     wide, chunk, chunks, live, nodes, CHUNKS)  # fmt: skip

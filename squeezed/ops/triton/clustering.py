@@ -1,0 +1,187 @@
+"""Clustering on the GPU: the steps of `squeezed.clustering` that a GPU does another way.
+
+`assign`, `cluster_segments` and `describe_level` have the signatures and the meaning of the
+functions of that name in `squeezed.clustering`, which chooses between the two by device.
+Sums run over sorted labels in a fixed order, so a build gives the same tree every time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from squeezed.config import ClusteringConfig
+from squeezed.ops.triton.clustering_kernels import assign_kernel, centroid_kernel, describe_kernel
+from squeezed.tree import Level
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Contiguous stretches of points and of centroids, one k-means problem each.
+
+    Attributes:
+        start, end: `[S]` int32, points of each run.
+        first, last: `[S]` int32, its centroids.
+        tile_run, tile_start: `[tiles]` int32, the run of every tile of points and its first point.
+        points_per_tile, centroids_per_step: tile shape of the assignment.
+    """
+
+    start: Tensor
+    end: Tensor
+    first: Tensor
+    last: Tensor
+    tile_run: Tensor
+    tile_start: Tensor
+    points_per_tile: int
+    centroids_per_step: int
+
+    @staticmethod
+    def of(sizes: Tensor, clusters: Tensor) -> Runs:
+        """From points and clusters per run, `[S]` each; an empty run gets no tile."""
+        end, last = sizes.cumsum(0), clusters.cumsum(0)
+        most, longest = int(clusters.max()), int(sizes.max())
+        points = min(128, max(16, triton.next_power_of_2(longest)))
+        tiles = (sizes + points - 1) // points
+        run = torch.arange(len(sizes), device=sizes.device).repeat_interleave(tiles)
+        within = torch.arange(len(run), device=sizes.device) - (tiles.cumsum(0) - tiles)[run]
+        start = end - sizes
+        return Runs(
+            *(t.int() for t in (start, end, last - clusters, last)),
+            tile_run=run.int(),
+            tile_start=(start[run] + within * points).int(),
+            points_per_tile=points,
+            centroids_per_step=min(64, max(16, triton.next_power_of_2(most))),
+        )
+
+
+def nearest(
+    points: Tensor, centroids: Tensor, runs: Runs, live: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Nearest centroid of every point within its run and the cosine to it, `[N]` each.
+
+    Args:
+        points, centroids: `[N, D]` and `[K, D]` unit vectors of one dtype.
+        live: `[K]`, nonzero where a centroid takes part; `None` if all do.
+    """
+    count, dim = points.shape
+    label = torch.empty(count, dtype=torch.int32, device=points.device)
+    similarity = torch.empty(count, dtype=torch.float32, device=points.device)
+    if len(runs.tile_run):
+        assign_kernel[(len(runs.tile_run),)](
+            points, centroids, label if live is None else live, runs.start, runs.end, runs.first,
+            runs.last, runs.tile_run, runs.tile_start, label, similarity, DIM=dim,
+            BLOCK_D=triton.next_power_of_2(dim), BLOCK_P=runs.points_per_tile,
+            BLOCK_C=runs.centroids_per_step, MASKED=live is not None,
+            num_warps=8 if runs.points_per_tile == 128 else 4, num_stages=2,
+        )  # fmt: skip
+    return label, similarity
+
+
+def assign(points: Tensor, centroids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """`squeezed.clustering.assign` without the `[N, n, k]` scores.
+
+    Args:
+        points: `[N, n, D]` unit vectors; centroids: `[N, k, D]`; live: `[N, k]` bool.
+
+    Returns:
+        Label int64 and cosine float32 of the nearest live centroid, `[N, n]`.
+    """
+    problems, count, dim = points.shape
+    most = centroids.shape[1]
+    sizes = torch.full((problems,), count, device=points.device)
+    runs = Runs.of(sizes, torch.full_like(sizes, most))
+    flat = centroids.reshape(-1, dim).to(points.dtype)
+    label, similarity = nearest(
+        points.reshape(-1, dim), flat, runs, live.reshape(-1).to(torch.int8)
+    )
+    return label.view(problems, count).long(), similarity.view(problems, count)
+
+
+def cluster_segments(
+    flat: Tensor, rows: Tensor, sizes: Tensor, clusters: Tensor, config: ClusteringConfig
+) -> Tensor:
+    """Spherical k-means inside every run of rows: label of each row within its run, `[rows]` int64.
+
+    Args:
+        flat: `[N, D]` unit vectors; float32 ones are compared as float16 on a GPU.
+        rows: `[n]`, the points in the order of the runs.
+        sizes, clusters: `[S]` int64, points and clusters of each run.
+    """
+    exact = flat.device.type == "cpu" or flat.dtype != torch.float32
+    points = flat[rows] if exact else flat[rows].half()
+    runs = Runs.of(sizes, clusters)
+    centroids = points[_seeds(sizes, clusters)]
+    shift = runs.first.repeat_interleave(sizes)
+    for _ in range(config.iterations):
+        label, similarity = nearest(points, centroids, runs)
+        child, order = (label + shift).sort(stable=True)
+        offsets = _offsets_of(child, len(centroids))
+        _update(points, order, offsets, centroids)
+        _refill(points, similarity, offsets, sizes, clusters, centroids)
+    return nearest(points, centroids, runs)[0].long()
+
+
+def _seeds(sizes: Tensor, clusters: Tensor) -> Tensor:
+    """Points evenly spaced through each run, `[K]`: those of `squeezed.clustering.seeds`."""
+    run = torch.arange(len(sizes), device=sizes.device).repeat_interleave(clusters)
+    slot = torch.arange(len(run), device=sizes.device) - (clusters.cumsum(0) - clusters)[run]
+    within = (2 * slot + 1) * sizes[run] // (2 * clusters[run])
+    return (sizes.cumsum(0) - sizes)[run] + within.minimum(sizes[run] - 1)
+
+
+def _offsets_of(child: Tensor, nodes: int) -> Tensor:
+    """Where each node's points start in sorted labels, `[K + 1]` int32."""
+    edges = torch.arange(nodes + 1, dtype=child.dtype, device=child.device)
+    return torch.searchsorted(child, edges, out_int32=True)
+
+
+def _update(points: Tensor, order: Tensor, offsets: Tensor, centroids: Tensor) -> None:
+    """Move `centroids` to the mean direction of their points, in place."""
+    dim = points.shape[1]
+    centroid_kernel[(len(centroids),)](
+        points, order, offsets, centroids, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_P=16, num_warps=2,
+    )  # fmt: skip
+
+
+def _refill(
+    points: Tensor, similarity: Tensor, offsets: Tensor, sizes: Tensor, clusters: Tensor,
+    centroids: Tensor,
+) -> None:  # fmt: skip
+    """Move centroids of empty clusters to the points that fit their own cluster worst, in place."""
+    empty = offsets[1:] == offsets[:-1]
+    if not empty.any():
+        return
+    run_of_point = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+    worst_first = similarity.argsort(stable=True)
+    worst_first = worst_first[run_of_point[worst_first].argsort(stable=True)]
+    run_of_node = torch.arange(len(clusters), device=sizes.device).repeat_interleave(clusters)
+    rank = empty.long().cumsum(0) - 1
+    rank -= (rank + 1 - empty.long())[(clusters.cumsum(0) - clusters)[run_of_node]]
+    source = (sizes.cumsum(0) - sizes)[run_of_node] + rank
+    centroids[empty] = points[worst_first[source[empty]]]
+
+
+def describe_level(
+    keys: Tensor, values: Tensor, key_offsets: Tensor, child_offsets: Tensor | None
+) -> Level:
+    """Mean key, mean value and key variance of every node, in float32, from sorted rows.
+
+    Args:
+        keys, values: `[Hkv, P, D]`, sorted by leaf.
+        key_offsets, child_offsets: `[Hkv, C + 1]`.
+    """
+    heads, tokens, dim = keys.shape
+    nodes = key_offsets.shape[1] - 1
+    centroids, mean_values = keys.new_empty(2, heads, nodes, dim)
+    variance = torch.empty(heads, nodes, dtype=torch.float32, device=keys.device)
+    key_offsets = key_offsets.to(torch.int32).contiguous()
+    describe_kernel[(heads * nodes,)](
+        keys.contiguous(), values.contiguous(), key_offsets, centroids, mean_values, variance,
+        tokens, nodes, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_P=16, num_warps=2,
+    )  # fmt: skip
+    children = None if child_offsets is None else child_offsets.to(torch.int32)
+    return Level(centroids, mean_values, variance, key_offsets, children)
