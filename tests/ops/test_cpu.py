@@ -21,19 +21,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch):
     """Buffers that are handed out unwritten hold NaN, so that reading one shows."""
-    class Poisoned:
-        def __getattr__(self, name):
-            return getattr(numpy, name)
-
-        def empty(self, shape, dtype):
-            return (
-                numpy.full(shape, numpy.nan, dtype)
-                if dtype == numpy.float32
-                else numpy.empty(shape, dtype)
-            )
-
-    numpy = decode.np
-    monkeypatch.setattr(decode, "np", Poisoned())
+    poisoned = SimpleNamespace(**vars(np))
+    poisoned.empty = lambda shape, dtype: np.full(
+        shape, np.nan if dtype == np.float32 else 0, dtype
+    )
+    monkeypatch.setattr(decode, "np", poisoned)
 
 
 def request(layer, batch=2, group=4, rows=1, suffix=5, seed=1, spread=1.0):
@@ -46,7 +38,7 @@ def request(layer, batch=2, group=4, rows=1, suffix=5, seed=1, spread=1.0):
 
 
 def rule_for(layer, query, far_field="none", block=1, shares=(0.5, 0.3), second_order=True):
-    """A rule whose thresholds lie in a wide gap between scores, so that rounding decides nothing."""
+    """A rule whose thresholds lie in a wide gap between scores: rounding decides nothing."""
     heads = query.shape[1]
     alpha = torch.linspace(0.2, 1.4, len(layer.levels) * heads).view(-1, heads)
     rule = SelectionRule(

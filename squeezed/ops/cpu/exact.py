@@ -81,7 +81,7 @@ def attend_exact(
     pieces, bounds, q, keys, values, tokens, state, key_offsets,
     suffix_keys, suffix_values, strides, batch, mask, top, mass, acc,
 ):  # fmt: skip
-    """Task `i` works on `pieces[bounds[i]:bounds[i+1]]`; writes `top, mass [T, W]`, `acc [T, W, D]`.
+    """Task `i` works on `pieces[bounds[i]:bounds[i+1]]` and writes `top, mass [T, W]`, `acc`.
 
     `q [H, W, D]`; `keys`, `values` flat, `tokens` rows per head; `state [H, U, C]` of the leaves;
     suffix flat, `strides [2, 3]` of its keys and values (batch, head, token), in elements;

@@ -39,7 +39,7 @@ def _score(q, centroids, base, state, logits):
 
 @njit(cache=True)
 def _log_mass(logits, energy, variance, key_offsets, state, wanted):
-    """Log of the sum of `size * exp(logit + energy * variance)` over the nodes in a wanted state."""
+    """Log of the sum of `size * exp(logit + energy * variance)` over nodes in the wanted state."""
     terms = np.empty(logits.shape[0], np.float32)
     top = NEG_INF
     for node in range(logits.shape[0]):

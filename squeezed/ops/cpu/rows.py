@@ -45,7 +45,7 @@ class QueryRows:
 def to_rows(
     query: Tensor, kv_heads: int, mask: Tensor | None, suffix: int, block: int, scale: float
 ) -> QueryRows:
-    """Lay out `query [B, Hq, Q, D]` and its mask. Blocks end at the last row; the first is padded."""
+    """Lay out `query [B, Hq, Q, D]` and its mask. Blocks end at the last row; pads the first."""
     batch, heads, rows, dim = query.shape
     block = min(block, rows)
     blocks = -(-rows // block)

@@ -22,7 +22,7 @@ def _kept_by_any(state, leaf):
 
 @njit(cache=True)
 def _cut_kept(head, state, key_offsets, piece_keys, pieces, count):
-    """Row ranges of one head that hold `piece_keys` keys kept by any unit; cuts large leaves, too."""
+    """Row ranges of one head that hold `piece_keys` keys kept by any unit; large leaves are cut."""
     start, held = np.int64(key_offsets[0]), 0
     for leaf in range(state.shape[1]):
         row, stop = np.int64(key_offsets[leaf]), np.int64(key_offsets[leaf + 1])
@@ -132,13 +132,6 @@ def combine(pieces, bounds, estimate, clamp, top, mass, acc, far_top, far_mass, 
             if np.isfinite(gap):  # else nothing was kept: no evidence
                 shift = np.float32(min(max(gap, -clamp), clamp))
         _merge_row(
-            tasks,
-            w,
-            top,
-            mass,
-            acc,
-            far_top[h, w] + shift,
-            far_mass[h, w],
-            far_acc[h, w],
-            out[h, w],
-        )
+            tasks, w, top, mass, acc,
+            far_top[h, w] + shift, far_mass[h, w], far_acc[h, w], out[h, w],
+        )  # fmt: skip
