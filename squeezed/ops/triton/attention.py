@@ -45,10 +45,10 @@ def attend_kernel(
         gdc_wait()
         gdc_launch_dependents()
     length, begin, end = stream(counters, problems, counter_stride, TILE, Z_PAD)
-    total = tl.max(end).to(tl.int64)
-    programs = tl.minimum(tl.num_programs(0), total)
-    cursor = (total * program // programs).to(tl.int32)
-    stop = tl.where(program < programs, total * (program + 1) // programs, 0).to(tl.int32)
+    total = tl.max(end)
+    share = tl.cdiv(total, tl.num_programs(0))
+    cursor = program * share
+    stop = tl.minimum(total, cursor + share)
     while cursor < stop:
         z = tl.sum((end <= cursor).to(tl.int32) * (tl.arange(0, Z_PAD) < problems))
         first = at(begin, z, Z_PAD)
@@ -86,50 +86,42 @@ def attend_kernel(
 
 
 @triton.jit
-def merge_high(highs, first, count, row, SLOTS: tl.constexpr, ROWS: tl.constexpr):
-    """Largest logit of a run of partial sums."""
-    high = tl.full([SLOTS], float("-inf"), tl.float32)
-    for start in range(0, count, SLOTS):
-        slot = start + tl.arange(0, SLOTS)
-        at_ = (first + slot).to(tl.int64) * ROWS + row
-        high = tl.maximum(high, tl.load(highs + at_, mask=slot < count, other=float("-inf")))
-    return tl.max(high)
-
-
-@triton.jit
-def merge_sums(
-    sums, highs, masses, first, count, row, high,
-    SLOTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-):  # fmt: skip
-    """Mass and weighted values `[D_PAD]` of a run of partial sums, relative to `high`."""
-    d = tl.arange(0, D_PAD)
-    mass = tl.zeros([SLOTS], tl.float32)
-    total = tl.zeros([SLOTS, D_PAD], tl.float32)
-    for start in range(0, count, SLOTS):
-        slot = start + tl.arange(0, SLOTS)
-        inside = slot < count
-        at_ = (first + slot).to(tl.int64) * ROWS + row
-        weight = tl.exp2(tl.load(highs + at_, mask=inside, other=float("-inf")) - high)
-        mass += weight * tl.load(masses + at_, mask=inside, other=0.0)
-        mask = inside[:, None] & (d < D)[None, :]
-        total += weight[:, None] * tl.load(
-            sums + at_[:, None] * D + d[None, :], mask=mask, other=0.0
-        )
-    return tl.sum(mass), tl.sum(total, 0)
-
-
-@triton.jit
 def merge_mass(highs, masses, first, count, row, SLOTS: tl.constexpr, ROWS: tl.constexpr):
     """Log-sum-exp of a run of partial sums, in bits; `-inf` if empty."""
-    high = merge_high(highs, first, count, row, SLOTS, ROWS)
-    safe = tl.where(high == float("-inf"), 0.0, high)
-    mass = tl.zeros([SLOTS], tl.float32)
+    high, mass = float("-inf"), 0.0
     for start in range(0, count, SLOTS):
         slot = start + tl.arange(0, SLOTS)
         at_ = (first + slot).to(tl.int64) * ROWS + row
-        weight = tl.exp2(tl.load(highs + at_, mask=slot < count, other=float("-inf")) - safe)
-        mass += weight * tl.load(masses + at_, mask=slot < count, other=0.0)
-    return high + tl.log2(tl.sum(mass))
+        part_high = tl.load(highs + at_, mask=slot < count, other=float("-inf"))
+        part_mass = tl.load(masses + at_, mask=slot < count, other=0.0)
+        top = tl.maximum(high, tl.max(part_high))
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        mass = mass * tl.exp2(high - safe) + tl.sum(part_mass * tl.exp2(part_high - safe))
+        high = top
+    return high + tl.log2(mass)
+
+
+@triton.jit
+def merge(
+    high, mass, value, sums, highs, masses, first, count, row, shift,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """Fold a run of partial sums, their logits raised by `shift`, into `high`, `mass`, `value`."""
+    d = tl.arange(0, D_PAD)
+    for start in range(0, count, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        at_ = (first + slot).to(tl.int64) * ROWS + row
+        mask = (slot < count)[:, None] & (d < D)[None, :]
+        part = tl.load(sums + at_[:, None] * D + d[None, :], mask=mask, other=0.0)
+        part_high = tl.load(highs + at_, mask=slot < count, other=float("-inf")) + shift
+        part_mass = tl.load(masses + at_, mask=slot < count, other=0.0)
+        top = tl.maximum(high, tl.max(part_high))
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        weight, decay = tl.exp2(part_high - safe), tl.exp2(high - safe)
+        mass = mass * decay + tl.sum(weight * part_mass)
+        value = value * decay + tl.sum(weight[:, None] * part, 0)
+        high = top
+    return high, mass, value
 
 
 @triton.jit
@@ -146,52 +138,42 @@ def combine_kernel(
     z, row = tl.program_id(0), tl.program_id(1)
     head, tile = problem(z, TILES)
     request = tile * TILE_BATCH + row // GROUP
+    high, mass = float("-inf"), 0.0
+    value = tl.zeros([D_PAD], tl.float32)
     if PDL:
         gdc_wait()
     if request < batch:
-        fixed = fixed_base + z * fixed_slots
-        high = merge_high(highs, fixed, fixed_slots, row, SLOTS, ROWS)
-        shift = 0.0
         if CLUSTERED:
             _, begin, end = stream(counters, problems, counter_stride, TILE, Z_PAD)
-            total = tl.max(end).to(tl.int64)
-            used = tl.minimum(programs, total)
-            # Program p holds tiles [total p // used, total (p + 1) // used); invert it for tile t.
-            kept_first = (((at(begin, z, Z_PAD) + 1) * used - 1) // total).to(tl.int32) + z
-            kept_last = ((at(end, z, Z_PAD) * used - 1) // total).to(tl.int32) + z
-            kept_slots = kept_last - kept_first + 1
-            kept_high = merge_high(highs, kept_first, kept_slots, row, SLOTS, ROWS)
-            high = tl.maximum(high, kept_high)
+            share = tl.cdiv(tl.max(end), programs)  # tiles of a program of `attend_kernel`
+            kept = at(begin, z, Z_PAD) // share + z
+            kept_slots = (at(end, z, Z_PAD) - 1) // share + z - kept + 1
+            high, mass, value = merge(
+                high, mass, value, sums, highs, masses, kept, kept_slots, row, 0.0,
+                SLOTS, ROWS, D, D_PAD,
+            )  # fmt: skip
             if row % GROUP == 0:
                 read = tl.load(read_counts + z * TILE_BATCH + row // GROUP)
                 tl.atomic_add(keys_read + request, read.to(tl.int64), sem="relaxed")
+        shift = 0.0
+        if CALIBRATED and FAR:
+            exact = high + tl.log2(mass)
+            estimate = merge_mass(
+                estimate_highs, estimate_masses, z * estimate_slots, estimate_slots, row,
+                SLOTS, ROWS,
+            )  # fmt: skip
+            known = (exact > float("-inf")) & (estimate > float("-inf"))
+            gap = tl.minimum(tl.maximum(exact - estimate, -clamp_bits), clamp_bits)
+            shift = tl.where(known, gap, 0.0)  # nothing kept: no evidence
         if FAR:
-            far = far_base + z * far_slots
-            if CALIBRATED:
-                exact = merge_mass(highs, masses, kept_first, kept_slots, row, SLOTS, ROWS)
-                estimate = merge_mass(
-                    estimate_highs, estimate_masses, z * estimate_slots, estimate_slots, row,
-                    SLOTS, ROWS,
-                )  # fmt: skip
-                known = (exact > float("-inf")) & (estimate > float("-inf"))
-                gap = tl.minimum(tl.maximum(exact - estimate, -clamp_bits), clamp_bits)
-                shift = tl.where(known, gap, 0.0)  # nothing kept: no evidence
-            far_high = merge_high(highs, far, far_slots, row, SLOTS, ROWS)
-            high = tl.maximum(high, far_high + shift)
-        high = tl.where(high == float("-inf"), 0.0, high)
-        mass, value = merge_sums(
-            sums, highs, masses, fixed, fixed_slots, row, high, SLOTS, ROWS, D, D_PAD
-        )
-        if CLUSTERED:
-            mass_, value_ = merge_sums(
-                sums, highs, masses, kept_first, kept_slots, row, high, SLOTS, ROWS, D, D_PAD
-            )
-            mass, value = mass + mass_, value + value_
-        if FAR:
-            mass_, value_ = merge_sums(
-                sums, highs, masses, far, far_slots, row, high - shift, SLOTS, ROWS, D, D_PAD
-            )
-            mass, value = mass + mass_, value + value_
+            high, mass, value = merge(
+                high, mass, value, sums, highs, masses, far_base + z * far_slots, far_slots, row,
+                shift, SLOTS, ROWS, D, D_PAD,
+            )  # fmt: skip
+        high, mass, value = merge(
+            high, mass, value, sums, highs, masses, fixed_base + z * fixed_slots, fixed_slots,
+            row, 0.0, SLOTS, ROWS, D, D_PAD,
+        )  # fmt: skip
         value = tl.where(mass > 0, value / mass, 0.0)  # a row of padding attends to nothing
         d = tl.arange(0, D_PAD)
         at_ = request.to(tl.int64) * output_stride_batch + (head * GROUP + row % GROUP) * D

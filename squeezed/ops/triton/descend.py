@@ -4,16 +4,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from squeezed.ops.triton.lookup import energy_of, node_logits, selecting
+from squeezed.ops.triton.lookup import energy_of, load_nodes, node_logits
 from squeezed.ops.triton.selection import (
     attends_to_any,
     keep_bits,
+    load_parents,
     members,
     normaliser,
     pick,
     settle,
 )
-from squeezed.ops.triton.tile import load_query, problem, store_partial
+from squeezed.ops.triton.tile import load_query, load_rows, problem, store_partial
 
 
 @triton.jit
@@ -42,81 +43,81 @@ def descend_kernel(
         GROUP, TILE_BATCH, D, D_PAD,
     )  # fmt: skip
     energy = energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND)
+    parent_energy = energy_of(q, parent_alpha, head, row, scale_bits, GROUP, SECOND)
     high = tl.full([M], float("-inf"), tl.float32)
     mass = tl.zeros([M], tl.float32)
     total = tl.zeros([M, D_PAD], tl.float32)
     estimate_high = tl.full([M], float("-inf"), tl.float32)
     estimate = tl.zeros([M], tl.float32)
     read = tl.zeros([M], tl.int32)
-    child_means = means + head.to(tl.int64) * nodes * D
+    listed += z.to(tl.int64) * listed_capacity
+    listed_bits += z.to(tl.int64) * listed_capacity
     found += z.to(tl.int64) * found_capacity
     found_bits += z.to(tl.int64) * found_capacity
     found_counter = counters + z * COUNTERS + FOUND
+    parent_means += head.to(tl.int64) * parents * D
+    means += head.to(tl.int64) * nodes * D
+    stride = tl.num_programs(1) * N_PARENT
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    limit = parents
+    if not TOP:
+        limit = tl.load(counters + z * COUNTERS + LISTED)
+    index = part * N_PARENT + tl.arange(0, N_PARENT)
+    parent, alive, start, size, first_child, children, first, spread = load_parents(
+        index, limit, z, head, row, exists, logits, listed, listed_bits, parent_offsets,
+        child_offsets, parent_variance, parents, BITS, ROWS, M, TOP, FLAT, SHARED, SECOND,
+    )  # fmt: skip
     norm = normaliser(norm_highs, norm_masses, z, splits, row, exists, ROWS, M, NORM_PAD)
     selects = exists
     if MASKED:
         recent = recent_base + z * recent_stride
         selects &= attends_to_any(highs, recent, recent_chunks, row, exists, ROWS, RECENT_PAD)
-    limit = parents
-    if not TOP:
-        limit = tl.load(counters + z * COUNTERS + LISTED)
-    for offset in range(part * N_PARENT, limit, tl.num_programs(1) * N_PARENT):
-        parent = offset + tl.arange(0, N_PARENT)
-        inside = parent < limit
+    for _ in range(part * N_PARENT, limit, stride):
+        value = tl.zeros([N_PARENT, D_PAD], means.dtype.element_ty)
+        if FAR and TOP:
+            value = load_rows(parent_means, parent, index < limit, D, D, D_PAD)
+        index += stride  # the next block's loads travel while this one is worked on
+        parent_, alive_, start_, size_, first_child_, children_, first_, spread_ = load_parents(
+            index, limit, z, head, row, exists, logits, listed, listed_bits, parent_offsets,
+            child_offsets, parent_variance, parents, BITS, ROWS, M, TOP, FLAT, SHARED, SECOND,
+        )  # fmt: skip
+        bits = alive
         if TOP:
-            at = head * (parents + 1) + parent
-            start = tl.load(parent_offsets + at, mask=inside, other=0)
-            size = tl.load(parent_offsets + at + 1, mask=inside, other=0) - start
-            at_logits = (z * ROWS + row).to(tl.int64)[:, None] * parents + parent[None, :]
-            mask = exists[:, None] & inside[None, :]
-            first = tl.load(logits + at_logits, mask=mask, other=float("-inf"))
-            lift = energy_of(q, parent_alpha, head, row, scale_bits, GROUP, SECOND)
-            score = selecting(first, lift, parent_variance + head * parents, parent, inside, SECOND)
-            score -= norm[:, None]
+            score = first + parent_energy[:, None] * spread[None, :] - norm[:, None]
             bits = keep_bits(score, parent_threshold, selects, row, GROUP, TILE_BATCH, BITS)
             high, mass, total, estimate_high, estimate, read = settle(
-                high, mass, total, estimate_high, estimate, read,
-                first, parent, start, size, bits, tl.full([N_PARENT], -1, BITS),
-                parent_means + head.to(tl.int64) * parents * D, found, found_bits, found_counter,
-                row, exists, FLAT, True, FAR, CALIBRATED, GROUP, D, D_PAD, WRITE, SHARED,
+                high, mass, total, estimate_high, estimate, read, first, parent, start, size,
+                bits, tl.full([N_PARENT], -1, BITS), value, found, found_bits, found_counter,
+                row, exists, FLAT, True, FAR, CALIBRATED, GROUP, WRITE, SHARED,
             )  # fmt: skip
-        else:
-            entry = z.to(tl.int64) * listed_capacity + parent
-            parent = tl.load(listed + entry, mask=inside, other=0)
-            bits = inside.to(BITS)
-            if SHARED:
-                bits = tl.load(listed_bits + entry, mask=inside, other=0)
         if not FLAT:
-            at = head * (parents + 1) + parent
-            first_child = tl.load(child_offsets + at, mask=inside, other=0)
-            count = tl.load(child_offsets + at + 1, mask=inside, other=0) - first_child
-            count = tl.where(bits != 0, count, 0)
+            count = tl.where(bits != 0, children, 0)
             end = tl.cumsum(count, 0)
             begin = end - count
-            children = tl.sum(count)
-            for child in range(0, children, N):
-                index, member = members(child, begin, end, N)
-                node = index + pick(member, first_child - begin)
-                logit, begin_row, length = node_logits(
-                    q, centroids, key_offsets, node, index < children, head, nodes, scale_bits,
-                    D, D_PAD,
-                )  # fmt: skip
-                estimated = selecting(
-                    logit, energy, variance + head * nodes, node, index < children, SECOND
+            for child in range(0, tl.sum(count), N):
+                position, member = members(child, begin, end, N)
+                node = position + pick(member, first_child - begin)
+                live = position < tl.sum(count)
+                mean, row_start, length, node_spread = load_nodes(
+                    centroids, key_offsets, variance, node, live, head, nodes, D, D_PAD, SECOND
                 )
-                estimated -= norm[:, None]
-                alive = pick(member, bits)
+                node_value = mean
+                if FAR:
+                    node_value = load_rows(means, node, live, D, D, D_PAD)
+                inherited = pick(member, bits)
+                logit = node_logits(q, mean, length, scale_bits)
+                estimated = logit + energy[:, None] * node_spread[None, :] - norm[:, None]
                 kept = keep_bits(estimated, threshold, selects, row, GROUP, TILE_BATCH, BITS)
-                kept &= alive
+                kept &= inherited
                 high, mass, total, estimate_high, estimate, read = settle(
-                    high, mass, total, estimate_high, estimate, read,
-                    logit, node, begin_row, length, kept, alive, child_means,
-                    found, found_bits, found_counter, row, exists, True, LEAVES, FAR, CALIBRATED,
-                    GROUP, D, D_PAD, WRITE, SHARED,
+                    high, mass, total, estimate_high, estimate, read, logit, node, row_start,
+                    length, kept, inherited, node_value, found, found_bits, found_counter,
+                    row, exists, True, LEAVES, FAR, CALIBRATED, GROUP, WRITE, SHARED,
                 )  # fmt: skip
+        parent, alive, start, size = parent_, alive_, start_, size_
+        first_child, children, first, spread = first_child_, children_, first_, spread_
     if LEAVES:
         owner = exists & (row % GROUP == 0)
         tl.atomic_add(read_counts + z * TILE_BATCH + row // GROUP, read, mask=owner, sem="relaxed")

@@ -24,9 +24,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def energy_of(q, alpha, head, row, scale_bits, GROUP: tl.constexpr, SECOND: tl.constexpr):
-    """Factor of a node's variance in the score that selects, in bits, `[M]`."""
-    energy = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
+    """Factor of a node's variance in the logits that select, in bits, `[M]`; 0 to first order."""
+    energy = tl.zeros(row.shape, tl.float32)
     if SECOND:
+        energy = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
         scale = scale_bits / LOG2_E
         weight = tl.load(alpha + head * GROUP + row % GROUP)
         energy = weight * energy * (0.5 * scale * scale * LOG2_E)
@@ -34,28 +35,25 @@ def energy_of(q, alpha, head, row, scale_bits, GROUP: tl.constexpr, SECOND: tl.c
 
 
 @triton.jit
-def node_logits(
-    q, centroids, key_offsets, node, live, head, nodes, scale_bits,
-    D: tl.constexpr, D_PAD: tl.constexpr,
+def load_nodes(
+    centroids, key_offsets, variance, node, live, head, nodes,
+    D: tl.constexpr, D_PAD: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
-    """First-order logits `[M, N]` of nodes, `-inf` where empty, and their first row and size."""
+    """Mean keys `[N, D_PAD]`, first rows, sizes and variances `[N]`; no load waits for another."""
+    mean = load_rows(centroids + head.to(tl.int64) * nodes * D, node, live, D, D, D_PAD)
     at = head * (nodes + 1) + node
     start = tl.load(key_offsets + at, mask=live, other=0)
-    size = tl.load(key_offsets + at + 1, mask=live, other=0) - start
-    mean = load_rows(
-        centroids + head.to(tl.int64) * nodes * D, node, live & (size > 0), D, D, D_PAD
-    )
-    logits = tl.dot(q, tl.trans(mean)) * scale_bits
-    return tl.where((size > 0)[None, :], logits, float("-inf")), start, size
+    stop = tl.load(key_offsets + at + 1, mask=live, other=0)
+    spread = tl.zeros(node.shape, tl.float32)
+    if SECOND:
+        spread = tl.load(variance + head * nodes + node, mask=live, other=0.0)
+    return mean, start, stop - start, spread
 
 
 @triton.jit
-def selecting(first, energy, variance, node, live, SECOND: tl.constexpr):
-    """The logits that select: first order, or with the calibrated second-order term."""
-    if SECOND:
-        spread = tl.load(variance + node, mask=live, other=0.0)
-        first = first + energy[:, None] * spread[None, :]
-    return first
+def node_logits(q, mean, size, scale_bits):
+    """First-order logits `[M, N]` of nodes, `-inf` where empty."""
+    return tl.where((size > 0)[None, :], tl.dot(q, tl.trans(mean)) * scale_bits, float("-inf"))
 
 
 @triton.jit
@@ -71,10 +69,11 @@ def score_nodes(
     for start in range(split * N, nodes, splits * N):
         node = start + tl.arange(0, N)
         live = node < nodes
-        first, _, size = node_logits(
-            q, centroids, key_offsets, node, live, head, nodes, scale_bits, D, D_PAD
+        mean, _, size, spread = load_nodes(
+            centroids, key_offsets, variance, node, live, head, nodes, D, D_PAD, SECOND
         )
-        score = selecting(first, energy, variance + head * nodes, node, live, SECOND)
+        first = node_logits(q, mean, size, scale_bits)
+        score = first + energy[:, None] * spread[None, :]
         score += tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
         high, mass, _, _ = fold_mass(high, mass, score)
         at = (z * ROWS + row).to(tl.int64)[:, None] * nodes + node[None, :]

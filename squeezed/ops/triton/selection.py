@@ -7,7 +7,7 @@ node joins the far field.
 import triton
 import triton.language as tl
 
-from squeezed.ops.triton.tile import fold, fold_mass, load_rows
+from squeezed.ops.triton.tile import fold, fold_mass
 
 
 @triton.jit
@@ -86,25 +86,58 @@ def attends_to_any(highs, slot, chunks, row, exists, ROWS: tl.constexpr, SLOTS: 
 
 
 @triton.jit
-def far_logits(first, size, bits, dropped_bits, row, exists, GROUP: tl.constexpr):
-    """Log mass of the dropped nodes `[M, N]`; also which nodes any row drops `[N]`."""
-    dropped = spread(dropped_bits & ~bits, row, GROUP) & exists[:, None]
-    mass = first + tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
-    return tl.where(dropped, mass, float("-inf")), tl.max(dropped.to(tl.int32), 0) != 0
+def log_mass(first, size):
+    """Estimated log mass of nodes in bits, `[M, N]`, from first-order logits and sizes."""
+    return first + tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
+
+
+@triton.jit
+def load_parents(
+    index, limit, z, head, row, exists, logits, listed, listed_bits, offsets, child_offsets,
+    variance, parents, BITS: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, TOP: tl.constexpr,
+    FLAT: tl.constexpr, SHARED: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
+    """What one block of parents needs: from the coarsest logits (TOP) or from a list of kept ones.
+
+    Returns node, bits of the requests that kept it, first row and size, first child and number of
+    children, first-order logits `[M, N]`, variance.
+    """
+    inside = index < limit
+    node, bits = index, inside.to(BITS)
+    start = tl.zeros(index.shape, tl.int32)
+    size, first_child, children = start, start, start
+    first = tl.zeros([M, index.shape[0]], tl.float32)
+    spread = tl.zeros(index.shape, tl.float32)
+    if not TOP:
+        node = tl.load(listed + index, mask=inside, other=0)
+        if SHARED:
+            bits = tl.load(listed_bits + index, mask=inside, other=0)
+    at = head * (parents + 1) + node
+    if TOP:
+        start = tl.load(offsets + at, mask=inside, other=0)
+        size = tl.load(offsets + at + 1, mask=inside, other=0) - start
+        line = (z * ROWS + row).to(tl.int64) * parents
+        mask = exists[:, None] & inside[None, :]
+        first = tl.load(logits + line[:, None] + node[None, :], mask=mask, other=float("-inf"))
+        if SECOND:
+            spread = tl.load(variance + head * parents + node, mask=inside, other=0.0)
+    if not FLAT:
+        first_child = tl.load(child_offsets + at, mask=inside, other=0)
+        children = tl.load(child_offsets + at + 1, mask=inside, other=0) - first_child
+    return node, bits, start, size, first_child, children, first, spread
 
 
 @triton.jit
 def settle(
     high, mass, total, estimate_high, estimate, read,
-    first, node, start, size, bits, alive, means, found, found_bits, counter, row, exists,
+    first, node, start, size, bits, alive, value, found, found_bits, counter, row, exists,
     SINK: tl.constexpr, LEAVES: tl.constexpr, FAR: tl.constexpr, CALIBRATED: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WRITE: tl.constexpr,
-    SHARED: tl.constexpr,
+    GROUP: tl.constexpr, WRITE: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Send kept nodes to the list and the others, if alive, to the far field."""
     if FAR:
-        logits, wanted = far_logits(first, size, bits, alive, row, exists, GROUP)
-        value = load_rows(means, node, wanted & (size > 0), D, D, D_PAD)
+        dropped = spread(alive & ~bits, row, GROUP) & exists[:, None]
+        logits = tl.where(dropped, log_mass(first, size), float("-inf"))
         high, mass, total = fold(high, mass, total, logits, value)
     if SINK:
         if LEAVES:
@@ -112,8 +145,7 @@ def settle(
             kept = spread(bits, row, GROUP)
             read += tl.sum(tl.where(kept, size[None, :], 0), 1)
             if CALIBRATED:
-                logits = first + tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
-                logits = tl.where(kept, logits, float("-inf"))
+                logits = tl.where(kept, log_mass(first, size), float("-inf"))
                 estimate_high, estimate, _, _ = fold_mass(estimate_high, estimate, logits)
         else:
             once = tl.full(size.shape, 1, tl.int32)
