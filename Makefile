@@ -29,6 +29,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  { echo "error: $(PYTHON) is older than 3.11; name another with make PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24,<27"
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	@# a CUDA build of torch brought its own Triton; for a CPU build the tests' interpreter needs one
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install "triton==3.6.0"
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
 	touch $@
 

@@ -1,0 +1,16 @@
+"""`squeezed bench`: the benchmarks under one command."""
+
+from squeezed.cli.lazy import lazy_group
+
+COMMANDS = {
+    "decode": ("squeezed.bench.decode:app", "One generated token over a context, on a GPU."),
+    "prefill": ("squeezed.bench.prefill:app", "The user's tokens over a context, on a GPU."),
+    "index": ("squeezed.bench.index:app", "Clustering and calibration, on a GPU."),
+    "cpu": ("squeezed.bench.cpu:app", "One generated token over a context, on the CPU."),
+}
+
+app = lazy_group(
+    "bench",
+    "Measure speed; every benchmark prints its distance from the hardware's limit.",
+    COMMANDS,
+)

@@ -1,0 +1,26 @@
+"""Every command and where it lives."""
+
+from __future__ import annotations
+
+import typer.main
+
+from squeezed.cli.lazy import lazy_group
+
+HELP = "Cheap questions over long fixed documents: cluster the keys once, read those that matter."
+
+COMMANDS = {
+    "index": ("squeezed.cli.index:index", "Turn a document into a fixed context and save it."),
+    "ask": ("squeezed.cli.ask:ask", "Answer a question about a context or a document."),
+    "chat": ("squeezed.cli.chat:chat", "Ask one question after another."),
+    "inspect": ("squeezed.cli.inspect:inspect", "Show what a context holds and reads."),
+    "plan": ("squeezed.cli.plan:plan", "Work out what a context would cost, without running."),
+    "demo": ("squeezed.cli.demo:demo", "Ask three questions about a real document, twice."),
+    "eval": ("squeezed.evals.cli:app", "Measure accuracy against dense attention."),
+    "bench": ("squeezed.bench.cli:app", "Measure speed against dense attention."),
+    "serve": ("squeezed.server.cli:serve", "Serve contexts over an OpenAI-compatible API."),
+}
+
+
+def group():
+    """The command line as a click-style command."""
+    return typer.main.get_command(lazy_group("squeezed", HELP, COMMANDS))

@@ -1,0 +1,120 @@
+"""`squeezed ask`: one question, answered as it is generated."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from squeezed.cli import options
+from squeezed.cli.console import emit, megabytes, note
+from squeezed.cli.options import DEFAULTS
+from squeezed.cli.session import Asking, Session, open_session
+from squeezed.errors import SqueezedError
+
+
+def ask(
+    source: options.Source,
+    question: Annotated[str, typer.Argument(help="The question.")],
+    model: options.Model = DEFAULTS["model"],
+    budget: options.Budget = DEFAULTS["budget"],
+    preset: options.PresetName = DEFAULTS["preset"],
+    implementation: options.Implementation = DEFAULTS["implementation"],
+    method: options.MethodName = DEFAULTS["method"],
+    max_new_tokens: options.NewTokens = DEFAULTS["max_new_tokens"],
+    show_sources: Annotated[
+        bool, typer.Option("--show-sources", help="Print the passages that were attended most.")
+    ] = False,
+    dtype: options.Dtype = DEFAULTS["dtype"],
+    device: options.Device = DEFAULTS["device"],
+    json: options.Json = False,
+) -> None:
+    """Answer a question about a saved context or a text file."""
+    asking = Asking(budget, preset, implementation, method)
+    check_question(question, max_new_tokens)
+    session = open_session(source, model, dtype, device)
+    cache = session.cache(asking)
+    answer = stream_answer(session, cache, _question_ids(session, question), max_new_tokens, json)
+    record = report(session, cache, asking, answer)
+    if show_sources:
+        record["sources"] = found_sources(session, cache)
+    if json:
+        emit({"question": question} | record)
+        return
+    note(summary(record))
+    for place in record.get("sources", []):
+        print(source_line(place))
+
+
+def check_question(question: str, max_new_tokens: int) -> None:
+    if not question.strip():
+        raise SqueezedError("question: it is empty; ask something")
+    if max_new_tokens < 1:
+        raise SqueezedError(f"max-new-tokens: expected at least 1, got {max_new_tokens}")
+
+
+def _question_ids(session: Session, question: str):
+    return session.context.template.question_ids(session.tokenizer, question)
+
+
+def stream_answer(session: Session, cache, ids, max_new_tokens: int, silent: bool):
+    """Generate, printing each word on standard output as it comes unless `silent`."""
+    from transformers import TextStreamer
+
+    from squeezed.engine import respond
+
+    streamer = None
+    if not silent:
+        streamer = TextStreamer(session.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return respond(
+        session.model,
+        session.tokenizer,
+        cache,
+        ids,
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+    )
+
+
+def report(session: Session, cache, asking: Asking, answer) -> dict:
+    """What an answer cost."""
+    from squeezed.inspection import traffic
+
+    read = traffic(session.context, cache)
+    return {
+        "answer": answer.text,
+        "answer_tokens": len(answer.tokens),
+        "method": asking.method,
+        "preset": asking.preset,
+        "budget_asked": asking.budget,
+        "budget_spent": answer.spending.budget,
+        "bytes_per_token": read.total,
+        "dense_bytes_per_token": read.dense,
+        "seconds": answer.seconds,
+    }
+
+
+def summary(record: dict) -> str:
+    """The line under an answer."""
+    return (
+        f"[read {record['budget_spent']:.1%} of the context's keys, "
+        f"{megabytes(record['bytes_per_token'])} per token against "
+        f"{megabytes(record['dense_bytes_per_token'])} dense; first token "
+        f"{record['seconds']['first_token']:.2f} s, then {record['seconds']['per_token']:.3f} s each]"
+    )
+
+
+def found_sources(session: Session, cache) -> list[dict]:
+    from dataclasses import asdict
+
+    from squeezed.sources import sources
+
+    return [asdict(passage) for passage in sources(session.tokenizer, session.context, cache)]
+
+
+def source_line(place: dict) -> str:
+    read = "" if place["read"] is None else f", {place['read']:.0%} read"
+    return (
+        f"tokens {place['start']:,}-{place['end'] - 1:,} ({place['share']:.1%} of the attention"
+        f"{read}): {place['text']}"
+    )

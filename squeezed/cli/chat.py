@@ -1,0 +1,69 @@
+"""`squeezed chat`: one question after another over one context."""
+
+from __future__ import annotations
+
+import sys
+
+from squeezed.cli import options
+from squeezed.cli.ask import check_question, report, summary
+from squeezed.cli.console import note
+from squeezed.cli.options import DEFAULTS
+from squeezed.cli.session import Asking, Session, open_session
+from squeezed.errors import SqueezedError
+
+
+def chat(
+    source: options.Source,
+    model: options.Model = DEFAULTS["model"],
+    budget: options.Budget = DEFAULTS["budget"],
+    preset: options.PresetName = DEFAULTS["preset"],
+    implementation: options.Implementation = DEFAULTS["implementation"],
+    method: options.MethodName = DEFAULTS["method"],
+    max_new_tokens: options.NewTokens = DEFAULTS["max_new_tokens"],
+    dtype: options.Dtype = DEFAULTS["dtype"],
+    device: options.Device = DEFAULTS["device"],
+    json: options.Json = False,
+) -> None:
+    """Read questions from stdin, one a line, until it ends; the context is read once.
+
+    With --json every answer is one JSON object on a line of its own.
+    """
+    asking = Asking(budget, preset, implementation, method)
+    check_question("-", max_new_tokens)
+    if str(source) == "-":
+        raise SqueezedError("source: stdin carries the questions; name a context or a text file")
+    session = open_session(source, model, dtype, device)
+    _converse(session, asking, max_new_tokens, json)
+
+
+def _converse(session: Session, asking: Asking, max_new_tokens: int, json: bool) -> None:
+    from json import dumps
+
+    from transformers import TextStreamer
+
+    from squeezed.chat import Chat
+
+    cache = session.cache(asking)
+    talk = Chat(session.model, session.tokenizer, session.context, cache)
+    streamer = None
+    if not json:
+        streamer = TextStreamer(session.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    for question in _questions():
+        answer = talk.ask(question, max_new_tokens=max_new_tokens, streamer=streamer)
+        record = {"question": question} | report(session, cache, asking, answer)
+        if json:
+            print(dumps(record, ensure_ascii=False), flush=True)
+        else:
+            note(summary(record))
+
+
+def _questions():
+    """Non-empty lines of standard input; a prompt if a person types them."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()

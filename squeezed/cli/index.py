@@ -1,0 +1,59 @@
+"""`squeezed index`: a document becomes a saved context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from squeezed.cli import options
+from squeezed.cli.console import emit, megabytes
+from squeezed.cli.options import DEFAULTS, index_config
+from squeezed.cli.session import open_session
+from squeezed.errors import SqueezedError
+
+
+def index(
+    document: Annotated[Path, typer.Argument(help="A text file in UTF-8 (- reads stdin).")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write; DOCUMENT.sqz.")
+    ] = None,
+    model: options.Model = DEFAULTS["model"],
+    levels: options.Levels = DEFAULTS["levels"],
+    iterations: options.Iterations = DEFAULTS["iterations"],
+    chunk: options.Chunk = DEFAULTS["chunk"],
+    dtype: options.Dtype = DEFAULTS["dtype"],
+    device: options.Device = DEFAULTS["device"],
+    json: options.Json = False,
+) -> None:
+    """Turn a document into a fixed context and save it."""
+    config = index_config(levels, iterations, chunk)
+    if document.is_dir():
+        raise SqueezedError(f"document: {document} is a directory; name a text file")
+    target = output or _default_output(document)
+    context = open_session(document, model, dtype, device, config).context
+    context.save(target)
+    record = {
+        "context": str(target),
+        "tokens": len(context.tokens),
+        "dense": context.is_dense,
+        "levels": [level.nodes for level in context.clustered_layers[0].levels],
+        "kv_bytes": context.kv_bytes(),
+        "index_bytes": context.index_bytes(),
+        "seconds": context.seconds,
+    }
+    if json:
+        emit(record)
+        return
+    seconds = ", ".join(f"{phase} {s:.1f} s" for phase, s in context.seconds.items())
+    print(
+        f"{target}: {record['tokens']:,} tokens, {megabytes(record['kv_bytes'])} of keys and values, "
+        f"{megabytes(record['index_bytes'])} of index ({seconds})"
+    )
+
+
+def _default_output(document: Path) -> Path:
+    if str(document) == "-":
+        raise SqueezedError("output: name a directory with --output when the document is stdin")
+    return document.with_suffix(".sqz")

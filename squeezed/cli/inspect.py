@@ -1,0 +1,91 @@
+"""`squeezed inspect`: what a saved context holds and what a question reads of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from squeezed.cli import options
+from squeezed.cli.console import emit, megabytes
+from squeezed.cli.options import DEFAULTS
+from squeezed.cli.session import Asking, open_session
+
+QUESTION = "What is this document about?"
+
+
+def inspect(
+    context: Annotated[Path, typer.Argument(help="A saved context.")],
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Write a .png: measured budget by layer and head, sizes."),
+    ] = None,
+    question: Annotated[
+        str, typer.Option("--question", help="Asked to measure the budget for --plot.")
+    ] = QUESTION,
+    model: options.Model = DEFAULTS["model"],
+    budget: options.Budget = DEFAULTS["budget"],
+    preset: options.PresetName = DEFAULTS["preset"],
+    json: options.Json = False,
+) -> None:
+    """Show tokens, levels, cluster sizes, thresholds and bytes of a saved context.
+
+    --plot asks one question, with the model that made the context, and measures.
+    """
+    import squeezed
+    from squeezed.inspection import describe
+
+    asking = Asking(budget, preset, "auto", "squeezed")
+    record = {"context": str(context)} | describe(squeezed.load(context))
+    if plot:
+        measured = _plot(context, model, asking, question, plot)
+        record["budget_by_layer_and_head"] = measured
+        record["plot"] = str(plot)
+    if json:
+        emit(record)
+    else:
+        _show(record, preset)
+
+
+def _plot(
+    path: Path, model: str, asking: Asking, question: str, picture: Path
+) -> list[list[float]]:
+    from squeezed import inspection
+    from squeezed.engine import respond
+
+    session = open_session(path, model, "auto", "auto")
+    cache = session.cache(asking)
+    ids = session.context.template.question_ids(session.tokenizer, question)
+    respond(session.model, session.tokenizer, cache, ids, max_new_tokens=24)
+    budgets = inspection.budget_by_head(session.context, cache)
+    inspection.plot(session.context, budgets, picture)
+    return [[round(share, 4) for share in row] for row in budgets.tolist()]
+
+
+def _show(record: dict, preset: str) -> None:
+    print(
+        f"{record['context']}: {record['tokens']:,} tokens, {record['clustered_layers']} of "
+        f"{record['layers']} layers clustered, {record['kv_heads']} KV heads of "
+        f"{record['head_dim']} numbers ({record['dtype']}), {record['pinned_tokens']} pinned tokens"
+    )
+    print(
+        f"keys and values {megabytes(record['kv_bytes'])}, index {megabytes(record['index_bytes'])} "
+        f"({record['overhead']:.1%} on top)"
+    )
+    for depth, level in enumerate(record["levels"], 1):
+        keys = level["keys_per_node"]
+        print(
+            f"level {depth}: {level['nodes_per_head']} nodes per head; keys per node: mean "
+            f"{keys['mean']:.1f}, median {keys['median']:.0f}, 99th percentile {keys['p99']:.0f}, "
+            f"largest {keys['largest']}; {keys['empty']} empty"
+        )
+    rules = record["presets"].get(preset)
+    if rules:
+        print(f"log thresholds of one token, preset {preset}, coarse to fine:")
+        for budget, row in zip(rules["budgets"], rules["per_token"], strict=True):
+            values = ", ".join("keep all" if x is None else f"{x:.2f}" for x in row)
+            print(f"  budget {budget:.1%}: {values}")
+    print("made in " + ", ".join(f"{name} {s:.1f} s" for name, s in record["seconds"].items()))
+    if "plot" in record:
+        print(f"plot: {record['plot']}")

@@ -1,0 +1,70 @@
+"""A command group whose commands are imported when they are asked for: help stays fast."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import typer
+import typer.core
+import typer.main
+
+
+class LazyGroup(typer.core.TyperGroup):
+    """Commands by name as `"module:attribute"`: a function, or a Typer application.
+
+    `summaries` holds what help says of each, so that listing them imports nothing.
+    """
+
+    commands_at: dict[str, str] = {}  # noqa: RUF012  (set once by `lazy_group`)
+    summaries: dict[str, str] = {}  # noqa: RUF012
+
+    def list_commands(self, ctx) -> list[str]:
+        return [name for name, place in self.commands_at.items() if _exists(place)]
+
+    def get_command(self, ctx, name):
+        place = self.commands_at.get(name)
+        if place is None or not _exists(place):
+            return None
+        module, attribute = place.split(":")
+        found = getattr(importlib.import_module(module), attribute)
+        if not isinstance(found, typer.Typer):
+            app = typer.Typer(add_completion=False, rich_markup_mode=None)
+            app.command(name)(found)
+            found = app
+        command = typer.main.get_command(found)
+        command.name = name
+        return command
+
+    def format_commands(self, ctx, formatter) -> None:
+        rows = [(name, self.summaries.get(name, "")) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def lazy_group(name: str, help: str, commands: dict[str, tuple[str, str]]) -> typer.Typer:
+    """A Typer application over `{command: ("module:attribute", summary)}`."""
+    group = type(
+        f"{name.title()}Group",
+        (LazyGroup,),
+        {
+            "commands_at": {key: place for key, (place, _) in commands.items()},
+            "summaries": {key: summary for key, (_, summary) in commands.items()},
+        },
+    )
+    app = typer.Typer(cls=group, name=name, help=help, add_completion=False, rich_markup_mode=None)
+
+    @app.callback()
+    def root() -> None:
+        pass
+
+    root.__doc__ = help
+    return app
+
+
+def _exists(place: str) -> bool:
+    module = place.split(":")[0]
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,73 @@
+"""Model, tokenizer and context for the commands that ask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from squeezed.cli.console import index_progress, note, quiet_libraries, read_document
+from squeezed.config import IndexConfig, check_budget
+
+if TYPE_CHECKING:
+    from squeezed.context import FixedContext
+    from squeezed.hf.cache import SqueezedCache
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are answered; the command line's options of that name."""
+
+    budget: float
+    preset: str
+    implementation: str
+    method: str
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model and the context it reads."""
+
+    model: Any
+    tokenizer: Any
+    context: FixedContext
+
+    def cache(self, asking: Asking) -> SqueezedCache:
+        """A cache that remembers its queries, for sources and traffic."""
+        cache = self.context.cache(
+            asking.budget, asking.preset, asking.implementation, asking.method
+        )
+        cache.watch_queries()
+        return cache
+
+
+def open_session(
+    source: Path, model: str, dtype: str, device: str, config: IndexConfig | None = None
+) -> Session:
+    """Load a saved context, or index a text file on the way."""
+    import squeezed
+    from squeezed.engine import check_tokenizer
+    from squeezed.models import load_model
+
+    quiet_libraries()
+    text = None if source.is_dir() else read_document(source)
+    loaded, tokenizer = load_model(model, dtype, device, note)
+    if text is None:
+        context = squeezed.load(source, loaded)
+        check_tokenizer(tokenizer, context)
+    else:
+        with index_progress() as progress:
+            context = squeezed.index(loaded, tokenizer, text, config, progress=progress)
+    say_if_dense(context)
+    return Session(loaded, tokenizer, context)
+
+
+def say_if_dense(context: FixedContext) -> None:
+    if context.is_dense:
+        note(
+            f"note: {len(context.tokens)} tokens are too few to cluster beside the pinned ones; "
+            "every answer reads all of them (dense)"
+        )

@@ -1,0 +1,156 @@
+"""Loading a model and its tokenizer by directory, GGUF file, hub name, or the demo's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from squeezed.errors import SqueezedError
+
+DEMO_MODEL = "demo"
+"""Stands for SmolLM2-135M-Instruct, which is fetched when first used."""
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model lies: a directory or hub name for `from_pretrained`, and a GGUF file in it."""
+
+    location: str
+    gguf_file: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def locate(name: str, report: Callable[[str], None] = lambda line: None) -> ModelSource:
+    """Find a model.
+
+    Args:
+        name: `demo`, a directory, a `.gguf` file, or a hub name such as `Qwen/Qwen3-0.6B`.
+        report: called with a line for every step that takes more than a moment.
+
+    Raises:
+        SqueezedError: nothing lies at a path that `name` can only mean.
+    """
+    if name == DEMO_MODEL:
+        from squeezed.demo.model import demo_model_directory
+
+        return ModelSource(str(demo_model_directory(report)))
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelSource(str(path.parent), path.name)
+    if path.is_dir():
+        return _in_directory(path)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_path or path.exists() or path.suffix == ".gguf":
+        raise SqueezedError(
+            f"model: expected a model directory, a .gguf file or a hub name, found none at {name}; "
+            "check the path"
+        )
+    return ModelSource(name)
+
+
+def _in_directory(path: Path) -> ModelSource:
+    if (path / "config.json").is_file():
+        return ModelSource(str(path))
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return ModelSource(str(path), ggufs[0].name)
+    found = f"{len(ggufs)} .gguf files" if ggufs else "neither config.json nor a .gguf file"
+    raise SqueezedError(
+        f"model: {path} holds {found}; name the model's directory or one .gguf file"
+    )
+
+
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    report: Callable[[str], None] = lambda line: None,
+):
+    """Load a causal language model and its tokenizer, ready for `squeezed.index`.
+
+    Args:
+        name: see `locate`.
+        dtype: `auto` (the checkpoint's; bfloat16 for GGUF), `bfloat16`, `float16` or `float32`.
+        device: `auto` (the first GPU, else the CPU), or a torch device.
+
+    Returns:
+        `(model, tokenizer)`, the model in evaluation mode.
+
+    Raises:
+        SqueezedError: no such model, no network, or files that do not load.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = _device(device)
+    source = locate(name, report)
+    report(f"loading {name}")
+    with readable_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=_dtype(dtype, source), **source.arguments
+        )
+    return model.to(target).eval(), tokenizer
+
+
+def load_config(name: str, report: Callable[[str], None] = lambda line: None):
+    """Only the configuration of a model; raises as `load_model` does."""
+    from transformers import AutoConfig
+
+    path = Path(name).expanduser()
+    location = ModelSource(str(path)) if path.suffix == ".json" else locate(name, report)
+    with readable_errors(name):
+        return AutoConfig.from_pretrained(location.location, **location.arguments)
+
+
+class readable_errors:
+    """Turn what Transformers raises while loading `name` into one line with a remedy."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, trace) -> bool:
+        if not isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+            return False
+        if isinstance(error, SqueezedError):
+            return False
+        cause = " ".join(str(error).split())[:240]
+        raise SqueezedError(
+            f"model: could not load {self.name!r} ({cause}); check the name and the network, or "
+            "give a local directory or .gguf file"
+        ) from error
+
+
+def _dtype(name: str, source: ModelSource):
+    import torch
+
+    if name not in DTYPES:
+        raise SqueezedError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if source.gguf_file else "auto"
+
+
+def _device(name: str):
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SqueezedError(
+            f"device: cannot use {name!r} here ({str(error).splitlines()[0][:120]}); use 'cpu' or "
+            "'auto'"
+        ) from error
+    return device

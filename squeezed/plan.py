@@ -1,0 +1,224 @@
+"""What a context of a given length would cost, from a model's configuration alone.
+
+Every figure is arithmetic on shapes; nothing is run. "Decode" is one request that generates one
+token; bytes are those of the context, and of the model's weights where it says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from squeezed.calibration import keep_shares
+from squeezed.config import ClusteringConfig, Preset, check_budget
+from squeezed.errors import SqueezedError
+
+OFFSET_BYTES = VARIANCE_BYTES = POSITION_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model decides the cost of its context.
+
+    Attributes:
+        full_layers: layers with full attention; `window_layers` slide over `window` tokens.
+        heads, kv_heads, head_dim: of one layer.
+        element_bytes: of a key's number; 2 for bfloat16.
+        parameters: weights read for every generated token.
+    """
+
+    full_layers: int
+    window_layers: int
+    window: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    element_bytes: int
+    parameters: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one key or value of one head."""
+        return self.head_dim * self.element_bytes
+
+
+def model_shape(config, element_bytes: int | None = None) -> ModelShape:
+    """Read a Transformers configuration; counts its weights on the meta device.
+
+    Raises:
+        SqueezedError: the configuration describes no decoder with attention.
+        UnsupportedModelError: attention that cannot be squeezed.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from squeezed.hf.support import layer_kinds, text_config
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError) as error:
+        raise SqueezedError(
+            f"model: its configuration describes no causal language model ({type(config).__name__}); "
+            "name a decoder such as Llama, Qwen, Mistral or Gemma 3"
+        ) from error
+    kinds = layer_kinds(model)
+    text = text_config(model)
+    windows = [kind.sliding_window for kind in kinds if kind.sliding_window]
+    heads = text.num_attention_heads
+    dtype = getattr(text, "dtype", None) or torch.bfloat16
+    return ModelShape(
+        full_layers=len(kinds) - len(windows),
+        window_layers=len(windows),
+        window=max(windows, default=0),
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        element_bytes=element_bytes or dtype.itemsize,
+        parameters=sum(weight.numel() for weight in model.parameters()),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The costs of one context; bytes and floating-point operations in sum over all layers.
+
+    Attributes:
+        kv_bytes: keys and values of the context.
+        index_bytes: held on top of them.
+        clustering_flops: multiply-adds count as two.
+        prefill_flops: of the document through the weights and dense causal attention.
+        dense_bytes_per_token, squeezed_bytes_per_token: of the context, read per generated token.
+        weight_bytes: read per generated token besides.
+        attention_speedup: what those bytes allow attention over the context.
+        token_speedup: the same for a whole token at batch 1, weights included.
+        dense_ms, squeezed_ms: a whole token at `bandwidth` bytes per second; a lower bound.
+    """
+
+    shape: ModelShape
+    tokens: int
+    budget: float
+    bandwidth: float
+    kv_bytes: int
+    index_bytes: int
+    clustering_flops: int
+    prefill_flops: int
+    dense_bytes_per_token: int
+    squeezed_bytes_per_token: int
+    weight_bytes: int
+    attention_speedup: float = field(init=False)
+    token_speedup: float = field(init=False)
+    dense_ms: float = field(init=False)
+    squeezed_ms: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        dense = self.dense_bytes_per_token + self.weight_bytes
+        squeezed = self.squeezed_bytes_per_token + self.weight_bytes
+        ratio = self.dense_bytes_per_token / self.squeezed_bytes_per_token
+        object.__setattr__(self, "attention_speedup", ratio)
+        object.__setattr__(self, "token_speedup", dense / squeezed)
+        object.__setattr__(self, "dense_ms", 1e3 * dense / self.bandwidth)
+        object.__setattr__(self, "squeezed_ms", 1e3 * squeezed / self.bandwidth)
+
+    def record(self) -> dict:
+        return asdict(self)
+
+
+def plan(
+    shape: ModelShape,
+    tokens: int,
+    budget: float,
+    bandwidth: float,
+    clustering: ClusteringConfig,
+    preset: Preset,
+) -> Plan:
+    """Work out what a context of `tokens` costs at `budget`, on memory of `bandwidth` bytes/s.
+
+    Raises:
+        SqueezedError: a length or bandwidth that is not positive, or a budget outside (0, 1].
+    """
+    if tokens < 1:
+        raise SqueezedError(f"context: expected at least 1 token, got {tokens}")
+    if bandwidth <= 0:
+        raise SqueezedError(f"bandwidth: expected bytes per second above 0, got {bandwidth}")
+    check_budget(budget)
+    nodes = level_nodes(tokens, clustering)
+    full = shape.full_layers * shape.kv_heads
+    windowed = shape.window_layers * shape.kv_heads * min(tokens, shape.window)
+    windowed_bytes = 2 * windowed * shape.row_bytes
+    kv_bytes = 2 * full * tokens * shape.row_bytes + windowed_bytes
+    squeezed = full * _bytes_per_head(shape, tokens, budget, nodes, clustering, preset)
+    return Plan(
+        shape=shape,
+        tokens=tokens,
+        budget=budget,
+        bandwidth=bandwidth,
+        kv_bytes=kv_bytes,
+        index_bytes=full * _index_bytes_per_head(shape, tokens, nodes),
+        clustering_flops=full * _clustering_flops_per_head(shape, tokens, nodes, clustering),
+        prefill_flops=_prefill_flops(shape, tokens),
+        dense_bytes_per_token=kv_bytes,
+        squeezed_bytes_per_token=kv_bytes if budget == 1 else round(squeezed) + windowed_bytes,
+        weight_bytes=shape.parameters * shape.element_bytes,
+    )
+
+
+def clustered_tokens(tokens: int, clustering: ClusteringConfig) -> int:
+    return max(0, tokens - clustering.pinned_first - clustering.pinned_last)
+
+
+def level_nodes(tokens: int, clustering: ClusteringConfig) -> list[int]:
+    """Nodes per head of every level, coarse to fine; none if the document is too short."""
+    clustered = clustered_tokens(tokens, clustering)
+    counts = [max(1, round(share * clustered)) for share in clustering.levels]
+    return counts if clustered >= max(2, counts[-1] * 2) else []
+
+
+def _index_bytes_per_head(shape: ModelShape, tokens: int, nodes: list[int]) -> int:
+    """Positions of all rows; means, variance and offsets of all nodes; child links but at leaves."""
+    held = tokens * POSITION_BYTES
+    for depth, count in enumerate(nodes):
+        held += count * (2 * shape.row_bytes + VARIANCE_BYTES) + (count + 1) * OFFSET_BYTES
+        held += (count + 1) * OFFSET_BYTES if depth < len(nodes) - 1 else 0
+    return held
+
+
+def _bytes_per_head(
+    shape: ModelShape,
+    tokens: int,
+    budget: float,
+    nodes: list[int],
+    clustering: ClusteringConfig,
+    preset: Preset,
+) -> float:
+    """Bytes that a decoding step reads of one KV head at `budget`.
+
+    A level scores the children of what the level above kept, and replaces what it drops by a mean.
+    """
+    clustered = clustered_tokens(tokens, clustering) if nodes else 0
+    rows = tokens - clustered + budget * clustered
+    read = 2 * rows * shape.row_bytes
+    entry = shape.row_bytes + OFFSET_BYTES + (VARIANCE_BYTES if preset.second_order else 0)
+    mean_bytes = 0 if preset.far_field == "none" else shape.row_bytes
+    alive = 1.0
+    for count, kept in zip(nodes, keep_shares(preset, budget, len(nodes)), strict=True):
+        read += count * alive * entry + count * max(0.0, alive - kept) * mean_bytes
+        alive = kept
+    return read
+
+
+def _clustering_flops_per_head(
+    shape: ModelShape, tokens: int, nodes: list[int], clustering: ClusteringConfig
+) -> int:
+    """Similarities of every key to the centroids of its own parent, in every pass of k-means."""
+    passes, flops, above = clustering.iterations + 1, 0.0, 1
+    for count in nodes:
+        flops += 2 * clustered_tokens(tokens, clustering) * (count / above) * shape.head_dim
+        above = count
+    return round(passes * flops)
+
+
+def _prefill_flops(shape: ModelShape, tokens: int) -> int:
+    seen = shape.full_layers * tokens * (tokens + 1) // 2
+    window = min(tokens, shape.window)
+    seen += shape.window_layers * (tokens * window - window * (window - 1) // 2 if window else 0)
+    return 2 * shape.parameters * tokens + 4 * shape.heads * shape.head_dim * seen

@@ -1,0 +1,142 @@
+"""Which passages of the document an answer came from: where the attention of its tokens lay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from squeezed.context import FixedContext
+from squeezed.errors import SqueezedError
+from squeezed.hf.cache import ContextLayer, SqueezedCache
+from squeezed.ops.reference.lookup import lookup
+
+PASSAGE_TOKENS = 40
+"""Sentences are joined until a passage has this many tokens."""
+
+LONGEST_PASSAGE = 120
+"""Tokens after which a passage is cut even inside a sentence."""
+
+QUERIES_AT_ONCE = 16
+"""Query tokens scored together: memory is `Hq * 16 * P` floats."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Sentences of the document, and what an answer took from them.
+
+    Attributes:
+        start, end: token positions in the context, end excluded.
+        text: the passage.
+        share: of the answer's attention to the document, over layers, heads and tokens.
+        read: share of (layer, head, token) in which its keys were read exactly; `None` for methods
+            without a tree.
+    """
+
+    start: int
+    end: int
+    text: str
+    share: float
+    read: float | None
+
+
+def sources(
+    tokenizer, context: FixedContext, cache: SqueezedCache, count: int = 3
+) -> list[Passage]:
+    """The `count` passages with the largest share of the answer's attention.
+
+    Call `cache.watch_queries()` before answering. Attention is computed exactly, over all keys,
+    whatever the method read. The first tokens are left out: they are attention's resting place and
+    say nothing about content.
+    """
+    mass, read = attention_by_position(context, cache)
+    mass[: context.config.clustering.pinned_first] = 0
+    mass = mass / mass.sum().clamp(min=1e-30)
+    found = []
+    for start, end in passage_bounds(tokenizer, context.tokens):
+        text = " ".join(tokenizer.decode(context.tokens[start:end]).split())
+        exact = None if read is None else float(read[start:end].mean())
+        found.append(Passage(start, end, text, float(mass[start:end].sum()), exact))
+    return sorted(found, key=lambda passage: -passage.share)[:count]
+
+
+def attention_by_position(
+    context: FixedContext, cache: SqueezedCache
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax mass and share of exact reads of every token of the context, each `[P]` float64.
+
+    Both are means over layers, heads and the tokens that produced the answer.
+    """
+    mass = torch.zeros(len(context.tokens), dtype=torch.float64)
+    read = torch.zeros_like(mass)
+    layers = cache.context_layers
+    for entry, scale in zip(layers, context.scales, strict=True):
+        layer, positions = entry.context.layer, entry.context.layer.positions.long().cpu()
+        query = answer_queries(entry)
+        weight, exact = _row_mass(query, layer.keys, scale), rows_read(entry, query, scale)
+        mass.scatter_add_(0, positions.flatten(), weight.double().cpu().flatten())
+        if exact is not None:
+            read.scatter_add_(0, positions.flatten(), exact.double().cpu().flatten())
+    heads = len(layers) * layers[0].context.layer.keys.shape[0]
+    has_tree = hasattr(layers[0].context, "token")
+    return mass / heads, read / heads if has_tree else None
+
+
+def answer_queries(entry: ContextLayer) -> Tensor:
+    """Queries of one request's answer, `[1, Hq, N, D]`: each produced one of its tokens.
+
+    The question's last token produced the first one; what came before it only read.
+    """
+    if not entry.watch:
+        raise SqueezedError("cache: no queries were kept; call cache.watch_queries() before asking")
+    first, *further = entry.watch
+    return torch.cat([first[:1, :, -1:], *(query[:1] for query in further)], 2)
+
+
+def _row_mass(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Mean softmax weight of every row over the queries of its head's group, `[Hkv, P]`."""
+    kv_heads, tokens, _ = keys.shape
+    grouped = query[0].float().unflatten(0, (kv_heads, -1))  # [Hkv, G, N, D]
+    total = torch.zeros(kv_heads, tokens, device=keys.device)
+    wide = keys.float().mT
+    for part in grouped.split(QUERIES_AT_ONCE, 2):
+        logits = scale * part.flatten(1, 2) @ wide
+        total += logits.softmax(-1).sum(1)
+    return total / (grouped.shape[1] * grouped.shape[2])
+
+
+def rows_read(entry: ContextLayer, query: Tensor, scale: float) -> Tensor | None:
+    """Share of the queries that read each row exactly, `[Hkv, P]`; `None` without a tree.
+
+    Args:
+        query: `[1, Hq, N, D]`, each selecting alone.
+    """
+    rule = getattr(entry.context, "token", None)
+    if rule is None:
+        return None
+    layer = entry.context.layer
+    share = torch.ones(layer.keys.shape[:2], device=layer.keys.device)
+    if not layer.levels:
+        return share
+    kept = torch.zeros(layer.levels[-1].sizes.shape, device=layer.keys.device)
+    for part in query.split(QUERIES_AT_ONCE, 2):
+        kept += lookup(part, layer, rule, scale).kept[0].sum(1)
+    for head, sizes in enumerate(layer.levels[-1].sizes):
+        share[head, layer.pinned :] = kept[head].repeat_interleave(sizes) / query.shape[2]
+    return share
+
+
+def passage_bounds(tokenizer, tokens: Tensor) -> list[tuple[int, int]]:
+    """Token ranges of passages: whole sentences, joined to at least `PASSAGE_TOKENS`."""
+    bounds, start = [], 0
+    pieces = [tokenizer.decode([token]) for token in tokens.tolist()]
+    for index, piece in enumerate(pieces):
+        length = index + 1 - start
+        ends = piece.rstrip(" ").endswith((".", "!", "?", "\n"))
+        if (ends and length >= PASSAGE_TOKENS) or length >= LONGEST_PASSAGE:
+            bounds.append((start, index + 1))
+            start = index + 1
+    if start < len(pieces):
+        bounds.append((start, len(pieces)))
+    return bounds
