@@ -72,6 +72,7 @@ class FixedContext:
         preset: str = BEST.name,
         implementation: str = "auto",
         method: str = "squeezed",
+        suffix_tokens: int | None = None,
     ):
         """A new cache over this context for `model.generate(..., past_key_values=...)`.
 
@@ -80,11 +81,13 @@ class FixedContext:
             preset: `best` or `paper`; other methods ignore it.
             implementation: `auto`, `reference`, `cpu` or `triton`; other methods ignore it.
             method: `squeezed`, or another name of `squeezed.methods.METHODS`.
+            suffix_tokens: room for question and answer in a buffer of fixed size, so that
+                `generate()` compiles the decode step on a GPU; `None` grows as needed.
 
         Returns:
             `squeezed.hf.cache.SqueezedCache`; one per request or batch of requests.
         """
-        from squeezed.hf.cache import build_cache
+        from squeezed.hf.build import build_cache
         from squeezed.methods import create
 
         chosen = create(method, preset=preset, implementation=implementation)
@@ -92,7 +95,7 @@ class FixedContext:
         contexts = [
             layer if isinstance(layer, WindowLayer) else next(attentions) for layer in self.layers
         ]
-        return build_cache(contexts, budget)
+        return build_cache(contexts, budget, suffix_tokens)
 
     def kv_bytes(self) -> int:
         return sum(layer.kv_bytes() for layer in self.layers)

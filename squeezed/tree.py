@@ -74,8 +74,12 @@ class ClusteredLayer:
 
     def index_bytes(self) -> int:
         """Bytes held on top of keys and values."""
-        tensors = [t for level in self.levels for t in _tensors(level).values()]
-        return _bytes(self.positions, *tensors)
+        return sum(_bytes(t) for t in self.tensors()) - self.kv_bytes()
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the layer and of its levels."""
+        records = (self, *self.levels)
+        return [tensor for record in records for tensor in _tensors(record).values()]
 
     def to(self, device: torch.device | str) -> ClusteredLayer:
         return replace(_moved(self, device), levels=tuple(lv.to(device) for lv in self.levels))

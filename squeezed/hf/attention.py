@@ -96,10 +96,12 @@ def squeezed_mask(
     window. Rows of padding attend to nothing, by which the kernels know them.
     """
     if attention_mask is None:
+        if kv_offset or isinstance(q_offset, Tensor):  # part of the keys, or slots yet empty
+            kwargs["allow_is_causal_skip"] = False
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, None, **kwargs
         )
-    missing = max(kv_offset + kv_length, q_offset + q_length) - attention_mask.shape[-1]
+    missing = kv_offset + kv_length - attention_mask.shape[-1]
     real = torch.nn.functional.pad(attention_mask, (0, max(0, missing))).bool()
     position = real.long().cumsum(-1) - 1
     rows = torch.arange(q_length, device=real.device) + q_offset

@@ -68,12 +68,21 @@ class ContextLayer(SuffixLayer):
         super().__init__(context.tokens)
         self.context = context
         self.select_per_token = False
-        self.keys_read: Tensor | None = None
-        self.queries_answered: Tensor | int = 0
         self.watch: list[Tensor] | None = None
+        self.keys_read: Tensor | None = None
+        self.queries_answered: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        with torch.inference_mode(False):  # so that later calls may count in any mode
+            self.keys_read = torch.zeros((), dtype=torch.int64, device=self.device)
+            self.queries_answered = torch.zeros_like(self.keys_read)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         super().update(key_states, value_states)
+        return self.hand_over()
+
+    def hand_over(self) -> tuple[Handover, Handover]:
         handover = Handover(self.attend)
         return handover, handover
 
@@ -89,12 +98,17 @@ class ContextLayer(SuffixLayer):
         return output
 
     def _account(self, query: Tensor, mask: Tensor | None, keys_read: Tensor) -> None:
-        read = keys_read.sum()
-        self.keys_read = read if self.keys_read is None else self.keys_read + read
-        answered = query.shape[0] * query.shape[2]
-        if mask is not None:
-            answered = mask.any(-1).sum() * (query.shape[0] // mask.shape[0])
-        self.queries_answered = self.queries_answered + answered
+        """Count in place: a compiled step must not make new tensors that outlive it."""
+        self.keys_read.add_(keys_read.sum())
+        if mask is None:
+            self.queries_answered.add_(query.shape[0] * query.shape[2])
+        else:
+            self.queries_answered.add_(mask.any(-1).expand(query.shape[0], -1, -1).sum())
+
+    def restart_spending(self) -> None:
+        if self.is_initialized:
+            self.keys_read.zero_()
+            self.queries_answered.zero_()
 
 
 class WindowedLayer(SuffixLayer):
@@ -133,7 +147,7 @@ class Spending:
 class SqueezedCache(Cache):
     """A cache over a fixed context. Pass it as `past_key_values`; make one per request or batch."""
 
-    def __init__(self, layers: list[ContextLayer | WindowedLayer], budget: float) -> None:
+    def __init__(self, layers: list[SuffixLayer], budget: float) -> None:
         super().__init__(layers=layers)
         self.budget = budget
 
@@ -154,7 +168,7 @@ class SqueezedCache(Cache):
     def restart_spending(self) -> None:
         """Count keys from here on."""
         for layer in self.context_layers:
-            layer.keys_read, layer.queries_answered = None, 0
+            layer.restart_spending()
 
     def spending(self) -> Spending:
         """What was read since the start, or since `restart_spending()`. Waits for the device."""
@@ -170,15 +184,6 @@ class SqueezedCache(Cache):
             budget=read / available if available else 1.0,
             keys_read=read / queries if queries else 0.0,
         )
-
-
-def build_cache(contexts: list[ContextAttention | WindowLayer], budget: float) -> SqueezedCache:
-    """Assemble a cache: one entry per model layer."""
-    built = [
-        WindowedLayer(context) if isinstance(context, WindowLayer) else ContextLayer(context)
-        for context in contexts
-    ]
-    return SqueezedCache(built, budget)
 
 
 def suffix_mask(tokens: int, suffix: Tensor) -> Tensor:

@@ -46,13 +46,12 @@ def choose(implementation: str, device: torch.device) -> str:
     return implementation
 
 
-@cache
-def attend_function(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    return importlib.import_module(IMPLEMENTATIONS[name]).attend
+def implementation(name: str, device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The `attend` of an implementation, by name or `auto`, for a context on `device`.
 
+    `squeezed.ops.reference.attend` says what it takes and returns.
 
-def attend(query: Tensor, layer, rule, *suffix, scale: float, implementation: str = "auto"):
-    """Squeezed attention; see `squeezed.ops.reference.attention.attend` for shapes and meaning."""
-    return attend_function(choose(implementation, layer.keys.device))(
-        query, layer, rule, *suffix, scale
-    )
+    Raises:
+        SqueezedError: an unknown name, or one that cannot run on `device`.
+    """
+    return importlib.import_module(IMPLEMENTATIONS[choose(name, device)]).attend

@@ -205,3 +205,44 @@ def test_unsupported_models_are_refused_with_the_reason():
         indexed(gemma2)
     with pytest.raises(squeezed.UnsupportedModelError, match="slides"):
         indexed(tiny_model("mistral", sliding_window=16))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("budget", [1.0, 0.1])
+def test_static_suffix_equals_growing_suffix(family, budget):
+    model = tiny_model(family)
+    context = indexed(model)
+    questions = ["what?", "what is the alpha of beta?"]
+    batch = tiny_tokenizer()(questions, return_tensors="pt", padding=True)["input_ids"]
+    batch[batch == tiny_tokenizer().pad_token_id] = 258
+    mask = suffix_mask(len(context.tokens), (batch != 258).long())
+    outputs, spent = [], []
+    for suffix_tokens in (None, 64):
+        cache = context.cache(budget, implementation="reference", suffix_tokens=suffix_tokens)
+        with using_attention(model):
+            outputs.append(
+                model.generate(
+                    input_ids=batch, attention_mask=mask, past_key_values=cache, **GREEDY
+                )
+            )
+        spent.append(cache.spending())
+    assert outputs[0].equal(outputs[1]) and spent[0] == spent[1]
+
+
+def test_static_suffix_without_a_mask_sees_no_empty_slot():
+    model = tiny_model()
+    context = indexed(model)
+    logits = []
+    for suffix_tokens in (None, 64):
+        cache = context.cache(1.0, implementation="reference", suffix_tokens=suffix_tokens)
+        with using_attention(model), torch.inference_mode():
+            model(input_ids=ids_of("first part"), past_key_values=cache)
+            logits.append(model(input_ids=ids_of("x"), past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+def test_input_longer_than_the_static_suffix_is_refused():
+    model = tiny_model()
+    cache = indexed(model).cache(1.0, suffix_tokens=4)
+    with using_attention(model), pytest.raises(squeezed.SqueezedError, match="suffix_tokens"):
+        model(input_ids=ids_of("too long a question"), past_key_values=cache)

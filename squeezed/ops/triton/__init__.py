@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from squeezed.ops.triton import decode, prefill
+from squeezed.ops.triton import decode, operator, prefill
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
@@ -26,7 +26,8 @@ def attend(
     """Squeezed attention on the GPU; see `squeezed.ops.reference.attend` for shapes and meaning."""
     operands = (layer, rule, suffix_keys, suffix_values, suffix_mask, scale)
     if query.shape[2] == 1:
-        return decode.attend(query, *operands)
+        step = operator if torch.compiler.is_compiling() else decode
+        return step.attend(query, *operands)
     if rule.query_block == 1:
         return attend_tokens(query, *operands)
     return prefill.attend(query, *operands)
