@@ -79,28 +79,36 @@ def oracle_error(
 
 
 def dense_peers(query: Tensor, layers: list[ClusteredLayer]) -> dict[str, list[Callable]]:
-    """Dense attention over the whole context; a group's and all requests' queries are rows."""
+    """Dense attention over the whole context, with the queries of all requests as rows.
+
+    Each library gets both forms: the heads of a group as rows too ("packed"), or as heads.
+    """
     kv_heads, _, dim = layers[0].keys.shape
     batch, heads = query.shape[:2]
-    rows = query.reshape(batch, kv_heads, heads // kv_heads, dim).transpose(0, 1)
-    rows = rows.reshape(1, kv_heads, -1, dim).contiguous()
+    by_head = query.transpose(0, 2).contiguous()  # [1, Hq, B, D]
+    packed = by_head.reshape(1, kv_heads, heads // kv_heads * batch, dim)
 
-    def sdpa(layer: ClusteredLayer, backend: SDPBackend) -> Callable:
+    def sdpa(rows: Tensor, layer: ClusteredLayer, backend: SDPBackend) -> Callable:
         def call() -> Tensor:
             with sdpa_kernel(backend):
-                return scaled_dot_product_attention(rows, layer.keys[None], layer.values[None])
+                return scaled_dot_product_attention(
+                    rows, layer.keys[None], layer.values[None],
+                    enable_gqa=rows.shape[1] != kv_heads,
+                )  # fmt: skip
 
         return call
 
-    peers = {
-        "torch flash": [sdpa(layer, SDPBackend.FLASH_ATTENTION) for layer in layers],
-        "cuDNN": [sdpa(layer, SDPBackend.CUDNN_ATTENTION) for layer in layers],
-    }
+    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    peers = {}
+    for library, backend in (("torch flash", flash), ("cuDNN", cudnn)):
+        peers[f"{library}, packed"] = [sdpa(packed, layer, backend) for layer in layers]
+        if heads != kv_heads:
+            peers[library] = [sdpa(by_head, layer, backend) for layer in layers]
     try:
         from flashinfer import single_prefill_with_kv_cache
     except ImportError:
         return peers
-    tokens = query[:, :, 0].contiguous()  # [B, Hq, D]: the queries of all requests as rows
+    tokens = query[:, :, 0].contiguous()  # [B, Hq, D]
 
     def flashinfer(layer: ClusteredLayer) -> Callable:
         return lambda: single_prefill_with_kv_cache(

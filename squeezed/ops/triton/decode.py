@@ -208,7 +208,7 @@ class _Step:
             SHARED=shared, SECOND=rule.alpha is not None,
             MASKED=self.mask is not None or shape.recent == 0, FAR=shape.far,
             CALIBRATED=rule.far_field == "self_calibrated",
-            **self._launch(tuning.warps[1], dependent=True),
+            **self._launch(tuning.warps[1], dependent=True), maxnreg=tuning.select_registers,
         )  # fmt: skip
 
     def attend(self) -> None:

@@ -25,18 +25,22 @@ class Tuning:
         stages: of the attention kernel's pipeline: indices, loads in flight, arithmetic.
         programs: programs of the attention kernel per multiprocessor.
         warps: of the first, the selection and the attention kernel.
+        select_programs: programs of the selection kernel per multiprocessor.
+        select_registers: most registers per thread of the selection kernel; `None` for no limit.
         overlap: start each kernel while its predecessor drains (programmatic dependent launch).
     """
 
     score_tile: int = 64
     chunk: int = 256
     parents: int = 32
-    children: int = 64
+    children: int = 32
     write: int = 32
     tile: int = 64
-    stages: int = 4
-    programs: int = 2
+    stages: int = 5
+    programs: int = 3
     warps: tuple[int, int, int] = (4, 4, 4)
+    select_programs: int = 8
+    select_registers: int | None = None
     overlap: bool = True
 
 
@@ -100,10 +104,11 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
     tile_batch = ceil_div(shape.batch, tiles)
     problems = shape.kv_heads * tiles
     levels = len(shape.nodes)
-    share = ceil_div(8 * shape.multiprocessors, problems)  # enough programs to hide latency
+    share = ceil_div(tuning.select_programs * shape.multiprocessors, problems)
     walked = shape.nodes[: max(levels - 1, 1)]  # levels whose kept nodes a launch expands
     parts = tuple(min(ceil_div(n, tuning.parents), share) for n in walked)
-    splits = min(ceil_div(shape.nodes[0], tuning.score_tile), share) if levels else 0
+    most = ceil_div(8 * shape.multiprocessors, problems)  # enough programs to hide latency
+    splits = min(ceil_div(shape.nodes[0], tuning.score_tile), most) if levels else 0
     programs = tuning.programs * shape.multiprocessors if levels else 0
     pinned_chunks = ceil_div(shape.pinned, tuning.chunk)
     recent_chunks = ceil_div(shape.recent, tuning.chunk)
