@@ -134,7 +134,7 @@ def _normaliser(
         alpha_of(rule, 0, query), partial, sizes.rows, level.nodes, splits, scale, HEADS=heads, GROUP=sizes.group, DIM=sizes.dim,
         BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=block_r, BLOCK_C=64,
         SPLIT=NODES_PER_SPLIT, SECOND=rule.alpha is not None, num_warps=8 if block_r == 128 else 4,
-        num_stages=2,
+        num_stages=3,
     )  # fmt: skip
     return partial
 
@@ -187,7 +187,7 @@ class _Step:
             BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=row_tile(sizes.block),
             BLOCK_C=NODES_PER_PROGRAM, SPLITS=triton.next_power_of_2(splits),
             SECOND=self.rule.alpha is not None, MASKED=valid is not None,
-            LISTED=candidates is not None, num_warps=8, num_stages=2,
+            LISTED=candidates is not None, num_warps=8, num_stages=3,
         )  # fmt: skip
         return state, counts
 
