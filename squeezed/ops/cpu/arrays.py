@@ -30,8 +30,13 @@ def _bits(tensor: Tensor) -> Array:
 
 @dataclass(frozen=True)
 class Suffix:
-    """Suffix keys and values, flat; their strides (batch, head, token) in elements, `[2, 3]`."""
+    """Suffix keys and values: as given, `[B, Hkv, S, D]`, and flat, for Numba.
 
+    `strides [2, 3]` of keys and values (batch, head, token), in elements.
+    """
+
+    key_rows: Tensor
+    value_rows: Tensor
     keys: Array
     values: Array
     strides: Array
@@ -41,10 +46,11 @@ class Suffix:
         """Views of `[B, Hkv, S, D]`, expanded and sliced tensors included."""
         keys, values = _dense_rows(keys), _dense_rows(values)
         strides = np.array([keys.stride()[:3], values.stride()[:3]], np.int64)
-        return cls(_span(keys), _span(values), strides)
+        return cls(keys, values, _span(keys), _span(values), strides)
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -11,14 +11,17 @@ import numba
 import torch
 from torch import Tensor
 
+from squeezed.ops.cpu import decode, prefill
 from squeezed.ops.cpu.arrays import Suffix
-from squeezed.ops.cpu.decode import attend_units
 from squeezed.ops.cpu.rows import QueryRows, from_rows, to_rows
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
-SLAB_ROWS = 128
-"""Query rows per KV head that are worked on at once; bounds the memory of the partial sums."""
+PREFILL_ROWS = 32
+"""From this many rows per unit on, gathering keys for matrix products is the faster way."""
+
+SLAB_ROWS = {decode: 128, prefill: 1024}
+"""Query rows per KV head that are worked on at once; bounds the memory of what lies between."""
 
 _ONE_CALL = Lock()
 
@@ -46,10 +49,11 @@ def attend(
         query, layer.keys.shape[0], suffix_mask, suffix_keys.shape[2], rule.query_block, scale
     )
     suffix = Suffix.of(suffix_keys, suffix_values)
+    path = decode if rows.rows < PREFILL_ROWS else prefill
     outputs, reads = [], []
     with _threads():
-        for slab in _slabs(rows):
-            output, keys_read = attend_units(slab, layer, rule, suffix)
+        for slab in _slabs(rows, SLAB_ROWS[path]):
+            output, keys_read = path.attend_units(slab, layer, rule, suffix)
             outputs.append(output)
             reads.append(keys_read * slab.valid.sum(-1))
     keys_read = torch.zeros(query.shape[0], dtype=torch.int64)
@@ -57,8 +61,8 @@ def attend(
     return from_rows(torch.cat(outputs, 1), query), keys_read
 
 
-def _slabs(rows: QueryRows) -> Iterator[QueryRows]:
-    step = max(1, SLAB_ROWS // rows.rows)
+def _slabs(rows: QueryRows, most_rows: int) -> Iterator[QueryRows]:
+    step = max(1, most_rows // rows.rows)
     for start in range(0, rows.units, step):
         yield rows.slab(start, min(start + step, rows.units))
 

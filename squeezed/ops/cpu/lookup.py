@@ -137,15 +137,17 @@ def _sum_up(logits, variance, key_offsets, state, estimate):
 @njit(cache=True, parallel=True)
 def descend(
     q, centroids, mean_values, variance, key_offsets, child_offsets, energy, valid, threshold,
-    is_first, with_far, normaliser, state, below, logits, keys_read, estimate, top, mass, acc,
+    is_first, to_score, with_far, normaliser, state, below, logits, keys_read, estimate,
+    top, mass, acc,
 ):  # fmt: skip
     """One level for every head and unit.
 
     Reads `q [H, W, D]`, the level (centroids and mean values flat), `energy [H, W]`, the weight of
     the variance, and `valid [U, block]`: padding moves no mean. Writes `normaliser [H, W]` at the
-    first level, `logits [H, W, C]`, `state`, and `below`, the states of the next level, which has
-    no nodes at the leaves; there `keys_read [H, U]` and `estimate [H, W]` are written. The far
-    field is added to the softmax sums `top, mass [H, W]`, `acc [H, W, D]`.
+    first level, `logits [H, W, C]` if `to_score` (else they are given), `state`, and `below`, the
+    states of the next level, which has no nodes at the leaves; there `keys_read [H, U]` and
+    `estimate [H, W]` are written. The far field is added to the softmax sums `top, mass [H, W]`,
+    `acc [H, W, D]`.
     """
     heads, units, nodes = state.shape
     rows, dim = q.shape[1] // units, q.shape[2]
@@ -154,7 +156,8 @@ def descend(
         own = slice(u * rows, (u + 1) * rows)
         base = h * nodes * dim
         _bury_empty(state[h, u], key_offsets[h])
-        _score(q[h, own], centroids, base, state[h, u], logits[h, own])
+        if to_score:
+            _score(q[h, own], centroids, base, state[h, u], logits[h, own])
         if is_first:
             for w in range(u * rows, (u + 1) * rows):
                 normaliser[h, w] = _log_mass(

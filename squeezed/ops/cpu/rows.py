@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from squeezed.ops.cpu.arrays import Array
+
 
 @dataclass(frozen=True)
 class QueryRows:
@@ -33,6 +35,11 @@ class QueryRows:
     def rows(self) -> int:
         """Rows of a unit."""
         return self.queries.shape[2]
+
+    @property
+    def flat(self) -> Array:
+        """Queries of all units side by side, `[H, U * R, D]`."""
+        return self.queries.view(self.queries.shape[0], -1, self.queries.shape[3]).numpy()
 
     def slab(self, start: int, stop: int) -> QueryRows:
         """The units `[start, stop)`."""
