@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,24 +110,18 @@ def load_config(name: str, report: Callable[[str], None] = lambda line: None):
         return AutoConfig.from_pretrained(location.location, **location.arguments)
 
 
-class readable_errors:
+@contextmanager
+def readable_errors(name: str) -> Iterator[None]:
     """Turn what Transformers raises while loading `name` into one line with a remedy."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, trace) -> bool:
-        if not isinstance(error, (OSError, ValueError, KeyError, ImportError)):
-            return False
-        if isinstance(error, SqueezedError):
-            return False
+    try:
+        yield
+    except SqueezedError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
         cause = " ".join(str(error).split())[:240]
         raise SqueezedError(
-            f"model: could not load {self.name!r} ({cause}); check the name and the network, or "
-            "give a local directory or .gguf file"
+            f"model: could not load {name!r} ({cause}); check the name and the network, or give a "
+            "local directory or .gguf file"
         ) from error
 
 

@@ -58,7 +58,7 @@ def model_shape(config, element_bytes: int | None = None) -> ModelShape:
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError) as error:
         raise SqueezedError(
-            f"model: its configuration describes no causal language model ({type(config).__name__}); "
+            f"model: {type(config).__name__} describes no causal language model; "
             "name a decoder such as Llama, Qwen, Mistral or Gemma 3"
         ) from error
     kinds = layer_kinds(model)
@@ -174,7 +174,7 @@ def level_nodes(tokens: int, clustering: ClusteringConfig) -> list[int]:
 
 
 def _index_bytes_per_head(shape: ModelShape, tokens: int, nodes: list[int]) -> int:
-    """Positions of all rows; means, variance and offsets of all nodes; child links but at leaves."""
+    """Positions of all rows; means, variance, offsets of all nodes; child links above leaves."""
     held = tokens * POSITION_BYTES
     for depth, count in enumerate(nodes):
         held += count * (2 * shape.row_bytes + VARIANCE_BYTES) + (count + 1) * OFFSET_BYTES

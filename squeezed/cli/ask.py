@@ -99,8 +99,9 @@ def summary(record: dict) -> str:
     return (
         f"[read {record['budget_spent']:.1%} of the context's keys, "
         f"{megabytes(record['bytes_per_token'])} per token against "
-        f"{megabytes(record['dense_bytes_per_token'])} dense; first token "
-        f"{record['seconds']['first_token']:.2f} s, then {record['seconds']['per_token']:.3f} s each]"
+        f"{megabytes(record['dense_bytes_per_token'])} dense; "
+        f"first token {record['seconds']['first_token']:.2f} s, then "
+        f"{record['seconds']['per_token']:.3f} s each]"
     )
 
 

@@ -48,8 +48,8 @@ def index(
         return
     seconds = ", ".join(f"{phase} {s:.1f} s" for phase, s in context.seconds.items())
     print(
-        f"{target}: {record['tokens']:,} tokens, {megabytes(record['kv_bytes'])} of keys and values, "
-        f"{megabytes(record['index_bytes'])} of index ({seconds})"
+        f"{target}: {record['tokens']:,} tokens, {megabytes(record['kv_bytes'])} of keys and "
+        f"values, {megabytes(record['index_bytes'])} of index ({seconds})"
     )
 
 

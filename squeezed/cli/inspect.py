@@ -70,8 +70,8 @@ def _show(record: dict, preset: str) -> None:
         f"{record['head_dim']} numbers ({record['dtype']}), {record['pinned_tokens']} pinned tokens"
     )
     print(
-        f"keys and values {megabytes(record['kv_bytes'])}, index {megabytes(record['index_bytes'])} "
-        f"({record['overhead']:.1%} on top)"
+        f"keys and values {megabytes(record['kv_bytes'])}, index "
+        f"{megabytes(record['index_bytes'])} ({record['overhead']:.1%} on top)"
     )
     for depth, level in enumerate(record["levels"], 1):
         keys = level["keys_per_node"]

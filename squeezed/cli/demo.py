@@ -1,0 +1,99 @@
+"""`squeezed demo`: three questions about a real document, dense beside squeezed."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+
+from squeezed.cli import options
+from squeezed.cli.console import emit, index_progress, megabytes, note, quiet_libraries
+from squeezed.cli.options import DEFAULTS
+from squeezed.config import PRESETS, check_budget
+from squeezed.errors import SqueezedError
+
+
+def demo(
+    model: options.Model = DEFAULTS["model"],
+    budget: options.Budget = DEFAULTS["budget"],
+    preset: options.PresetName = DEFAULTS["preset"],
+    implementation: options.Implementation = DEFAULTS["implementation"],
+    dtype: options.Dtype = DEFAULTS["dtype"],
+    device: options.Device = DEFAULTS["device"],
+    json: options.Json = False,
+) -> None:
+    """Index SQLite's write-ahead-log manual, ask three questions with dense and squeezed."""
+    check_budget(budget)
+    if preset not in PRESETS:
+        raise SqueezedError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    from squeezed.demo.run import run_demo
+    from squeezed.models import load_model
+
+    quiet_libraries()
+    loaded, tokenizer = load_model(model, dtype, device, note)
+    with index_progress() as progress:
+        done = run_demo(loaded, tokenizer, budget, preset, implementation, progress)
+    record = {"model": model, "preset": preset, "machine": machine()} | done.record()
+    if json:
+        emit(record)
+    else:
+        _show(record)
+
+
+def machine() -> dict:
+    """Where and with what the numbers were made."""
+    import torch
+    import transformers
+
+    return {
+        "command": shlex.join(["squeezed", *sys.argv[1:]]),
+        "threads": torch.get_num_threads(),
+        "processor": _processor(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _show(record: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_lines=True, caption_justify="left")
+    for name in ("question", "attention", "answer", "keys read", "KV read per token"):
+        table.add_column(name, overflow="fold")
+    for name in ("same tokens", "KL, nats", "first token", "per token"):
+        table.add_column(name, justify="right")
+    for row in record["asked"]:
+        table.add_row(*table_row(row))
+    times = ", ".join(f"{name} {s:.1f} s" for name, s in record["index_seconds"].items())
+    table.caption = (
+        f"{record['tokens']:,} tokens of document, {megabytes(record['kv_bytes'])} of keys and "
+        f"values, {megabytes(record['index_bytes'])} of index; {times}; "
+        f"everything {record['seconds']:.0f} s"
+    )
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width).print(table)
+
+
+def table_row(row: dict) -> list[str]:
+    """One answer as the table's cells."""
+    agreement = row["agreement"]
+    return [
+        row["question"],
+        "dense" if row["budget_asked"] == 1 else f"squeezed {row['budget_asked']:.0%}",
+        row["answer"],
+        f"{row['budget_spent']:.1%}",
+        megabytes(row["bytes_per_token"]),
+        f"{agreement['identical']:.0%}" if agreement else "",
+        f"{agreement['kl']:.4f}" if agreement else "",
+        f"{row['seconds']['first_token']:.2f} s",
+        f"{row['seconds']['per_token'] * 1e3:.0f} ms",
+    ]

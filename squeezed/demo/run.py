@@ -1,0 +1,129 @@
+"""The demo's run: index one document, ask three questions with dense and squeezed attention."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import resources
+
+import squeezed
+from squeezed.config import BEST, DEFAULT_BUDGET
+from squeezed.context import FixedContext
+from squeezed.demo.agreement import Agreement, compare, next_token_logits
+from squeezed.engine import Answer, respond
+from squeezed.inspection import Traffic, traffic
+
+QUESTIONS = (
+    "Which version of SQLite first had the WAL option?",
+    "Does WAL work over a network filesystem?",
+    "By default, how many pages must the WAL file reach before an automatic checkpoint runs?",
+)
+ANSWER_TOKENS = 40
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One answer and what it cost."""
+
+    question: str
+    budget: float
+    answer: Answer
+    traffic: Traffic
+    agreement: Agreement | None
+
+    def record(self) -> dict:
+        return {
+            "question": self.question,
+            "budget_asked": self.budget,
+            "budget_spent": self.answer.spending.budget,
+            "answer": self.answer.text,
+            "answer_tokens": len(self.answer.tokens),
+            "bytes_per_token": self.traffic.total,
+            "dense_bytes_per_token": self.traffic.dense,
+            "seconds": self.answer.seconds,
+            "agreement": asdict(self.agreement) if self.agreement else None,
+        }
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The whole run; `seconds` is its wall time without loading the model."""
+
+    context: FixedContext
+    asked: list[Asked]
+    seconds: float
+
+    def record(self) -> dict:
+        return {
+            "document": "sqlite_wal.txt",
+            "tokens": len(self.context.tokens),
+            "kv_bytes": self.context.kv_bytes(),
+            "index_bytes": self.context.index_bytes(),
+            "index_seconds": self.context.seconds,
+            "seconds": self.seconds,
+            "asked": [each.record() for each in self.asked],
+        }
+
+
+def document() -> str:
+    """The text that the project ships; see `squeezed/demo/README.md` for source and licence."""
+    return resources.files("squeezed.demo").joinpath("sqlite_wal.txt").read_text(encoding="utf-8")
+
+
+def run_demo(
+    model,
+    tokenizer,
+    budget: float = DEFAULT_BUDGET,
+    preset: str = BEST.name,
+    implementation: str = "auto",
+    progress: Progress = lambda phase, done, total: None,
+) -> Demo:
+    """Index the demo's document and ask every question twice: dense, and at `budget`.
+
+    Args:
+        progress: called with a phase, steps done and steps in all; see `squeezed.index`.
+    """
+    started = time.perf_counter()
+    context = squeezed.index(model, tokenizer, document(), progress=progress)
+    squeezed.generate(  # compiles the kernels once, outside the times of the first question
+        model,
+        tokenizer,
+        context,
+        QUESTIONS[0],
+        budget,
+        preset,
+        implementation,
+        max_new_tokens=2,
+    )
+    asked: list[Asked] = []
+    for number, question in enumerate(QUESTIONS, 1):
+        asked += ask_twice(model, tokenizer, context, question, budget, preset, implementation)
+        progress("ask", number, len(QUESTIONS))
+    return Demo(context, asked, time.perf_counter() - started)
+
+
+def ask_twice(
+    model, tokenizer, context, question: str, budget: float, preset: str, implementation: str
+) -> list[Asked]:
+    """The dense answer, and the squeezed one with its agreement on the dense answer's tokens."""
+    ids = context.template.question_ids(tokenizer, question)
+    asked, answers = [], []
+    for share in (1.0, budget):
+        cache = context.cache(share, preset, implementation)
+        cache.watch_queries()
+        answers.append(respond(model, tokenizer, cache, ids, max_new_tokens=ANSWER_TOKENS))
+        asked.append((share, answers[-1], traffic(context, cache)))
+    dense, other = (
+        next_token_logits(
+            model, context.cache(share, preset, implementation), ids, answers[0].tokens
+        )
+        for share in (1.0, budget)
+    )
+    agreement = compare(dense, other)
+    return [
+        Asked(question, *row, agreement=None if index == 0 else agreement)
+        for index, row in enumerate(asked)
+    ]
