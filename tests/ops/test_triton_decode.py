@@ -21,7 +21,16 @@ SIZES = (
     dict(tokens=9000, nodes=(80, 400), pinned=116) if ON_GPU else dict(tokens=300, nodes=(6, 24))
 )
 SMALL = Tuning(
-    score_tile=16, chunk=32, parents=16, children=16, write=8, tile=16, stages=3, overlap=False
+    score_tile=16,
+    chunk=32,
+    parents=16,
+    children=16,
+    write=8,
+    kept_tile=16,
+    kept_most=64,
+    tile=16,
+    stages=3,
+    overlap=False,
 )
 TUNING = None if ON_GPU else SMALL
 LEVEL_TENSORS = ("centroids", "mean_values", "variance", "key_offsets", "child_offsets")

@@ -1,6 +1,6 @@
-"""Kernels of the second half of a decode step: kept rows -> partial sums -> output.
+"""Kernels of the second half of a decode step: listed rows -> partial sums -> output.
 
-The kept rows of all problems form one stream of tiles that is cut into equal parts, one per
+The listed rows of all problems form one stream of tiles that is cut into equal parts, one per
 program. A head that keeps many keys therefore takes many programs and holds nobody up. A program
 leaves one partial sum per problem it touches, in slot `program + z`: unique, because along the
 stream either the program or the problem moves on.
@@ -15,10 +15,10 @@ from squeezed.ops.triton.tile import fold, load_query, load_rows, problem, store
 
 @triton.jit
 def stream(counters, problems, stride, TILE: tl.constexpr, Z_PAD: tl.constexpr):
-    """Kept rows of every problem, and where its tiles begin and end in the stream, `[Z_PAD]`."""
+    """Listed rows of every problem, and where its tiles begin and end in the stream, `[Z_PAD]`."""
     z = tl.arange(0, Z_PAD)
     rows = tl.load(counters + z * stride, mask=z < problems, other=0)
-    tiles = tl.where(z < problems, tl.maximum(tl.cdiv(rows, TILE), 1), 0)
+    tiles = tl.cdiv(rows, TILE)
     end = tl.cumsum(tiles, 0)
     return rows, end - tiles, end
 
@@ -38,7 +38,7 @@ def attend_kernel(
     M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
     Z_PAD: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Exact attention of every problem over its list of kept rows; grid `(programs,)`."""
+    """Exact attention of every problem over its list of rows; grid `(programs,)`."""
     program = tl.program_id(0)
     row = tl.arange(0, M)
     if PDL:
@@ -128,7 +128,7 @@ def merge(
 def combine_kernel(
     output, keys_read, counters, read_counts, sums, highs, masses, estimate_highs, estimate_masses,
     output_stride_batch, batch, problems, counter_stride, programs, fixed_base, fixed_slots,
-    far_base, far_slots, estimate_slots, clamp_bits,
+    kept_base, kept_slots, far_base, far_slots, clamp_bits,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, Z_PAD: tl.constexpr,
     SLOTS: tl.constexpr, CLUSTERED: tl.constexpr, FAR: tl.constexpr, CALIBRATED: tl.constexpr,
@@ -145,11 +145,15 @@ def combine_kernel(
     if request < batch:
         if CLUSTERED:
             _, begin, end = stream(counters, problems, counter_stride, TILE, Z_PAD)
-            share = tl.cdiv(tl.max(end), programs)  # tiles of a program of `attend_kernel`
-            kept = at(begin, z, Z_PAD) // share + z
-            kept_slots = (at(end, z, Z_PAD) - 1) // share + z - kept + 1
             high, mass, value = merge(
-                high, mass, value, sums, highs, masses, kept, kept_slots, row, 0.0,
+                high, mass, value, sums, highs, masses, kept_base + z * kept_slots, kept_slots,
+                row, 0.0, SLOTS, ROWS, D, D_PAD,
+            )  # fmt: skip
+            share = tl.maximum(tl.cdiv(tl.max(end), programs), 1)  # tiles of one program
+            start, stop = at(begin, z, Z_PAD), at(end, z, Z_PAD)
+            slots = tl.where(stop > start, (stop - 1) // share - start // share + 1, 0)
+            high, mass, value = merge(
+                high, mass, value, sums, highs, masses, start // share + z, slots, row, 0.0,
                 SLOTS, ROWS, D, D_PAD,
             )  # fmt: skip
             if row % GROUP == 0:
@@ -159,7 +163,7 @@ def combine_kernel(
         if CALIBRATED and FAR:
             exact = high + tl.log2(mass)
             estimate = merge_mass(
-                estimate_highs, estimate_masses, z * estimate_slots, estimate_slots, row,
+                estimate_highs, estimate_masses, z * kept_slots, kept_slots, row,
                 SLOTS, ROWS,
             )  # fmt: skip
             known = (exact > float("-inf")) & (estimate > float("-inf"))

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from squeezed.config import FarField
+
 MAX_ROWS = 64
 """Query rows of one tile: requests that share a context times the heads of a group."""
 
@@ -21,7 +23,10 @@ class Tuning:
         chunk: pinned or recent rows per program.
         parents, children: nodes per step of the selection kernel.
         write: rows of each kept leaf that one store of the selection kernel appends.
-        tile: kept rows per step of the attention kernel.
+        kept_tile: kept rows per step, where the selection kernel attends to its own.
+        kept_most: rows that it attends to itself per step of children; the others are listed.
+        kept_stages: of that loop's pipeline.
+        tile: listed rows per step of the attention kernel.
         stages: of the attention kernel's pipeline: indices, loads in flight, arithmetic.
         programs: programs of the attention kernel per multiprocessor.
         warps: of the first, the selection and the attention kernel.
@@ -35,6 +40,9 @@ class Tuning:
     parents: int = 32
     children: int = 32
     write: int = 32
+    kept_tile: int = 32
+    kept_most: int = 1024
+    kept_stages: int = 3
     tile: int = 64
     stages: int = 5
     programs: int = 3
@@ -56,7 +64,7 @@ class Shape:
     pinned: int
     recent: int
     nodes: tuple[int, ...]
-    far: bool
+    far_field: FarField
     multiprocessors: int
 
 
@@ -76,7 +84,9 @@ class Plan:
     parts: tuple[int, ...]
     programs: int
     fixed_base: int
+    kept_base: int
     far_base: int
+    far_parts: tuple[int, ...]
     slots: int
 
     @property
@@ -113,7 +123,10 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
     pinned_chunks = ceil_div(shape.pinned, tuning.chunk)
     recent_chunks = ceil_div(shape.recent, tuning.chunk)
     fixed_base = programs + problems if levels else 0
-    far_base = fixed_base + problems * (pinned_chunks + recent_chunks)
+    kept_base = fixed_base + problems * (pinned_chunks + recent_chunks)
+    far_base = kept_base + problems * (parts[-1] if levels else 0)
+    # The last launch adds the far field to its own sums, unless that must be calibrated first.
+    far_parts = {"none": (), "first_order": parts[:-1], "self_calibrated": parts}[shape.far_field]
     return Plan(
         group=group,
         tile_batch=tile_batch,
@@ -127,8 +140,10 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
         parts=parts,
         programs=programs,
         fixed_base=fixed_base,
+        kept_base=kept_base,
         far_base=far_base,
-        slots=far_base + (problems * sum(parts) if shape.far else 0),
+        far_parts=far_parts,
+        slots=far_base + problems * sum(far_parts),
     )
 
 
