@@ -190,7 +190,8 @@ class _Step:
         threshold = [t * math.log2(math.e) for t in rule.log_thresholds]
         shared = cut.tile_batch > 1
         descend.descend_kernel[cut.problems, cut.parts[stage]](
-            self.query, self.layer.keys, self.layer.values, self._energy(stage), self._energy(stage if flat else stage + 1),
+            self.query, self.layer.keys, self.layer.values, self._energy(stage),
+            self._energy(stage if flat else stage + 1),
             s.logits, parent.key_offsets, parent.variance, parent.mean_values,
             parent.key_offsets if flat else parent.child_offsets, child.centroids,
             child.key_offsets, child.variance, child.mean_values, s.norm_highs, s.norm_masses,

@@ -51,8 +51,8 @@ def descend_kernel(
     far_high = tl.full([M], float("-inf"), tl.float32)
     far_mass = tl.zeros([M], tl.float32)
     far_total = tl.zeros([M, D_PAD], tl.float32)
-    estimate_high = tl.full([M], float("-inf"), tl.float32)
-    estimate = tl.zeros([M], tl.float32)
+    known_high = tl.full([M], float("-inf"), tl.float32)
+    known = tl.zeros([M], tl.float32)
     read = tl.zeros([M], tl.int32)
     listed += z.to(tl.int64) * listed_capacity
     listed_bits += z.to(tl.int64) * listed_capacity
@@ -93,8 +93,8 @@ def descend_kernel(
         if TOP:
             score = first + parent_energy[:, None] * spread[None, :] - norm[:, None]
             bits = keep_bits(score, parent_threshold, selects, row, GROUP, TILE_BATCH, BITS)
-            high, mass, total, far_high, far_mass, far_total, estimate_high, estimate, read = settle(
-                q, high, mass, total, far_high, far_mass, far_total, estimate_high, estimate, read,
+            high, mass, total, far_high, far_mass, far_total, known_high, known, read = settle(
+                q, high, mass, total, far_high, far_mass, far_total, known_high, known, read,
                 first, parent, start, size, bits, tl.full([N_PARENT], -1, BITS), value,
                 keys, values, scale_bits, found, found_bits, found_counter, row, exists, FLAT,
                 True, FAR, CALIBRATED, GROUP, D, D_PAD, TILE, MOST, STAGES, WRITE, SHARED,
@@ -115,13 +115,13 @@ def descend_kernel(
                     node_value = load_rows(means, node, live, D, D, D_PAD)
                 inherited = pick(member, bits)
                 logit = node_logits(q, mean, length, scale_bits)
-                estimated = logit + energy[:, None] * node_spread[None, :] - norm[:, None]
-                kept = keep_bits(estimated, threshold, selects, row, GROUP, TILE_BATCH, BITS)
+                estimates = logit + energy[:, None] * node_spread[None, :] - norm[:, None]
+                kept = keep_bits(estimates, threshold, selects, row, GROUP, TILE_BATCH, BITS)
                 kept &= inherited
-                high, mass, total, far_high, far_mass, far_total, estimate_high, estimate, read = (
+                high, mass, total, far_high, far_mass, far_total, known_high, known, read = (
                     settle(
-                        q, high, mass, total, far_high, far_mass, far_total, estimate_high,
-                        estimate, read, logit, node, row_start, length, kept, inherited, node_value,
+                        q, high, mass, total, far_high, far_mass, far_total, known_high,
+                        known, read, logit, node, row_start, length, kept, inherited, node_value,
                         keys, values, scale_bits, found, found_bits, found_counter, row, exists,
                         True, LEAVES, FAR, CALIBRATED, GROUP, D, D_PAD, TILE, MOST, STAGES, WRITE,
                         SHARED,
@@ -141,7 +141,7 @@ def descend_kernel(
         )
         if LEAVES:
             at = (z * tl.num_programs(1) + part) * ROWS + row
-            tl.store(estimate_highs + at, estimate_high, mask=exists)
-            tl.store(estimate_masses + at, estimate, mask=exists)
+            tl.store(estimate_highs + at, known_high, mask=exists)
+            tl.store(estimate_masses + at, known, mask=exists)
     elif FAR and not LEAVES:
         store_partial(sums, highs, masses, slot, row, exists, high, mass, total, ROWS, D, D_PAD)

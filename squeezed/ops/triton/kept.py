@@ -1,7 +1,7 @@
 """What becomes of kept ranges of rows: attended on the spot, or listed for the next kernel.
 
-A program attends at once to what its own selection keeps, up to a limit, so that nothing waits for a
-list; what exceeds the limit is listed, and the next kernel shares it out among all programs.
+A program attends at once to what its own selection keeps, up to a limit, so that nothing waits for
+a list; what exceeds the limit is listed, and the next kernel shares it out among all programs.
 """
 
 import triton
