@@ -15,7 +15,14 @@ from torch import Tensor
 
 from squeezed.config import SELF_CALIBRATION_CLAMP
 from squeezed.ops.triton.prefill_attention import attention_kernel, combine_kernel, plan_kernel
-from squeezed.ops.triton.prefill_lookup import Found, Geometry, geometry, lookup, multiprocessors
+from squeezed.ops.triton.prefill_lookup import (
+    Found,
+    Geometry,
+    geometry,
+    lookup,
+    multiprocessors,
+    two_per_multiprocessor,
+)
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
@@ -86,9 +93,8 @@ def _attend_piece(
     suffix_keys: Tensor, suffix_values: Tensor, suffix_mask: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     valid = _valid_rows(query, suffix_keys, suffix_mask)
-    sizes, found = geometry(query, layer, rule), None
-    if layer.levels:
-        found = lookup(query, layer, rule, sizes, valid, scale)
+    sizes = geometry(query, layer, rule)
+    found = lookup(query, layer, rule, sizes, valid, scale)
     work = _Work(sizes, layer, rule, found, choose_tile(query, sizes))
     ends, bounds, keys_read = work.plan(valid, suffix_keys.shape[2], suffix_mask is None)
     parts = work.attend(query, suffix_keys, suffix_values, suffix_mask, ends, bounds, scale)
@@ -124,8 +130,12 @@ class _Work:
     sizes: Geometry
     layer: ClusteredLayer
     rule: SelectionRule
-    found: Found | None
+    found: Found
     tile: Tile
+
+    @property
+    def indexed(self) -> bool:
+        return len(self.layer.levels) > 0
 
     @property
     def split_m(self) -> int:
@@ -139,11 +149,11 @@ class _Work:
 
     @property
     def calibrated(self) -> bool:
-        return self.found is not None and self.rule.far_field == "self_calibrated"
+        return self.indexed and self.rule.far_field == "self_calibrated"
 
     @property
     def far_levels(self) -> int:
-        return 0 if self.found is None else len(self.found.dropped)
+        return len(self.found.dropped)
 
     @property
     def classes(self) -> int:
@@ -152,7 +162,7 @@ class _Work:
     @property
     def pinned(self) -> int:
         """Rows that every query reads: all of them where there is no tree."""
-        return self.layer.tokens if self.found is None else self.layer.pinned
+        return self.layer.pinned if self.indexed else self.layer.tokens
 
     def plan(self, valid: Tensor | None, suffix: int, causal: bool) -> tuple[Tensor, ...]:
         """`ends [W]`, `bounds [W, classes]` int32 and keys read `[B]` int64."""
@@ -161,25 +171,16 @@ class _Work:
         ends = torch.empty(spans, dtype=torch.int32, device=device)
         bounds = torch.empty(spans, self.classes, dtype=torch.int32, device=device)
         keys_read = torch.zeros(sizes.batch, dtype=torch.int64, device=device)
-        _, row_count, dropped_counts, _, kept_count = self._lists(ends)
+        found = self.found
         plan_kernel[(1,)](
-            ends, bounds, keys_read, row_count, dropped_counts, kept_count,
-            ends if valid is None else _valid_per_block(valid, sizes), sizes.tiles, sizes.blocks,
+            ends, bounds, keys_read, found.rows.count, tuple(gone.count for gone in found.dropped),
+            found.kept_leaves.count, ends if valid is None else _valid_per_block(valid, sizes), sizes.tiles, sizes.blocks,
             sizes.rows, suffix, self.pinned, HEADS_KV=sizes.kv_heads, SPLIT_M=self.split_m,
             BLOCK=sizes.block, BLOCK_N=self.tile.keys, LEVELS=self.far_levels,
-            CLASSES=self.classes, CALIBRATED=self.calibrated, INDEXED=self.found is not None,
+            CLASSES=self.classes, CALIBRATED=self.calibrated, INDEXED=self.indexed,
             MASKED=valid is not None, CAUSAL=causal, STEP=1024, num_warps=8,
         )  # fmt: skip
         return ends, bounds, keys_read
-
-    def _lists(self, unused: Tensor) -> tuple:
-        """Row list and count, dropped counts, kept leaves and count; `unused` where there are none."""
-        found = self.found
-        if found is None:
-            return unused, unused, (), unused, unused
-        counts = tuple(gone.count for gone in found.dropped)
-        kept = found.kept_leaves
-        return found.rows.nodes, found.rows.count, counts, kept.nodes, kept.count
 
     def attend(
         self, query: Tensor, suffix_keys: Tensor, suffix_values: Tensor,
@@ -187,7 +188,7 @@ class _Work:
     ) -> dict[str, Tensor]:  # fmt: skip
         """Outputs and log2 masses of all stretches."""
         sizes, tile, layer = self.sizes, self.tile, self.layer
-        row_list, row_count, dropped_counts, kept_list, kept_count = self._lists(ends)
+        found, kept, dropped = self.found.rows, self.found.kept_leaves, self.found.dropped
         levels = layer.levels[: self.far_levels]
         programs = multiprocessors(query.device) * tile.programs
         parts = self._parts(query, programs)
@@ -196,17 +197,18 @@ class _Work:
         attention_kernel[(programs,)](
             query, *query.stride()[:3], layer.keys, layer.values, layer.tokens,
             suffix_keys, *suffix_keys.stride()[:3], suffix_values, *suffix_values.stride()[:3],
-            mask, *mask_strides, ends, bounds, row_list, row_count,
+            mask, *mask_strides, ends, bounds, found.nodes, found.count,
             tuple(lv.centroids for lv in levels), tuple(lv.mean_values for lv in levels),
-            tuple(lv.key_offsets for lv in levels), tuple(lv.nodes for lv in levels),
-            tuple(gone.nodes for gone in self.found.dropped) if self.found else (),
-            dropped_counts, kept_list, kept_count, *parts.values(),
+            tuple(lv.nodes for lv in levels), tuple(gone.nodes for gone in dropped),
+            tuple(gone.mass for gone in dropped), tuple(gone.count for gone in dropped),
+            kept.nodes, kept.mass, kept.count, *parts.values(),
             sizes.tiles, sizes.blocks, sizes.rows, suffix_keys.shape[2], self.pinned,
             layer.clustered, self.pass_tiles, scale * LOG2E, HEADS_KV=sizes.kv_heads, GROUP=sizes.group,
             BLOCK=sizes.block, DIM=sizes.dim, BLOCK_D=triton.next_power_of_2(sizes.dim),
             BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT_M=self.split_m, LEVELS=self.far_levels,
-            CLASSES=self.classes, CALIBRATED=self.calibrated, INDEXED=self.found is not None,
+            CLASSES=self.classes, CALIBRATED=self.calibrated, INDEXED=self.indexed,
             CAUSAL=suffix_mask is None, STEP=512, num_warps=tile.warps, num_stages=tile.stages,
+            **(two_per_multiprocessor(query.device) if tile.programs * tile.warps == 16 else {}),
         )  # fmt: skip
         return parts
 

@@ -100,18 +100,20 @@ def softmax_step(raw, scale, acc, peak, total, v):
 
 @triton.jit
 def attend_rows(
-    q, scale, acc, peak, total, keys, values, list_, offsets, first, last, count,
+    q, scale, acc, peak, total, keys, values, list_, masses, first, last, count,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     LISTED: tl.constexpr, PARTIAL: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """Units `first:last` of one head's rows: all of them, or those of `list_`.
 
     With `PARTIAL` the last of the `count` rows may end inside a unit. With `NODES` the rows are
-    centroids and mean values, and each counts as often as its node has keys.
+    centroids and mean values, and `masses` says how many keys each stands for.
     """
-    dims = tl.arange(0, BLOCK_D)
-    lane = tl.arange(0, BLOCK_N)
+    dims, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     row = first * BLOCK_N + lane
+    mass = tl.full([BLOCK_N], NEG_INF, tl.float32)
+    if NODES:
+        mass = tl.load(masses + row, mask=row < count, other=NEG_INF)
     if LISTED:
         row = tl.load(list_ + row, mask=row < count, other=0)
     for unit in range(first, last):
@@ -125,12 +127,13 @@ def attend_rows(
             k, v = tl.load(keys + at), tl.load(values + at)
         raw = tl.dot(q, tl.trans(k), input_precision="ieee")
         if NODES:
-            size = tl.load(offsets + row + 1) - tl.load(offsets + row)
-            raw += (tl.log2(tl.maximum(size, 1).to(tl.float32)) / scale)[None, :]
-        if PARTIAL:
+            raw += (mass / scale)[None, :]
+        elif PARTIAL:
             raw = tl.where((slot < count)[None, :], raw, NEG_INF)
         acc, peak, total = softmax_step(raw, scale, acc, peak, total, v)
         row = slot + BLOCK_N
+        if NODES:
+            mass = tl.load(masses + row, mask=row < count, other=NEG_INF)
         if LISTED:  # one unit ahead, so that no key waits for its address
             row = tl.load(list_ + row, mask=row < count, other=0)
     return acc, peak, total
@@ -163,7 +166,7 @@ def attend_suffix(
 
 
 @triton.jit
-def estimate_kept(q, scale, centroids, offsets, list_, first, last, count,
+def estimate_kept(q, scale, centroids, list_, masses, first, last, count,
                   DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr):  # fmt: skip
     """First-order log2 mass of the kept leaves of units `first:last`, `[BLOCK_M]`."""
@@ -175,10 +178,8 @@ def estimate_kept(q, scale, centroids, offsets, list_, first, last, count,
         node = tl.load(list_ + slot, mask=slot < count, other=0)
         inside = (slot < count)[:, None] & (dims < DIM)
         c = tl.load(centroids + node[:, None].to(tl.int64) * DIM + dims, mask=inside, other=0.0)
-        size = tl.load(offsets + node + 1) - tl.load(offsets + node)
-        logits = tl.dot(q, tl.trans(c), input_precision="ieee") * scale
-        logits += tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
-        logits = tl.where((slot < count)[None, :], logits, NEG_INF)
+        mass = tl.load(masses + slot, mask=slot < count, other=NEG_INF)
+        logits = tl.dot(q, tl.trans(c), input_precision="ieee") * scale + mass[None, :]
         top = tl.maximum(peak, tl.max(logits, 1))
         base = tl.where(top == NEG_INF, 0.0, top)
         total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
@@ -207,8 +208,8 @@ def clip(first, last, start, end):
 def attention_kernel(
     query, q_b, q_h, q_r, keys, values, tokens, suffix_keys, k_b, k_h, k_s,
     suffix_values, v_b, v_h, v_s, mask, m_b, m_q, m_s,
-    ends, bounds, row_list, row_count, centroids, mean_values, offsets, nodes, dropped,
-    dropped_counts, kept_list, kept_count, part, part_lse, far, far_lse, exact_lse, estimate,
+    ends, bounds, row_list, row_count, centroids, mean_values, nodes, dropped, masses,
+    dropped_counts, kept_list, kept_mass, kept_count, part, part_lse, far, far_lse, exact_lse, estimate,
     tiles, blocks, rows, suffix, pinned, capacity, pass_tiles, scale,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_M: tl.constexpr,
@@ -250,11 +251,11 @@ def attention_kernel(
                 count = tl.load(row_count + t)
                 first, last, whole = lo, tl.minimum(hi, kept_end), count // BLOCK_N
                 acc, peak, total = attend_rows(
-                    q, scale, acc, peak, total, k_head, v_head, row_list + wide * capacity, offsets,
+                    q, scale, acc, peak, total, k_head, v_head, row_list + wide * capacity, row_list,
                     first, tl.minimum(last, whole), count, DIM, BLOCK_D, BLOCK_N, True, False, False,
                 )  # fmt: skip
                 acc, peak, total = attend_rows(
-                    q, scale, acc, peak, total, k_head, v_head, row_list + wide * capacity, offsets,
+                    q, scale, acc, peak, total, k_head, v_head, row_list + wide * capacity, row_list,
                     tl.maximum(first, whole), last, count, DIM, BLOCK_D, BLOCK_N, True, True, False,
                 )  # fmt: skip
             if CALIBRATED:
@@ -262,7 +263,7 @@ def attention_kernel(
                 tl.store(exact_lse + slots, peak + tl.log2(total))
             first, last = clip(lo, hi, kept_end, pinned_end)
             acc, peak, total = attend_rows(
-                q, scale, acc, peak, total, k_head, v_head, row_list, offsets,
+                q, scale, acc, peak, total, k_head, v_head, row_list, row_list,
                 first, last, pinned, DIM, BLOCK_D, BLOCK_N, False, True, False,
             )  # fmt: skip
             end = tl.load(bound + 2)
@@ -285,16 +286,16 @@ def attention_kernel(
                 acc, peak, total = attend_rows(
                     q, scale, acc, peak, total, centroids[level] + head * DIM,
                     mean_values[level] + head * DIM, dropped[level] + wide * nodes[level],
-                    offsets[level] + head + h, first, last, tl.load(dropped_counts[level] + t),
-                    DIM, BLOCK_D, BLOCK_N, True, True, True,
+                    masses[level] + wide * nodes[level], first, last,
+                    tl.load(dropped_counts[level] + t), DIM, BLOCK_D, BLOCK_N, True, False, True,
                 )  # fmt: skip
             if CALIBRATED:
                 store_part(far, far_lse, slot, acc, peak, total, DIM, BLOCK_D, BLOCK_M)
                 first, last = clip(lo, hi, end, tl.load(bound + 3 + LEVELS))
                 head = h * nodes[LEVELS - 1]
                 lse = estimate_kept(
-                    q, scale, centroids[LEVELS - 1] + head * DIM, offsets[LEVELS - 1] + head + h,
-                    kept_list + wide * nodes[LEVELS - 1], first, last, tl.load(kept_count + t),
+                    q, scale, centroids[LEVELS - 1] + head * DIM,
+                    kept_list + wide * nodes[LEVELS - 1], kept_mass + wide * nodes[LEVELS - 1], first, last, tl.load(kept_count + t),
                     DIM, BLOCK_D, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 slots = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -25,8 +25,6 @@ LOG2E = 1 / math.log(2)
 LOWEST = -1e30
 """Stands for a threshold of minus infinity, which would make NaN of padded rows."""
 NODES_PER_PROGRAM = 128
-NODES_PER_SPLIT = 256
-"""Nodes that one program adds up for the normaliser."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,12 @@ class NodeList:
 
     Attributes:
         nodes: `[T, capacity]` int32.
+        mass: `[T, capacity]` float32, log2 of the keys each stands for; empty if not needed.
         count: `[T]` int32.
     """
 
     nodes: Tensor
+    mass: Tensor
     count: Tensor
 
 
@@ -74,7 +74,13 @@ class Found:
 
     rows: NodeList
     dropped: tuple[NodeList, ...]
-    kept_leaves: NodeList | None
+    kept_leaves: NodeList
+
+    @staticmethod
+    def nothing(device: torch.device) -> Found:
+        """Of a context without a tree, where every row is pinned."""
+        unused = NodeList(*(torch.empty(1, dtype=torch.int32, device=device) for _ in range(3)))
+        return Found(unused, (), unused)
 
 
 def lookup(
@@ -92,6 +98,8 @@ def lookup(
         valid: `[B, Q]` int8, nonzero where the row is no padding; `None` if all are valid.
         scale: softmax scale.
     """
+    if not layer.levels:
+        return Found.nothing(query.device)
     partial = _normaliser(query, layer, rule, sizes, scale)
     candidates, dropped, kept_leaves = None, [], None
     for depth in range(len(layer.levels)):
@@ -115,6 +123,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def two_per_multiprocessor(device: torch.device) -> dict[str, int]:
+    """Registers for two programs of 8 warps: one computes while the other waits for its bytes."""
+    return {"maxnreg": 128} if device.type == "cuda" else {}
+
+
 def row_tile(rows: int) -> int:
     """Rows of a tile of queries: a power of two the tensor cores accept."""
     return min(128, max(16, triton.next_power_of_2(rows)))
@@ -125,15 +138,18 @@ def _normaliser(
 ) -> Tensor:
     """Shares of the log2 of every row's estimated denominator, `[B, Hq, Q, splits]`."""
     level, heads = layer.levels[0], query.shape[1]
-    splits = triton.cdiv(level.nodes, NODES_PER_SPLIT)
-    partial = query.new_empty(sizes.batch, heads, sizes.rows, splits, dtype=torch.float32)
     block_r = row_tile(sizes.rows)
-    grid = (sizes.batch * heads * triton.cdiv(sizes.rows, block_r), splits)
+    row_tiles = sizes.batch * heads * triton.cdiv(sizes.rows, block_r)
+    wanted = triton.cdiv(4 * multiprocessors(query.device), row_tiles)
+    share = 64 * triton.cdiv(level.nodes, 64 * wanted)  # nodes that one program adds up
+    splits = triton.cdiv(level.nodes, share)
+    partial = query.new_empty(sizes.batch, heads, sizes.rows, splits, dtype=torch.float32)
+    grid = (row_tiles, splits)
     normaliser_kernel[grid](
         query, *query.stride()[:3], level.centroids, level.variance, level.key_offsets,
         alpha_of(rule, 0, query), partial, sizes.rows, level.nodes, splits, scale, HEADS=heads, GROUP=sizes.group, DIM=sizes.dim,
         BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=block_r, BLOCK_C=64,
-        SPLIT=NODES_PER_SPLIT, SECOND=rule.alpha is not None, num_warps=8 if block_r == 128 else 4,
+        SPLIT=share, SECOND=rule.alpha is not None, num_warps=8 if block_r == 128 else 4,
         num_stages=3,
     )  # fmt: skip
     return partial
@@ -187,24 +203,25 @@ class _Step:
             BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=row_tile(sizes.block),
             BLOCK_C=NODES_PER_PROGRAM, SPLITS=triton.next_power_of_2(splits),
             SECOND=self.rule.alpha is not None, MASKED=valid is not None,
-            LISTED=candidates is not None, num_warps=8, num_stages=3,
+            LISTED=candidates is not None, FAR=self.rule.far_field != "none", num_warps=8,
+            num_stages=2, **two_per_multiprocessor(query.device),
         )  # fmt: skip
         return state, counts
 
     def expand(
         self, state: Tensor, counts: Tensor, candidates: NodeList | None
-    ) -> tuple[NodeList, NodeList, NodeList | None]:
+    ) -> tuple[NodeList, NodeList, NodeList]:
         """Lists of the kept nodes' members, of the dropped nodes, and of kept leaves if wanted."""
         level, sizes, leaf = self.level, self.sizes, self.level.child_offsets is None
         capacity = self.layer.clustered if leaf else self.layer.levels[self.depth + 1].nodes
         far, calibrated = self.rule.far_field != "none", self.rule.far_field == "self_calibrated"
-        members = _new_list(sizes, capacity, state.device)
+        members = _new_list(sizes, capacity, state.device, massive=False)
         dropped = _new_list(sizes, level.nodes if far else 0, state.device)
         kept = _new_list(sizes, level.nodes if leaf and calibrated else 0, state.device)
         expand_kernel[(sizes.tiles * self.chunks,)](
-            self.members, *_listed(candidates, state), state, counts, members.nodes, members.count,
-            dropped.nodes, dropped.count, kept.nodes, kept.count, level.nodes, sizes.blocks,
-            self.chunks, sizes.tiles, capacity, HEADS_KV=sizes.kv_heads, BLOCK_C=NODES_PER_PROGRAM,
+            level.key_offsets, self.members, *_listed(candidates, state), state, counts,
+            members.nodes, members.count, dropped.nodes, dropped.mass, dropped.count, kept.nodes,
+            kept.mass, kept.count, level.nodes, sizes.blocks, self.chunks, sizes.tiles, capacity, HEADS_KV=sizes.kv_heads, BLOCK_C=NODES_PER_PROGRAM,
             CHUNKS=triton.next_power_of_2(self.chunks), RUN=32 if leaf else 8,
             LISTED=candidates is not None, DROPPED=far, KEPT=leaf and calibrated, num_warps=4,
         )  # fmt: skip
@@ -215,6 +232,9 @@ def _listed(candidates: NodeList | None, unused: Tensor) -> tuple[Tensor, Tensor
     return (unused, unused) if candidates is None else (candidates.nodes, candidates.count)
 
 
-def _new_list(sizes: Geometry, capacity: int, device: torch.device) -> NodeList:
+def _new_list(
+    sizes: Geometry, capacity: int, device: torch.device, massive: bool = True
+) -> NodeList:
     nodes = torch.empty(sizes.tiles, capacity, dtype=torch.int32, device=device)
-    return NodeList(nodes, torch.empty(sizes.tiles, dtype=torch.int32, device=device))
+    mass = torch.empty(sizes.tiles, capacity if massive else 0, device=device)
+    return NodeList(nodes, mass, torch.empty(sizes.tiles, dtype=torch.int32, device=device))

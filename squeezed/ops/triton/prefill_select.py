@@ -42,6 +42,19 @@ def _log_sum(peak, total, logits):
 
 
 @triton.jit
+def _node_mass(offsets, variance, head_nodes, head, node, nodes, SECOND: tl.constexpr):
+    """log2 of the sizes of nodes, `-inf` where there is none, and their key variances."""
+    inside = node < nodes
+    edge = offsets + head_nodes + head + node
+    size = tl.load(edge + 1, mask=inside, other=0) - tl.load(edge, mask=inside, other=0)
+    spread = tl.zeros_like(size).to(tl.float32)
+    if SECOND:
+        spread = tl.load(variance + head_nodes + node, mask=inside, other=0.0)
+    mass = tl.log2(tl.maximum(size, 1).to(tl.float32))
+    return tl.where(size > 0, mass, float("-inf")), spread
+
+
+@triton.jit
 def normaliser_kernel(
     query, q_b, q_h, q_r, centroids, variance, offsets, alpha, partial,
     rows, nodes, splits, scale,
@@ -62,17 +75,17 @@ def normaliser_kernel(
     energy = query_energy(q, tl.load(alpha + head) if SECOND else 0.0, scale)
     peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
+    node = split * SPLIT + tl.arange(0, BLOCK_C)
+    mass, spread = _node_mass(offsets, variance, kv * nodes, kv, node, nodes, SECOND)
     for at in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, nodes), BLOCK_C):
         node = at + tl.arange(0, BLOCK_C)
-        inside = node < nodes
         c_rows = centroids + (kv * nodes + node[:, None]) * DIM
-        c = tl.load(c_rows + dims, mask=inside[:, None] & (dims < DIM), other=0.0)
-        spread = tl.load(variance + kv * nodes + node, mask=inside, other=0.0)
-        edge = offsets + kv * (nodes + 1) + node
-        size = tl.load(edge + 1, mask=inside, other=0) - tl.load(edge, mask=inside, other=0)
-        mass = tl.where(size > 0, tl.log2(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
+        c = tl.load(c_rows + dims, mask=(node < nodes)[:, None] & (dims < DIM), other=0.0)
         logits = lookup_logits(q, c, energy, spread, scale) + mass[None, :]
         peak, total = _log_sum(peak, total, logits)
+        mass, spread = _node_mass(
+            offsets, variance, kv * nodes, kv, node + BLOCK_C, nodes, SECOND
+        )  # one step ahead
     out = partial + ((b * HEADS + head).to(tl.int64) * rows + row) * splits + split
     tl.store(out, peak + tl.log2(total), mask=row < rows)  # log2(0) = -inf: nothing here
 
@@ -125,7 +138,7 @@ def select_kernel(
     rows, nodes, blocks, chunks, tiles, splits, spans, scale, threshold,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
-    SECOND: tl.constexpr, MASKED: tl.constexpr, LISTED: tl.constexpr,
+    SECOND: tl.constexpr, MASKED: tl.constexpr, LISTED: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Keep or drop every `spans`-th chunk of one tile's candidates; count what becomes of them.
 
@@ -157,8 +170,14 @@ def select_kernel(
         spread = tl.zeros([BLOCK_C], tl.float32)
         if SECOND:
             spread = tl.load(variance + h * nodes + node, mask=inside, other=0.0)
-        edge = key_offsets + h * (nodes + 1) + node
-        size = tl.load(edge + 1, mask=inside, other=0) - tl.load(edge, mask=inside, other=0)
+        member = member_offsets + h * (nodes + 1) + node
+        members = tl.load(member + 1, mask=inside, other=0)
+        members -= tl.load(member, mask=inside, other=0)
+        there = inside
+        if FAR:  # an empty node must count as nothing; to keep it costs nothing
+            edge = key_offsets + h * (nodes + 1) + node
+            size = tl.load(edge + 1, mask=inside, other=0) - tl.load(edge, mask=inside, other=0)
+            there = size > 0
         if SINGLE:
             wanted = _weights(q, energy, bar, c, spread, scale) > count
         else:
@@ -167,16 +186,15 @@ def select_kernel(
                 splits, scale, threshold, GROUP, BLOCK, DIM, BLOCK_D, BLOCK_R, BLOCK_C, SPLITS,
                 SECOND, MASKED,
             )  # fmt: skip
-        kept = wanted & (size > 0)
-        dropped = (size > 0) & ~kept
+        kept = wanted & there
+        dropped = there & ~kept
         fate = tl.where(kept, 1, tl.where(dropped, 2, 0))
         tl.store(state + wide * nodes + slot, fate.to(tl.int8), mask=inside)
-        member = member_offsets + h * (nodes + 1) + node
-        members = tl.load(member + 1, mask=kept, other=0) - tl.load(member, mask=kept, other=0)
         out = counts + pid * chunks + chunk
-        tl.store(out, tl.sum(members, 0))
-        tl.store(out + tiles * chunks, tl.sum(dropped.to(tl.int32), 0))
-        tl.store(out + 2 * tiles * chunks, tl.sum(kept.to(tl.int32), 0))
+        tl.store(out, tl.sum(tl.where(kept, members, 0), 0))
+        if FAR:
+            tl.store(out + tiles * chunks, tl.sum(dropped.to(tl.int32), 0))
+            tl.store(out + 2 * tiles * chunks, tl.sum(kept.to(tl.int32), 0))
         node = slot + spans * BLOCK_C
         if LISTED:  # one chunk ahead, so that no centroid waits for its address
             node = tl.load(candidates + wide * nodes + node, mask=node < length, other=0)
@@ -209,22 +227,24 @@ def _any_head(
 
 
 @triton.jit
-def _write_nodes(list_, count, counts, node, chosen, wide, chunk, chunks, live, capacity,
+def _write_nodes(list_, masses, count, counts, node, mass, chosen, wide, chunk, chunks, live, capacity,
                  CHUNKS: tl.constexpr):  # fmt: skip
-    """Append the `chosen` nodes of this chunk to the tile's list, and its length if first."""
+    """Append the `chosen` nodes and their masses to the tile's list, and its length if first."""
     other = tl.arange(0, CHUNKS)
     parts = tl.load(counts + wide * chunks + other, mask=other < live, other=0)
     base = tl.sum(tl.where(other < chunk, parts, 0), 0)
     at = base + tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(list_ + wide * capacity + at, node, mask=chosen)
+    tl.store(masses + wide * capacity + at, mass, mask=chosen)
     if chunk == 0:
         tl.store(count + wide, tl.sum(parts, 0))
 
 
 @triton.jit
 def expand_kernel(
-    member_offsets, candidates, candidate_count, state, counts,
-    member_list, member_count, dropped_list, dropped_count, kept_list, kept_count,
+    key_offsets, member_offsets, candidates, candidate_count, state, counts,
+    member_list, member_count, dropped_list, dropped_mass, dropped_count,
+    kept_list, kept_mass, kept_count,
     nodes, blocks, chunks, tiles, capacity,
     HEADS_KV: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr, RUN: tl.constexpr,
     LISTED: tl.constexpr, DROPPED: tl.constexpr, KEPT: tl.constexpr,
@@ -256,8 +276,11 @@ def expand_kernel(
         target = member_list + wide * capacity + at[:, None] + (step + lane)
         tl.store(target, start[:, None] + (step + lane), mask=more)
     if DROPPED:
-        _write_nodes(dropped_list, dropped_count, counts + tiles * chunks, node, fate == 2,
-                     wide, chunk, chunks, live, nodes, CHUNKS)  # fmt: skip
-    if KEPT:
-        _write_nodes(kept_list, kept_count, counts + 2 * tiles * chunks, node, fate == 1,
-                     wide, chunk, chunks, live, nodes, CHUNKS)  # fmt: skip
+        edge = key_offsets + h * (nodes + 1) + node
+        size = tl.load(edge + 1, mask=inside, other=1) - tl.load(edge, mask=inside, other=0)
+        mass = tl.log2(tl.maximum(size, 1).to(tl.float32))
+        _write_nodes(dropped_list, dropped_mass, dropped_count, counts + tiles * chunks, node, mass,
+                     fate == 2, wide, chunk, chunks, live, nodes, CHUNKS)  # fmt: skip
+        if KEPT:
+            _write_nodes(kept_list, kept_mass, kept_count, counts + 2 * tiles * chunks, node, mass,
+                         fate == 1, wide, chunk, chunks, live, nodes, CHUNKS)  # fmt: skip

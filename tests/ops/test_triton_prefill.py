@@ -1,0 +1,220 @@
+"""Prefill kernels against the reference: tiny under Triton's interpreter, larger on a GPU."""
+
+from dataclasses import replace
+
+import interpreter
+import pytest
+import torch
+from trees import random_layer
+
+from squeezed.ops.reference import attend as reference
+from squeezed.ops.triton import prefill
+from squeezed.ops.triton.prefill import attend
+from squeezed.rule import SelectionRule
+
+DEVICE = interpreter.DEVICE
+LARGE = DEVICE == "cuda"
+FAR_FIELDS = ("none", "first_order", "self_calibrated")
+NEG_INF = float("-inf")
+
+
+def inputs(kv_heads=2, group=1, rows=20, suffix=23, dim=16, batch=1, dtype=torch.float32, seed=1):
+    """Query `[B, Hq, Q, D]` and suffix keys and values `[B, Hkv, S, D]`."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, kv_heads * group, rows, dim), *[(batch, kv_heads, suffix, dim)] * 2]
+    query, keys, values = (torch.randn(s, generator=generator) for s in shapes)
+    return [t.to(dtype).to(DEVICE) for t in (2 * query, keys, values)]
+
+
+def layer_of(**settings):
+    settings = {"kv_heads": 2, "tokens": 3000 if LARGE else 200, "dim": 16, "nodes": (6, 24)} | settings
+    return random_layer(**settings).to(DEVICE)
+
+
+def rule_of(thresholds, far_field="none", block=8, heads=None):
+    generator = torch.Generator().manual_seed(2)
+    alpha = None if heads is None else torch.rand(len(thresholds), heads, generator=generator)
+    return SelectionRule(thresholds, None if alpha is None else alpha.to(DEVICE), far_field, block)
+
+
+def mask_of(rows, suffix, padded):
+    """`[B, 1, Q, S]`: causal, and the first `padded[b]` tokens of request `b` are padding."""
+    mask = torch.ones(rows, suffix, dtype=torch.bool).tril(suffix - rows)
+    mask = mask.repeat(len(padded), 1, 1, 1)
+    for request, count in enumerate(padded):
+        mask[request, :, :, :count] = False
+        mask[request, :, : max(0, count - (suffix - rows))] = False
+    return mask.to(DEVICE)
+
+
+def threshold_keeping(layer, query, share, block):
+    """A leaf threshold, far from every score, with which about `share` of the keys are read."""
+    low, high = -30.0, 5.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        rule = rule_of((NEG_INF,) * (len(layer.levels) - 1) + (middle,), block=block)
+        suffix = query.new_zeros(query.shape[0], layer.keys.shape[0], query.shape[2], query.shape[3])
+        read = reference(query, layer, rule, suffix, suffix, None, query.shape[3] ** -0.5)[1].sum()
+        cells = query.shape[0] * query.shape[2] * layer.keys.shape[0] * layer.clustered
+        low, high = (middle, high) if int(read) > share * cells else (low, middle)
+    return high
+
+
+def check(layer, rule, query, keys, values, mask=None, scale=None):
+    """Output within twice the reference's own error, equal counts; returns both."""
+    scale = scale or query.shape[-1] ** -0.5
+    exact, _ = reference(query.double(), layer, rule, keys.double(), values.double(), mask, scale)
+    rounded, expected = reference(query, layer, rule, keys, values, mask, scale)
+    output, keys_read = attend(query, layer, rule, keys, values, mask, scale)
+    own = (rounded.double() - exact).norm()
+    floor = 8 * torch.finfo(query.dtype).eps * exact.norm()
+    if query.dtype != torch.float32:
+        floor /= 8  # one rounding of the weights, as the tensor cores take them
+    assert (output.double() - exact).norm() <= 2 * own + floor
+    assert keys_read.tolist() == expected.tolist()
+    return output, keys_read
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Every new buffer starts as NaN, or as an impossible index."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(buffer):
+        return buffer.fill_(float("nan") if buffer.is_floating_point() else 101)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+
+
+@pytest.mark.parametrize("far_field", FAR_FIELDS)
+@pytest.mark.parametrize("group, rows, nodes", [(1, 21, (6, 24)), (3, 12, (24,)), (1, 9, (3, 9, 60))])
+def test_prefill_equals_reference(far_field, group, rows, nodes):
+    layer = layer_of(nodes=nodes)
+    query, keys, values = inputs(group=group, rows=rows)
+    leaf = threshold_keeping(layer, query, 0.3, 8)
+    rule = rule_of((-7.5,) * (len(nodes) - 1) + (leaf,), far_field)
+    _, keys_read = check(layer, rule, query, keys, values)
+    assert 0 < int(keys_read) < 0.7 * layer.clustered * 2 * rows
+
+
+@pytest.mark.parametrize("far_field", FAR_FIELDS)
+def test_prefill_second_order_equals_reference(far_field):
+    layer = layer_of()
+    query, keys, values = inputs(group=2)
+    check(layer, rule_of((-7.0, -5.5), far_field, heads=4), query, keys, values)
+
+
+@pytest.mark.parametrize("far_field", FAR_FIELDS)
+def test_prefill_padding_moves_no_neighbour(far_field):
+    layer = layer_of()
+    query, keys, values = inputs(batch=3, rows=20, suffix=24)
+    rule = rule_of((-7.0, -5.5), far_field)
+    mask = mask_of(20, 24, [0, 9, 17])
+    output, keys_read = check(layer, rule, query, keys, values, mask)
+    for request in range(3):
+        one = slice(request, request + 1)
+        alone, read = attend(query[one], layer, rule, keys[one], values[one], mask[one], 0.25)
+        torch.testing.assert_close(output[one], alone, rtol=2e-5, atol=2e-5)
+        assert keys_read[one].tolist() == read.tolist()
+
+
+def test_prefill_everything_kept_equals_dense():
+    layer = layer_of()
+    query, keys, values = inputs()
+    for far_field in FAR_FIELDS:
+        rule = rule_of((NEG_INF, NEG_INF), far_field)
+        output, keys_read = attend(query, layer, rule, keys, values, None, 0.25)
+        all_keys = torch.cat([layer.keys[None], keys], 2)
+        all_values = torch.cat([layer.values[None], values], 2)
+        mask = torch.ones(20, all_keys.shape[2], dtype=torch.bool, device=DEVICE)
+        mask = mask.tril(all_keys.shape[2] - 20)
+        dense = torch.nn.functional.scaled_dot_product_attention(
+            query, all_keys, all_values, attn_mask=mask, scale=0.25
+        )
+        torch.testing.assert_close(output, dense, rtol=1e-5, atol=1e-5)
+        assert int(keys_read) == layer.clustered * 2 * 20
+
+
+def test_prefill_nothing_kept_reads_pinned_and_suffix_alone():
+    layer = layer_of()
+    query, keys, values = inputs()
+    output, keys_read = check(layer, rule_of((1e4, 1e4)), query, keys, values)
+    assert int(keys_read) == 0
+    everything, _ = attend(query, layer, rule_of((NEG_INF, NEG_INF)), keys, values, None, 0.25)
+    assert (output - everything).norm() > 1e-2 * everything.norm()
+
+
+@pytest.mark.parametrize("far_field", FAR_FIELDS)
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_prefill_survives_extreme_logits(far_field, offset):
+    generator = torch.Generator().manual_seed(5)
+    raw = torch.randn(2, 120, 16, generator=generator)
+    raw[:, :, 0] = offset / 4  # with the query's first entry at 16 and scale 1/4: logits of offset
+    layer = layer_of(keys=raw, nodes=(4, 12))
+    query, keys, values = inputs(rows=9, suffix=9)
+    query[..., 0] = 16.0
+    keys[..., 0] = offset / 4
+    output, _ = attend(query, layer, rule_of((-6.0, -5.0), far_field), keys, values, None, 0.25)
+    expected, _ = reference(
+        query.double(), layer, rule_of((-6.0, -5.0), far_field), keys.double(), values.double(), None, 0.25
+    )
+    assert output.isfinite().all()
+    # logits of 1e4 keep 2^-10 of absolute precision in float32
+    torch.testing.assert_close(output.double(), expected, rtol=5e-3, atol=5e-3)
+
+
+def test_prefill_rows_of_padding_alone_are_zero():
+    layer = layer_of(pinned=0)
+    query, keys, values = inputs(rows=10, suffix=10)
+    mask = mask_of(10, 10, [10])
+    output, keys_read = attend(query, layer, rule_of((-7.0, -5.5)), keys, values, mask, 0.25)
+    assert (output == 0).all() and int(keys_read) == 0
+
+
+@pytest.mark.parametrize("far_field", FAR_FIELDS)
+def test_prefill_one_cluster_holds_all_keys(far_field):
+    layer = layer_of(nodes=(1, 1))
+    query, keys, values = inputs(rows=9)
+    check(layer, rule_of((-9.0, -9.0), far_field), query, keys, values)
+    check(layer, rule_of((9.0, 9.0), far_field), query, keys, values)
+
+
+def test_prefill_short_context_without_tree_is_dense():
+    layer = layer_of(tokens=40)
+    layer = replace(layer, pinned=layer.tokens, levels=())
+    query, keys, values = inputs()
+    output, keys_read = check(layer, rule_of((-7.0, -5.5)), query, keys, values)
+    assert output.isfinite().all() and int(keys_read) == 0
+
+
+def test_prefill_cut_into_pieces_changes_nothing(monkeypatch):
+    layer = layer_of()
+    query, keys, values = inputs(rows=21)
+    rule = rule_of((-7.0, -5.5), "first_order")
+    whole, read = attend(query, layer, rule, keys, values, None, 0.25)
+    monkeypatch.setattr(prefill, "LIST_BYTES", 1)
+    cut, cut_read = attend(query, layer, rule, keys, values, None, 0.25)
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
+    assert cut_read.tolist() == read.tolist()
+
+
+def test_prefill_accepts_strided_queries_and_suffixes():
+    layer = layer_of()
+    query, keys, values = inputs()
+    rule = rule_of((-7.0, -5.5))
+    expected, _ = attend(query, layer, rule, keys, values, None, 0.25)
+    strided = query.transpose(1, 2).contiguous().transpose(1, 2)
+    longer = torch.cat([keys, keys.new_full((1, 2, 5, 16), float("nan"))], 2)[:, :, :-5]
+    output, _ = attend(strided, layer, rule, longer, values, None, 0.25)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.skipif(not LARGE, reason="needs a GPU: tensor cores in half precision")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim, group, block", [(128, 1, 128), (64, 4, 64), (96, 2, 64), (256, 1, 64)])
+def test_prefill_half_precision_equals_reference(dtype, dim, group, block):
+    layer = layer_of(dim=dim, dtype=dtype, tokens=5000, nodes=(50, 250))
+    query, keys, values = inputs(group=group, rows=300, suffix=310, dim=dim, dtype=dtype)
+    for far_field in FAR_FIELDS:
+        check(layer, rule_of((-9.0, -7.5), far_field, block), query, keys, values)
