@@ -130,7 +130,9 @@ def plot(context: FixedContext, budgets: Tensor, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    image = left.imshow(100 * budgets.T, aspect="auto", interpolation="nearest", cmap="viridis")
+    image = left.imshow(
+        100 * budgets.T.numpy(), aspect="auto", interpolation="nearest", cmap="viridis"
+    )
     left.set(xlabel="layer", ylabel="KV head", title="keys read exactly")
     left.set_yticks(range(budgets.shape[1]))
     figure.colorbar(image, ax=left, label="% of the clustered keys")

@@ -34,10 +34,7 @@ OBSERVED = "observed_queries.safetensors"
 
 def save(context: FixedContext, path: Path) -> Path:
     """Write `context` to the directory `path`, replacing an older context only when complete."""
-    if path.exists() and not (path / MANIFEST).exists():
-        raise ContextFileError(
-            f"{path} exists and is not a saved context; choose another name or remove it"
-        )
+    check_replaceable(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -60,6 +57,14 @@ def save(context: FixedContext, path: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise `ContextFileError` if something other than a saved context lies at `path`."""
+    if path.exists() and not (path / MANIFEST).exists():
+        raise ContextFileError(
+            f"{path} exists and is not a saved context; choose another name or remove it"
+        )
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> FixedContext:

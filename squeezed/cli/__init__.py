@@ -22,12 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = group().main(args=words, prog_name="squeezed", standalone_mode=False)
         sys.stdout.flush()
-        return status if isinstance(status, int) else 0
     except SqueezedError as error:
         return _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED_STATUS
+        status = INTERRUPTED_STATUS
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -37,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         command = f"squeezed {words[0]}" if words[0] in COMMANDS else "squeezed"
         return _fail(f"{usage().rstrip('.')}; see {command} --help")
+    if status == INTERRUPTED_STATUS:  # newer releases of Typer turn the interrupt into a status
+        print("interrupted", file=sys.stderr)
+    return status if isinstance(status, int) else 0
 
 
 def _fail(message: str) -> int:

@@ -12,7 +12,12 @@ from pathlib import Path
 
 from squeezed.errors import SqueezedError
 
-PHASES = {"prefill": "reading", "cluster": "clustering", "calibrate": "calibrating"}
+PHASES = {
+    "prefill": "reading",
+    "cluster": "clustering",
+    "calibrate": "calibrating",
+    "ask": "asking",
+}
 
 
 def note(line: str) -> None:
@@ -47,15 +52,20 @@ def index_progress() -> Iterator:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, int] = {}
+    bars = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, int] = {}
 
-        def report(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(PHASES.get(phase, phase), total=total)
-            bars.update(tasks[phase], completed=done)
+    def report(phase: str, done: int, total: int) -> None:
+        if phase not in tasks:
+            bars.start()  # not before: a refused document shows no empty bar
+            tasks[phase] = bars.add_task(PHASES.get(phase, phase), total=total)
+        bars.update(tasks[phase], completed=done)
 
+    try:
         yield report
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def read_document(path: Path) -> str:
