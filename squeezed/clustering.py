@@ -7,6 +7,9 @@ above. Keys and values are then sorted by leaf, so a node of any level is one co
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -42,10 +45,18 @@ def cluster_layer(keys: Tensor, values: Tensor, config: ClusteringConfig) -> Clu
     pick = positions[..., None].expand(-1, -1, keys.shape[-1])
     sorted_keys, sorted_values = keys.gather(1, pick), values.gather(1, pick)
     levels = tuple(
-        describe_level(sorted_keys, sorted_values, level_offsets + pinned, level_children)
+        steps_on(keys.device).describe_level(
+            sorted_keys, sorted_values, level_offsets + pinned, level_children
+        )
         for level_offsets, level_children in zip(offsets, children, strict=True)
     )
     return ClusteredLayer(sorted_keys, sorted_values, positions.int(), pinned, levels)
+
+
+def steps_on(device: torch.device) -> ModuleType:
+    """Where `cluster_segments` and `describe_level` for the device live: in Triton on a GPU."""
+    name = "squeezed.ops.triton.clustering" if device.type == "cuda" else __name__
+    return importlib.import_module(name)
 
 
 def _pinned_first(tokens: int, config: ClusteringConfig, device) -> tuple[Tensor, int]:
@@ -53,7 +64,9 @@ def _pinned_first(tokens: int, config: ClusteringConfig, device) -> tuple[Tensor
     first = min(config.pinned_first, tokens)
     last = min(config.pinned_last, tokens - first)
     position = torch.arange(tokens, device=device)
-    order = torch.cat([position[:first], position[tokens - last :], position[first : tokens - last]])
+    order = torch.cat(
+        [position[:first], position[tokens - last :], position[first : tokens - last]]
+    )
     return order, first + last
 
 
@@ -67,14 +80,14 @@ def build_tree(
         the next level's nodes (`None` for the leaves), `[Hkv, C + 1]` int64.
     """
     heads, count, dim = points.shape
-    flat = points.reshape(-1, dim)
+    flat, steps = points.reshape(-1, dim), steps_on(points.device)
     rows = torch.arange(heads * count, device=points.device)
     sizes = torch.full((heads, 1), count, device=points.device)
     key_offsets: list[Tensor] = []
     child_offsets: list[Tensor | None] = []
     for nodes in counts:
         clusters = allot(sizes, nodes)
-        label = cluster_segments(flat, rows, sizes.view(-1), clusters.view(-1), config)
+        label = steps.cluster_segments(flat, rows, sizes.view(-1), clusters.view(-1), config)
         first_child = clusters.view(-1).cumsum(0) - clusters.view(-1)
         child = first_child.repeat_interleave(sizes.view(-1)) + label
         rows = rows[child.argsort(stable=True)]
