@@ -199,8 +199,8 @@ def _bytes_per_head(
     read = 2 * rows * shape.row_bytes
     entry = shape.row_bytes + OFFSET_BYTES + (VARIANCE_BYTES if preset.second_order else 0)
     mean_bytes = 0 if preset.far_field == "none" else shape.row_bytes
-    alive = 1.0
-    for count, kept in zip(nodes, keep_shares(preset, budget, len(nodes)), strict=True):
+    alive, shares = 1.0, keep_shares(preset, budget, len(nodes)) if nodes else []
+    for count, kept in zip(nodes, shares, strict=True):
         read += count * alive * entry + count * max(0.0, alive - kept) * mean_bytes
         alive = kept
     return read

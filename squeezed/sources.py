@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from squeezed.context import FixedContext
+from squeezed.engine import respond
 from squeezed.errors import SqueezedError
 from squeezed.hf.cache import ContextLayer, SqueezedCache
 from squeezed.ops.reference.lookup import lookup
@@ -22,6 +23,13 @@ QUERIES_AT_ONCE = 16
 """Query tokens scored together: memory is `Hq * 16 * P` floats."""
 
 
+NEUTRAL_QUESTION = "What does this text say?"
+"""Asked to learn which passages draw attention whatever the question is."""
+
+NEUTRAL_TOKENS = 16
+"""Length of the answer to it."""
+
+
 @dataclass(frozen=True)
 class Passage:
     """Sentences of the document, and what an answer took from them.
@@ -30,6 +38,7 @@ class Passage:
         start, end: token positions in the context, end excluded.
         text: the passage.
         share: of the answer's attention to the document, over layers, heads and tokens.
+        excess: `share` less what a neutral question's answer gives the same passage.
         read: share of (layer, head, token) in which its keys were read exactly; `None` for methods
             without a tree.
     """
@@ -38,27 +47,39 @@ class Passage:
     end: int
     text: str
     share: float
+    excess: float
     read: float | None
 
 
-def sources(
-    tokenizer, context: FixedContext, cache: SqueezedCache, count: int = 3
-) -> list[Passage]:
-    """The `count` passages with the largest share of the answer's attention.
+def ask_neutral(model, tokenizer, context: FixedContext, cache: SqueezedCache) -> None:
+    """Let a new `cache` answer the neutral question, as the measure for `sources`."""
+    cache.watch_queries()
+    ids = context.template.question_ids(tokenizer, NEUTRAL_QUESTION)
+    respond(model, tokenizer, cache, ids, max_new_tokens=NEUTRAL_TOKENS)
 
-    Call `cache.watch_queries()` before answering. Attention is computed exactly, over all keys,
-    whatever the method read. The first tokens are left out: they are attention's resting place and
-    say nothing about content.
+
+def sources(
+    tokenizer,
+    context: FixedContext,
+    cache: SqueezedCache,
+    neutral: SqueezedCache,
+    count: int = 3,
+) -> list[Passage]:
+    """The `count` passages that drew more of the answer's attention than of a neutral answer's.
+
+    Attention alone names the end of the document for every question: heads look at what is near.
+    Call `cache.watch_queries()` before answering, and `ask_neutral` on a second cache. Attention is
+    computed exactly, over all keys, whatever the method read; the first tokens, its resting place,
+    are left out.
     """
-    mass, read = attention_by_position(context, cache)
-    mass[: context.config.clustering.pinned_first] = 0
-    mass = mass / mass.sum().clamp(min=1e-30)
+    (mass, read), (usual, _) = (attention_by_position(context, each) for each in (cache, neutral))
     found = []
     for start, end in passage_bounds(tokenizer, context.tokens):
+        share, expected = float(mass[start:end].sum()), float(usual[start:end].sum())
         text = " ".join(tokenizer.decode(context.tokens[start:end]).split())
         exact = None if read is None else float(read[start:end].mean())
-        found.append(Passage(start, end, text, float(mass[start:end].sum()), exact))
-    return sorted(found, key=lambda passage: -passage.share)[:count]
+        found.append(Passage(start, end, text, share, share - expected, exact))
+    return sorted(found, key=lambda passage: -passage.excess)[:count]
 
 
 def attention_by_position(
@@ -66,7 +87,8 @@ def attention_by_position(
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax mass and share of exact reads of every token of the context, each `[P]` float64.
 
-    Both are means over layers, heads and the tokens that produced the answer.
+    Both are means over layers, heads and the tokens that produced the answer; the mass sums to 1
+    over the tokens after the first pinned ones.
     """
     mass = torch.zeros(len(context.tokens), dtype=torch.float64)
     read = torch.zeros_like(mass)
@@ -80,7 +102,8 @@ def attention_by_position(
             read.scatter_add_(0, positions.flatten(), exact.double().cpu().flatten())
     heads = len(layers) * layers[0].context.layer.keys.shape[0]
     has_tree = hasattr(layers[0].context, "token")
-    return mass / heads, read / heads if has_tree else None
+    mass[: context.config.clustering.pinned_first] = 0
+    return mass / mass.sum().clamp(min=1e-30), read / heads if has_tree else None
 
 
 def answer_queries(entry: ContextLayer) -> Tensor:

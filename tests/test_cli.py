@@ -1,4 +1,4 @@
-"""The command line: results on stdout, one line per error on stderr, exit status 2 for bad input."""
+"""The command line: results on stdout, one line per error on stderr, status 2 for bad input."""
 
 import io
 import json
@@ -96,7 +96,7 @@ def test_ask_shows_sources_with_positions_and_share(capsys, place):
     _, out, _ = run(capsys, *ask(place, "--json", "--show-sources"))
     found = json.loads(out)["sources"]
     assert 1 <= len(found) <= 3 and all(0 < x["share"] <= 1 and x["text"] for x in found)
-    assert [x["share"] for x in found] == sorted((x["share"] for x in found), reverse=True)
+    assert [x["excess"] for x in found] == sorted((x["excess"] for x in found), reverse=True)
 
 
 def test_chat_answers_every_line(capsys, place, monkeypatch):

@@ -37,7 +37,7 @@ def ask(
     answer = stream_answer(session, cache, _question_ids(session, question), max_new_tokens, json)
     record = report(session, cache, asking, answer)
     if show_sources:
-        record["sources"] = found_sources(session, cache)
+        record["sources"] = found_sources(session, cache, asking)
     if json:
         emit({"question": question} | record)
         return
@@ -105,17 +105,20 @@ def summary(record: dict) -> str:
     )
 
 
-def found_sources(session: Session, cache) -> list[dict]:
+def found_sources(session: Session, cache, asking: Asking) -> list[dict]:
     from dataclasses import asdict
 
-    from squeezed.sources import sources
+    from squeezed.sources import ask_neutral, sources
 
-    return [asdict(passage) for passage in sources(session.tokenizer, session.context, cache)]
+    neutral = session.cache(asking)
+    ask_neutral(session.model, session.tokenizer, session.context, neutral)
+    found = sources(session.tokenizer, session.context, cache, neutral)
+    return [asdict(passage) for passage in found]
 
 
 def source_line(place: dict) -> str:
     read = "" if place["read"] is None else f", {place['read']:.0%} read"
     return (
-        f"tokens {place['start']:,}-{place['end'] - 1:,} ({place['share']:.1%} of the attention"
-        f"{read}): {place['text']}"
+        f"tokens {place['start']:,}-{place['end'] - 1:,} ({place['share']:.1%} of the attention, "
+        f"{place['excess']:+.1%} against a neutral question{read}): {place['text']}"
     )
