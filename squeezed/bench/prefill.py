@@ -1,24 +1,44 @@
-"""`squeezed bench prefill`: user tokens over a long context, against the best dense attention."""
+"""Prefill of user tokens over a long context, lookup included, against the best dense attention.
+
+The context is clustered for real; its keys, and the queries, come from `squeezed.bench.synthetic`.
+Dense peers run in the same process: torch's flash attention with the causal mask, and cuDNN, which
+has no such mask for fewer queries than keys, without one (it computes under 1 % more).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 
-from squeezed.bench.common import Timing, time_in_graph
+from squeezed.bench.common import (
+    Timing,
+    print_table,
+    require_gpu,
+    time_in_graph,
+    write_record,
+)
 from squeezed.bench.synthetic import Parts
 from squeezed.clustering import cluster_layer
-from squeezed.config import ClusteringConfig, FarField
+from squeezed.config import ClusteringConfig
+from squeezed.errors import SqueezedError
+from squeezed.ops import reference
 from squeezed.ops.triton.prefill import attend
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
 NEG_INF = float("-inf")
+COARSE_SHARE = 1.25  # a level above the leaves keeps this times the square root of the budget
+ORACLE_TOLERANCE = 2e-2
+"""Relative error allowed against the float32 reference: bfloat16 rounding, and a cluster that the
+rounding of a score moves across the threshold."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +52,12 @@ class Case:
     dim: int
     budget: float
     query_block: int
-    far_field: FarField = "none"
 
 
 @dataclass(frozen=True)
 class Inputs:
+    """A clustered layer, the user's queries and the suffix they belong to."""
+
     layer: ClusteredLayer
     query: Tensor
     suffix_keys: Tensor
@@ -44,62 +65,200 @@ class Inputs:
     scale: float
 
     @staticmethod
-    def of(case: Case, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Inputs:
-        parts = Parts.of(case.kv_heads, case.dim, device)
+    def of(case: Case, dtype: torch.dtype = torch.bfloat16) -> Inputs:
+        parts = Parts.of(case.kv_heads, case.dim, "cuda")
         keys = parts.keys(case.context, dtype)
-        values = torch.randn(keys.shape, device=device, generator=parts.generator).to(dtype)
-        layer = cluster_layer(keys, values, ClusteringConfig())
-        del keys, values
+        layer = cluster_layer(keys, torch.randn_like(keys), ClusteringConfig())
+        del keys
         query = parts.queries(case.rows, case.heads // case.kv_heads, dtype)
         suffix = parts.keys(case.rows, dtype)[None]
         return Inputs(layer, query, suffix, torch.randn_like(suffix), case.dim**-0.5)
 
-    def attend(self, rule: SelectionRule) -> tuple[Tensor, Tensor]:
-        return attend(
-            self.query, self.layer, rule, self.suffix_keys, self.suffix_values, None, self.scale
+    def first(self, rows: int) -> Inputs:
+        """The same context under only the first `rows` user tokens."""
+        query, keys, values = (
+            x[:, :, :rows].contiguous() for x in (self.query, self.suffix_keys, self.suffix_values)
         )
+        return replace(self, query=query, suffix_keys=keys, suffix_values=values)
+
+    def head(self, index: int) -> Inputs:
+        """KV head `index` and its group alone."""
+        group = self.query.shape[1] // self.layer.keys.shape[0]
+        one = slice(index, index + 1)
+        levels = tuple(
+            replace(lv, **{k: v[one] for k, v in vars(lv).items() if v is not None})
+            for lv in self.layer.levels
+        )
+        layer = replace(
+            self.layer, keys=self.layer.keys[one], values=self.layer.values[one], levels=levels
+        )
+        query = self.query[:, index * group : (index + 1) * group]
+        return Inputs(
+            layer, query, self.suffix_keys[:, one], self.suffix_values[:, one], self.scale
+        )
+
+    def arguments(self, rule: SelectionRule) -> tuple:
+        return (
+            self.query, self.layer, rule, self.suffix_keys, self.suffix_values, None, self.scale,
+        )  # fmt: skip
 
     def share_read(self, rule: SelectionRule) -> float:
         """Share of the clustered keys that a query reads, averaged over heads and queries."""
         heads, rows = self.layer.keys.shape[0], self.query.shape[2]
-        return int(self.attend(rule)[1]) / (self.layer.clustered * heads * rows)
+        return int(attend(*self.arguments(rule))[1]) / (self.layer.clustered * heads * rows)
 
 
 def rule_for(inputs: Inputs, case: Case) -> SelectionRule:
-    """Thresholds that spend the budget: each level by bisection, the coarser one keeping more."""
+    """Thresholds that spend the budget, level by level from the coarsest, by bisection."""
     depth, found = len(inputs.layer.levels), []
     for level in range(depth):
-        above = (1.25 * case.budget**0.5) if level < depth - 1 else case.budget
+        wanted = COARSE_SHARE * case.budget**0.5 if level < depth - 1 else case.budget
         low, high = -40.0, 5.0
         for _ in range(14):
             middle = (low + high) / 2
             thresholds = (*found, middle, *[NEG_INF] * (depth - level - 1))
             read = inputs.share_read(SelectionRule(thresholds, None, "none", case.query_block))
-            low, high = (middle, high) if read > above else (low, middle)
+            low, high = (middle, high) if read > wanted else (low, middle)
         found.append(high)
-    return SelectionRule(tuple(found), None, case.far_field, case.query_block)
+    return SelectionRule(tuple(found), None, "none", case.query_block)
 
 
-def dense_times(inputs: Inputs) -> dict[str, Timing]:
-    """Dense peers over context and suffix. cuDNN has no such causal mask: it runs without one."""
+def oracle_error(inputs: Inputs, rule: SelectionRule) -> float:
+    """Relative error of the first and the last KV head against the reference; raises if large.
+
+    Only the last block of queries is compared: the reference holds all scores at once.
+    """
+    worst, rows = 0.0, rule.query_block
+    output, _ = attend(*inputs.arguments(rule))
+    group = inputs.query.shape[1] // inputs.layer.keys.shape[0]
+    for index in (0, inputs.layer.keys.shape[0] - 1):
+        part = inputs.head(index)
+        part = replace(part, query=part.query[:, :, -rows:])
+        expected, _ = reference.attend(*part.arguments(rule))
+        ours = output[:, index * group : (index + 1) * group, -rows:].double()
+        worst = max(worst, float((ours - expected).norm() / expected.double().norm()))
+    if not worst < ORACLE_TOLERANCE:
+        raise SqueezedError(
+            f"prefill: expected the reference's output, got an error of {worst:.3g}"
+        )
+    return worst
+
+
+def dense_times(inputs: Inputs, replays: int) -> dict[str, Timing]:
+    """The dense peers over context and suffix."""
     keys = torch.cat([inputs.layer.keys[None], inputs.suffix_keys], 2)
     values = torch.cat([inputs.layer.values[None], inputs.suffix_values], 2)
     causal = causal_lower_right(inputs.query.shape[2], keys.shape[2])
     gqa = keys.shape[1] != inputs.query.shape[1]
     found = {}
     for name, backend, mask in (
-        ("flash", SDPBackend.FLASH_ATTENTION, causal),
-        ("cudnn, no mask", SDPBackend.CUDNN_ATTENTION, None),
+        ("dense, torch flash", SDPBackend.FLASH_ATTENTION, causal),
+        ("dense, cuDNN", SDPBackend.CUDNN_ATTENTION, None),
     ):
 
         def step(backend=backend, mask=mask):
             with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(
+                return scaled_dot_product_attention(
                     inputs.query, keys, values, attn_mask=mask, enable_gqa=gqa
                 )
 
         try:
-            found[name] = time_in_graph([step], replays=15)
-        except RuntimeError as error:  # this build lacks the backend for this shape: say so
+            found[name] = time_in_graph([step], replays)
+        except RuntimeError as error:  # no such kernel in this build: say so, time the others
             typer.echo(f"{name}: {str(error).splitlines()[0]}", err=True)
     return found
+
+
+def measure(inputs: Inputs, case: Case, far_fields: tuple[str, ...], replays: int) -> dict:
+    """Check against the reference, then time ours and the dense peers."""
+    rule = rule_for(inputs, case)
+    row = asdict(case) | {"methods": {}, "budget_read": inputs.share_read(rule)}
+    for far_field in far_fields:
+        ruled = replace(rule, far_field=far_field)
+        error = oracle_error(inputs, ruled)
+        timing = time_in_graph([lambda ruled=ruled: attend(*inputs.arguments(ruled))], replays)
+        row["methods"][f"squeezed, far field {far_field}"] = asdict(timing) | {"error": error}
+    dense = dense_times(inputs, replays)
+    row["methods"] |= {name: asdict(timing) for name, timing in dense.items()}
+    best = min(dense, key=lambda name: dense[name].median_us)
+    ours = row["methods"][f"squeezed, far field {far_fields[0]}"]["median_us"]
+    flop = 4 * case.dim * case.rows * case.heads * inputs.layer.tokens
+    row |= {
+        "best_dense": best,
+        "best_dense_us": dense[best].median_us,
+        "speed_up": dense[best].median_us / ours,
+        "dense_tflops": flop / dense[best].median_us / 1e6,
+        "ours_tflops_of_kept": flop * row["budget_read"] / ours / 1e6,
+    }
+    return row
+
+
+def run(
+    contexts: list[int],
+    rows: list[int],
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    budget: float,
+    query_blocks: list[int],
+    far_fields: tuple[str, ...],
+    replays: int,
+) -> list[dict]:
+    """One record per context, number of user tokens and block of queries."""
+    require_gpu()
+    records = []
+    for context in contexts:
+        whole = Inputs.of(Case(context, max(rows), heads, kv_heads, dim, budget, 1))
+        for count in rows:
+            inputs = whole.first(count)
+            for block in query_blocks:
+                case = Case(context, count, heads, kv_heads, dim, budget, block)
+                records.append(measure(inputs, case, far_fields, replays))
+        del whole, inputs
+        torch.cuda.empty_cache()
+    return records
+
+
+def report(records: list[dict], far_fields: tuple[str, ...]) -> None:
+    header = ["heads", "context", "tokens", "block", "read", *[f"far {f}" for f in far_fields]]
+    lines = [
+        [f"{r['kv_heads']}x{r['heads'] // r['kv_heads']}", f"{r['context'] // 1024}K", r["rows"]]
+        + [r["query_block"], f"{r['budget_read']:.3f}"]
+        + [f"{r['methods'][f'squeezed, far field {f}']['median_us']:.0f}" for f in far_fields]
+        + [f"{r['best_dense_us']:.0f}", r["best_dense"], f"{r['speed_up']:.2f}"]
+        for r in records
+    ]
+    print_table([*header, "dense", "by", "speed-up"], lines)
+
+
+def main(
+    contexts: Annotated[list[int], typer.Option(help="Context lengths, tokens.")] = (32768, 131072),
+    rows: Annotated[list[int], typer.Option(help="User tokens.")] = (128, 1024),
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 32,
+    dim: Annotated[int, typer.Option(help="Head dimension.")] = 128,
+    budget: Annotated[float, typer.Option(help="Share of the clustered keys read.")] = 0.1,
+    query_blocks: Annotated[list[int], typer.Option(help="Tokens that select together.")] = (128,),
+    far_fields: Annotated[list[str], typer.Option(help="Far fields to time.")] = (
+        "none",
+        "first_order",
+    ),
+    replays: Annotated[int, typer.Option(help="Timed graph replays.")] = 15,
+    output: Annotated[Path, typer.Option(help="Where to write, without the suffix.")] = Path(
+        "prefill"
+    ),
+    at_commit: Annotated[
+        str, typer.Option(help="Commit to record where there is no repository.")
+    ] = "",
+) -> None:
+    """Time prefill of user tokens over a squeezed context against the best dense attention."""
+    settings = dict(locals()) | {"output": str(output)}
+    records = run(
+        contexts, rows, heads, kv_heads, dim, budget, query_blocks, tuple(far_fields), replays
+    )
+    write_record(output.with_suffix(".json"), settings, records, at_commit or None)
+    report(records, tuple(far_fields))
+
+
+if __name__ == "__main__":
+    typer.run(main)
