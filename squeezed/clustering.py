@@ -183,9 +183,11 @@ def seeds(valid: Tensor, clusters: Tensor, slot: Tensor) -> Tensor:
 def assign(points: Tensor, centroids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest live centroid of every point and the cosine to it, `[N, n]`, in bounded memory."""
     per_row = centroids.shape[0] * centroids.shape[1]
-    labels, similarities = [], []
+    labels, similarities, all_live = [], [], bool(live.all())
     for chunk in points.split(max(1, CHUNK_SCORES // per_row), dim=1):
-        scores = torch.bmm(chunk, centroids.mT).masked_fill_(~live[:, None], -2.0)
+        scores = torch.bmm(chunk, centroids.mT)
+        if not all_live:
+            scores.masked_fill_(~live[:, None], -2.0)
         similarity, label = scores.max(-1)
         labels.append(label)
         similarities.append(similarity)

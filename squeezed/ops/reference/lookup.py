@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer, Level
@@ -84,17 +85,15 @@ def query_blocks(rows: int, block: int, device: torch.device) -> Tensor:
 
 def block_scores(log_scores: Tensor, blocks: Tensor, valid: Tensor | None) -> Tensor:
     """Mean over each block of queries, largest over the group: `[B, Hkv, N, C]` in logarithms."""
-    if valid is not None:
-        log_scores = log_scores.masked_fill(~valid[:, None, None, :, None], NEG_INF)
-    batch, _, _, rows, _ = log_scores.shape
-    members = []
-    for block in range(int(blocks[-1]) + 1):
-        inside = blocks == block
-        count = inside.expand(batch, rows) if valid is None else inside & valid
-        log_count = count.sum(-1).clamp(min=1).log().to(log_scores.dtype)
-        mean = log_scores[:, :, :, inside].logsumexp(3) - log_count[:, None, None, None]
-        members.append(mean.amax(2))
-    return torch.stack(members, 2)
+    rows = log_scores.shape[3]
+    count, block = int(blocks[-1]) + 1, int((blocks == blocks[-1]).sum())
+    inside = torch.ones(1, rows, dtype=torch.bool, device=blocks.device) if valid is None else valid
+    log_scores = log_scores.masked_fill(~inside[:, None, None, :, None], NEG_INF)
+    missing = count * block - rows  # the first block may be shorter
+    log_scores = pad(log_scores, (0, 0, missing, 0), value=NEG_INF).unflatten(3, (count, block))
+    members = pad(inside, (missing, 0)).unflatten(1, (count, block)).sum(-1).clamp(min=1)
+    mean = log_scores.logsumexp(4) - members.log().to(log_scores.dtype)[:, None, None, :, None]
+    return mean.amax(2)
 
 
 def lookup(
