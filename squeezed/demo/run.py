@@ -17,9 +17,9 @@ from squeezed.inspection import Traffic, traffic
 QUESTIONS = (
     "Which version of SQLite first had the WAL option?",
     "Does WAL work over a network filesystem?",
-    "By default, how many pages must the WAL file reach before an automatic checkpoint runs?",
+    "What threshold size of the WAL file triggers an automatic checkpoint?",
 )
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 32
 
 Progress = Callable[[str, int, int], None]
 
