@@ -19,6 +19,7 @@ from squeezed.fingerprint import model_fingerprint, tokenizer_fingerprint
 from squeezed.hf.cache import Spending, SqueezedCache, suffix_mask
 from squeezed.hf.capture import CapturedLayer, capture
 from squeezed.hf.support import layer_kinds, text_config, using_attention
+from squeezed.memory import check_memory
 from squeezed.prompt import PromptTemplate
 from squeezed.tree import ClusteredLayer, WindowLayer
 
@@ -57,6 +58,7 @@ def index(
     kinds = layer_kinds(model)
     tokens = template.document_ids(tokenizer, _document(text))
     _check_length(model, len(tokens))
+    check_memory(model, len(tokens), config.clustering)
 
     started = time.perf_counter()
     observed = config.clustering.pinned_last
