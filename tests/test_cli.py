@@ -58,6 +58,12 @@ def test_help_needs_no_torch():
     assert all(name in done.stdout for name in ("index", "ask", "chat", "inspect", "plan", "demo"))
 
 
+@pytest.mark.parametrize("words", [("bench",), ("bench", "cpu"), ("bench", "decode"), ("eval",)])
+def test_mounted_commands_show_their_options(capsys, words):
+    status, out, _ = run(capsys, *words, "--help")
+    assert status == 0 and "--" in out
+
+
 def test_index_reports_what_it_wrote(capsys, place, tmp_path):
     target = tmp_path / "one.sqz"
     words = ("index", place / "manual.txt", "-m", place / "model", "-o", target, "--json")

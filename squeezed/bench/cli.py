@@ -3,11 +3,12 @@
 from squeezed.cli.lazy import lazy_group
 
 COMMANDS = {
-    "decode": ("squeezed.bench.decode:app", "One generated token over a context, on a GPU."),
-    "prefill": ("squeezed.bench.prefill:app", "The user's tokens over a context, on a GPU."),
+    "decode": ("squeezed.bench.decode:main", "One generated token over a context, on a GPU."),
+    "prefill": ("squeezed.bench.prefill:main", "The user's tokens over a context, on a GPU."),
     "generate": ("squeezed.bench.generate:app", "Tokens from generate(), on a GPU."),
-    "index": ("squeezed.bench.index:app", "Clustering and calibration, on a GPU."),
-    "cpu": ("squeezed.bench.cpu:app", "One generated token over a context, on the CPU."),
+    "index": ("squeezed.bench.index:main", "Clustering and calibration, on a GPU."),
+    "generate": ("squeezed.bench.generate:app", "Transformers' own generate(), on a GPU."),
+    "cpu": ("squeezed.bench.cpu:main", "One generated token over a context, on the CPU."),
 }
 
 app = lazy_group(
