@@ -1,6 +1,6 @@
-"""Kernels of the second half of a decode step: listed rows -> partial sums -> output.
+"""Kernels of the second half of a decode step: kept rows -> partial sums -> output.
 
-The listed rows of all problems form one stream of tiles that is cut into equal parts, one per
+The kept rows of all problems form one stream of tiles that is cut into equal parts, one per
 program. A head that keeps many keys therefore takes many programs and holds nobody up. A program
 leaves one partial sum per problem it touches, in slot `program + z`: unique, because along the
 stream either the program or the problem moves on.
@@ -15,10 +15,10 @@ from squeezed.ops.triton.tile import fold, load_query, load_rows, problem, store
 
 @triton.jit
 def stream(counters, problems, stride, TILE: tl.constexpr, Z_PAD: tl.constexpr):
-    """Listed rows of every problem, and where its tiles begin and end in the stream, `[Z_PAD]`."""
+    """Kept rows of every problem, and where its tiles begin and end in the stream, `[Z_PAD]`."""
     z = tl.arange(0, Z_PAD)
     rows = tl.load(counters + z * stride, mask=z < problems, other=0)
-    tiles = tl.cdiv(rows, TILE)
+    tiles = tl.where(z < problems, tl.maximum(tl.cdiv(rows, TILE), 1), 0)
     end = tl.cumsum(tiles, 0)
     return rows, end - tiles, end
 
@@ -38,7 +38,7 @@ def attend_kernel(
     M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
     Z_PAD: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Exact attention of every problem over its list of rows; grid `(programs,)`."""
+    """Exact attention of every problem over its list of kept rows; grid `(programs,)`."""
     program = tl.program_id(0)
     row = tl.arange(0, M)
     if PDL:
@@ -102,81 +102,84 @@ def merge_mass(highs, masses, first, count, row, SLOTS: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
+def calibration(
+    highs, masses, kept, kept_slots, estimate_highs, estimate_masses, estimate, estimate_slots,
+    row, clamp_bits, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """How far the kept clusters' exact log mass lies above its estimate; 0 if nothing was kept."""
+    exact = merge_mass(highs, masses, kept, kept_slots, row, SLOTS, ROWS)
+    guess = merge_mass(estimate_highs, estimate_masses, estimate, estimate_slots, row, SLOTS, ROWS)
+    known = (exact > float("-inf")) & (guess > float("-inf"))
+    gap = tl.minimum(tl.maximum(exact - guess, -clamp_bits), clamp_bits)
+    return tl.where(known, gap, 0.0)
+
+
+@triton.jit
 def merge(
-    high, mass, value, sums, highs, masses, first, count, row, shift,
+    sums, highs, masses, fixed, fixed_slots, kept, kept_slots, far, far_slots, shift, row,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Fold a run of partial sums, their logits raised by `shift`, into `high`, `mass`, `value`."""
+    """Mass and weighted values of three runs of partial sums, walked as one; `shift` lifts the far.
+
+    One run, so that all loads of a row travel together.
+    """
     d = tl.arange(0, D_PAD)
-    for start in range(0, count, SLOTS):
-        slot = start + tl.arange(0, SLOTS)
-        at_ = (first + slot).to(tl.int64) * ROWS + row
-        mask = (slot < count)[:, None] & (d < D)[None, :]
+    high, mass = float("-inf"), 0.0
+    value = tl.zeros([D_PAD], tl.float32)
+    near = fixed_slots + kept_slots
+    for start in range(0, near + far_slots, SLOTS):
+        index = start + tl.arange(0, SLOTS)
+        inside = index < near + far_slots
+        slot = tl.where(index < fixed_slots, fixed + index, kept + index - fixed_slots)
+        slot = tl.where(index < near, slot, far + index - near)
+        at_ = slot.to(tl.int64) * ROWS + row
+        mask = inside[:, None] & (d < D)[None, :]
         part = tl.load(sums + at_[:, None] * D + d[None, :], mask=mask, other=0.0)
-        part_high = tl.load(highs + at_, mask=slot < count, other=float("-inf")) + shift
-        part_mass = tl.load(masses + at_, mask=slot < count, other=0.0)
+        part_high = tl.load(highs + at_, mask=inside, other=float("-inf"))
+        part_mass = tl.load(masses + at_, mask=inside, other=0.0)
+        part_high += tl.where(index < near, 0.0, shift)
         top = tl.maximum(high, tl.max(part_high))
         safe = tl.where(top == float("-inf"), 0.0, top)
         weight, decay = tl.exp2(part_high - safe), tl.exp2(high - safe)
         mass = mass * decay + tl.sum(weight * part_mass)
         value = value * decay + tl.sum(weight[:, None] * part, 0)
         high = top
-    return high, mass, value
+    return mass, value
 
 
 @triton.jit
 def combine_kernel(
     output, keys_read, counters, read_counts, sums, highs, masses, estimate_highs, estimate_masses,
     output_stride_batch, batch, problems, counter_stride, programs, fixed_base, fixed_slots,
-    kept_base, kept_slots, far_base, far_slots, clamp_bits,
+    far_base, far_slots, estimate_slots, clamp_bits,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, Z_PAD: tl.constexpr,
-    SLOTS: tl.constexpr, CLUSTERED: tl.constexpr, FAR: tl.constexpr, CALIBRATED: tl.constexpr,
-    PDL: tl.constexpr,
+    SLOTS: tl.constexpr, CLUSTERED: tl.constexpr, CALIBRATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Partial sums -> one output row; grid `(problems, ROWS)`."""
     z, row = tl.program_id(0), tl.program_id(1)
     head, tile = problem(z, TILES)
     request = tile * TILE_BATCH + row // GROUP
-    high, mass = float("-inf"), 0.0
-    value = tl.zeros([D_PAD], tl.float32)
     if PDL:
         gdc_wait()
     if request < batch:
+        kept, kept_slots, shift = 0, 0, 0.0
         if CLUSTERED:
             _, begin, end = stream(counters, problems, counter_stride, TILE, Z_PAD)
-            high, mass, value = merge(
-                high, mass, value, sums, highs, masses, kept_base + z * kept_slots, kept_slots,
-                row, 0.0, SLOTS, ROWS, D, D_PAD,
-            )  # fmt: skip
-            share = tl.maximum(tl.cdiv(tl.max(end), programs), 1)  # tiles of one program
-            start, stop = at(begin, z, Z_PAD), at(end, z, Z_PAD)
-            slots = tl.where(stop > start, (stop - 1) // share - start // share + 1, 0)
-            high, mass, value = merge(
-                high, mass, value, sums, highs, masses, start // share + z, slots, row, 0.0,
-                SLOTS, ROWS, D, D_PAD,
-            )  # fmt: skip
+            share = tl.cdiv(tl.max(end), programs)  # tiles of a program of `attend_kernel`
+            kept = at(begin, z, Z_PAD) // share + z
+            kept_slots = (at(end, z, Z_PAD) - 1) // share + z - kept + 1
             if row % GROUP == 0:
                 read = tl.load(read_counts + z * TILE_BATCH + row // GROUP)
                 tl.atomic_add(keys_read + request, read.to(tl.int64), sem="relaxed")
-        shift = 0.0
-        if CALIBRATED and FAR:
-            exact = high + tl.log2(mass)
-            estimate = merge_mass(
-                estimate_highs, estimate_masses, z * kept_slots, kept_slots, row,
-                SLOTS, ROWS,
+        if CALIBRATED:
+            shift = calibration(
+                highs, masses, kept, kept_slots, estimate_highs, estimate_masses,
+                z * estimate_slots, estimate_slots, row, clamp_bits, SLOTS, ROWS,
             )  # fmt: skip
-            known = (exact > float("-inf")) & (estimate > float("-inf"))
-            gap = tl.minimum(tl.maximum(exact - estimate, -clamp_bits), clamp_bits)
-            shift = tl.where(known, gap, 0.0)  # nothing kept: no evidence
-        if FAR:
-            high, mass, value = merge(
-                high, mass, value, sums, highs, masses, far_base + z * far_slots, far_slots, row,
-                shift, SLOTS, ROWS, D, D_PAD,
-            )  # fmt: skip
-        high, mass, value = merge(
-            high, mass, value, sums, highs, masses, fixed_base + z * fixed_slots, fixed_slots,
-            row, 0.0, SLOTS, ROWS, D, D_PAD,
+        mass, value = merge(
+            sums, highs, masses, fixed_base + z * fixed_slots, fixed_slots, kept, kept_slots,
+            far_base + z * far_slots, far_slots, shift, row, SLOTS, ROWS, D, D_PAD,
         )  # fmt: skip
         value = tl.where(mass > 0, value / mass, 0.0)  # a row of padding attends to nothing
         d = tl.arange(0, D_PAD)

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from squeezed.config import SELF_CALIBRATION_CLAMP, FarField
+from squeezed.config import SELF_CALIBRATION_CLAMP
 from squeezed.errors import SqueezedError
 from squeezed.ops.triton import attention, descend, lookup
 from squeezed.ops.triton.workspace import Shape, Tuning, Workspace, plan, power_of_two
@@ -55,7 +55,7 @@ def attend(
         SqueezedError: an unsupported shape, dtype or layout.
     """
     check(query, layer, suffix_keys, suffix_values)
-    shape = shape_of(query, layer, suffix_keys, rule.far_field)
+    shape = shape_of(query, layer, suffix_keys, rule.far_field != "none")
     tuning = tuning or chosen_tuning(shape)
     step = _Step(query, layer, rule, suffix_keys, suffix_values, suffix_mask, scale, shape, tuning)
     step.open()
@@ -101,9 +101,8 @@ def check(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, suffix_valu
             )
 
 
-def shape_of(
-    query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, far_field: FarField
-) -> Shape:
+def shape_of(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, far: bool) -> Shape:
+    """Sizes on which the launches depend."""
     return Shape(
         batch=query.shape[0],
         heads=query.shape[1],
@@ -113,7 +112,7 @@ def shape_of(
         pinned=layer.pinned if layer.levels else layer.tokens,
         recent=suffix_keys.shape[2],
         nodes=tuple(level.nodes for level in layer.levels),
-        far_field=far_field if layer.levels else "none",
+        far=far and bool(layer.levels),
         multiprocessors=multiprocessors(query.device),
     )
 
@@ -190,8 +189,7 @@ class _Step:
         threshold = [t * math.log2(math.e) for t in rule.log_thresholds]
         shared = cut.tile_batch > 1
         descend.descend_kernel[cut.problems, cut.parts[stage]](
-            self.query, self.layer.keys, self.layer.values, self._energy(stage),
-            self._energy(stage if flat else stage + 1),
+            self.query, self._energy(stage), self._energy(stage if flat else stage + 1),
             s.logits, parent.key_offsets, parent.variance, parent.mean_values,
             parent.key_offsets if flat else parent.child_offsets, child.centroids,
             child.key_offsets, child.variance, child.mean_values, s.norm_highs, s.norm_masses,
@@ -199,19 +197,18 @@ class _Step:
             s.counters, s.read_counts, s.sums, s.highs, s.masses,
             s.estimate_highs, s.estimate_masses,
             self.query.stride(0), self.query.stride(1), shape.batch, parent.nodes, child.nodes,
-            s.kept[listed].shape[1], s.kept[found].shape[1], cut.splits, shape.tokens,
-            cut.fixed_base + cut.pinned_chunks, cut.fixed_slots, cut.recent_chunks, cut.kept_base,
-            cut.far_base + sum(cut.parts[:stage]), sum(cut.far_parts),
+            s.kept[listed].shape[1], s.kept[found].shape[1], cut.splits,
+            cut.fixed_base + cut.pinned_chunks, cut.fixed_slots, cut.recent_chunks,
+            cut.far_base + sum(cut.parts[:stage]), sum(cut.parts),
             threshold[stage], threshold[stage if flat else stage + 1], self.scale_bits,
             LISTED=listed, FOUND=found, COUNTERS=s.counters.shape[1], TOP=stage == 0, FLAT=flat,
             LEAVES=leaves, **self._tile(), M=cut.row_pad, N_PARENT=tuning.parents,
-            N=tuning.children, TILE=tuning.kept_tile, MOST=tuning.kept_most,
-            STAGES=tuning.kept_stages, WRITE=tuning.write, NORM_PAD=power_of_two(cut.splits),
+            N=tuning.children, WRITE=tuning.write, NORM_PAD=power_of_two(cut.splits),
             RECENT_PAD=power_of_two(max(cut.recent_chunks, 1)),
             BITS=triton.language.int32 if cut.bits == torch.int32 else triton.language.int64,
             SHARED=shared, SECOND=rule.alpha is not None,
-            MASKED=self.mask is not None or shape.recent == 0, FAR=shape.far_field != "none",
-            CALIBRATED=shape.far_field == "self_calibrated",
+            MASKED=self.mask is not None or shape.recent == 0, FAR=shape.far,
+            CALIBRATED=rule.far_field == "self_calibrated",
             **self._launch(tuning.warps[1], dependent=True), maxnreg=tuning.select_registers,
         )  # fmt: skip
 
@@ -231,11 +228,11 @@ class _Step:
         attention.combine_kernel[cut.problems, cut.rows](
             self.output, self.keys_read, s.counters, s.read_counts, s.sums, s.highs, s.masses,
             s.estimate_highs, s.estimate_masses, self.output.stride(0), shape.batch, cut.problems,
-            s.counters.shape[1], cut.programs, cut.fixed_base, cut.fixed_slots, cut.kept_base,
-            cut.parts[-1] if cut.parts else 0, cut.far_base, sum(cut.far_parts),
-            SELF_CALIBRATION_CLAMP * math.log2(math.e),
-            **self._tile(), TILE=self.tuning.tile, Z_PAD=power_of_two(cut.problems), SLOTS=32,
-            CLUSTERED=bool(shape.nodes), FAR=bool(cut.far_parts),
-            CALIBRATED=shape.far_field == "self_calibrated",
-            **self._launch(4, dependent=True),
+            s.counters.shape[1], cut.programs, cut.fixed_base, cut.fixed_slots, cut.far_base,
+            sum(cut.parts) if shape.far else 0, s.estimate_highs.shape[1],
+            SELF_CALIBRATION_CLAMP * math.log2(math.e), **self._tile(), TILE=self.tuning.tile,
+            Z_PAD=power_of_two(cut.problems), SLOTS=self.tuning.merge_slots,
+            CLUSTERED=bool(shape.nodes),
+            CALIBRATED=shape.far and self.rule.far_field == "self_calibrated",
+            **self._launch(self.tuning.merge_warps, dependent=True),
         )  # fmt: skip

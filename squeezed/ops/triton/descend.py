@@ -1,16 +1,17 @@
-"""The kernel that walks one level down: score the children of kept nodes, attend to kept leaves."""
+"""The kernel that walks one level down: select nodes, then score only the children of the kept."""
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from squeezed.ops.triton.kept import members, pick
 from squeezed.ops.triton.lookup import energy_of, load_nodes, node_logits
 from squeezed.ops.triton.selection import (
     attends_to_any,
     keep_bits,
     load_parents,
+    members,
     normaliser,
+    pick,
     settle,
 )
 from squeezed.ops.triton.tile import load_query, load_rows, problem, store_partial
@@ -18,20 +19,18 @@ from squeezed.ops.triton.tile import load_query, load_rows, problem, store_parti
 
 @triton.jit
 def descend_kernel(
-    query, keys, values, parent_alpha, alpha, logits, parent_offsets, parent_variance, parent_means,
+    query, parent_alpha, alpha, logits, parent_offsets, parent_variance, parent_means,
     child_offsets, centroids, key_offsets, variance, means, norm_highs, norm_masses,
     listed, listed_bits, found, found_bits, counters, read_counts, sums, highs, masses,
     estimate_highs, estimate_masses,
     query_stride_batch, query_stride_head, batch, parents, nodes, listed_capacity, found_capacity,
-    splits, context_tokens, recent_base, recent_stride, recent_chunks, kept_base, far_base,
-    far_slots,
+    splits, recent_base, recent_stride, recent_chunks, far_base, far_slots,
     parent_threshold, threshold, scale_bits,
     LISTED: tl.constexpr, FOUND: tl.constexpr, COUNTERS: tl.constexpr, TOP: tl.constexpr,
     FLAT: tl.constexpr, LEAVES: tl.constexpr,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N_PARENT: tl.constexpr,
-    N: tl.constexpr, TILE: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
-    WRITE: tl.constexpr, NORM_PAD: tl.constexpr, RECENT_PAD: tl.constexpr,
+    N: tl.constexpr, WRITE: tl.constexpr, NORM_PAD: tl.constexpr, RECENT_PAD: tl.constexpr,
     BITS: tl.constexpr, SHARED: tl.constexpr, SECOND: tl.constexpr, MASKED: tl.constexpr,
     FAR: tl.constexpr, CALIBRATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -48,19 +47,14 @@ def descend_kernel(
     high = tl.full([M], float("-inf"), tl.float32)
     mass = tl.zeros([M], tl.float32)
     total = tl.zeros([M, D_PAD], tl.float32)
-    far_high = tl.full([M], float("-inf"), tl.float32)
-    far_mass = tl.zeros([M], tl.float32)
-    far_total = tl.zeros([M, D_PAD], tl.float32)
-    known_high = tl.full([M], float("-inf"), tl.float32)
-    known = tl.zeros([M], tl.float32)
+    estimate_high = tl.full([M], float("-inf"), tl.float32)
+    estimate = tl.zeros([M], tl.float32)
     read = tl.zeros([M], tl.int32)
     listed += z.to(tl.int64) * listed_capacity
     listed_bits += z.to(tl.int64) * listed_capacity
     found += z.to(tl.int64) * found_capacity
     found_bits += z.to(tl.int64) * found_capacity
     found_counter = counters + z * COUNTERS + FOUND
-    keys += head.to(tl.int64) * context_tokens * D
-    values += head.to(tl.int64) * context_tokens * D
     parent_means += head.to(tl.int64) * parents * D
     means += head.to(tl.int64) * nodes * D
     stride = tl.num_programs(1) * N_PARENT
@@ -93,11 +87,10 @@ def descend_kernel(
         if TOP:
             score = first + parent_energy[:, None] * spread[None, :] - norm[:, None]
             bits = keep_bits(score, parent_threshold, selects, row, GROUP, TILE_BATCH, BITS)
-            high, mass, total, far_high, far_mass, far_total, known_high, known, read = settle(
-                q, high, mass, total, far_high, far_mass, far_total, known_high, known, read,
-                first, parent, start, size, bits, tl.full([N_PARENT], -1, BITS), value,
-                keys, values, scale_bits, found, found_bits, found_counter, row, exists, FLAT,
-                True, FAR, CALIBRATED, GROUP, D, D_PAD, TILE, MOST, STAGES, WRITE, SHARED,
+            high, mass, total, estimate_high, estimate, read = settle(
+                high, mass, total, estimate_high, estimate, read, first, parent, start, size,
+                bits, tl.full([N_PARENT], -1, BITS), value, found, found_bits, found_counter,
+                row, exists, FLAT, True, FAR, CALIBRATED, GROUP, WRITE, SHARED,
             )  # fmt: skip
         if not FLAT:
             count = tl.where(bits != 0, children, 0)
@@ -115,33 +108,23 @@ def descend_kernel(
                     node_value = load_rows(means, node, live, D, D, D_PAD)
                 inherited = pick(member, bits)
                 logit = node_logits(q, mean, length, scale_bits)
-                estimates = logit + energy[:, None] * node_spread[None, :] - norm[:, None]
-                kept = keep_bits(estimates, threshold, selects, row, GROUP, TILE_BATCH, BITS)
+                estimated = logit + energy[:, None] * node_spread[None, :] - norm[:, None]
+                kept = keep_bits(estimated, threshold, selects, row, GROUP, TILE_BATCH, BITS)
                 kept &= inherited
-                high, mass, total, far_high, far_mass, far_total, known_high, known, read = (
-                    settle(
-                        q, high, mass, total, far_high, far_mass, far_total, known_high,
-                        known, read, logit, node, row_start, length, kept, inherited, node_value,
-                        keys, values, scale_bits, found, found_bits, found_counter, row, exists,
-                        True, LEAVES, FAR, CALIBRATED, GROUP, D, D_PAD, TILE, MOST, STAGES, WRITE,
-                        SHARED,
-                    )
+                high, mass, total, estimate_high, estimate, read = settle(
+                    high, mass, total, estimate_high, estimate, read, logit, node, row_start,
+                    length, kept, inherited, node_value, found, found_bits, found_counter,
+                    row, exists, True, LEAVES, FAR, CALIBRATED, GROUP, WRITE, SHARED,
                 )  # fmt: skip
         parent, alive, start, size = parent_, alive_, start_, size_
         first_child, children, first, spread = first_child_, children_, first_, spread_
     if LEAVES:
         owner = exists & (row % GROUP == 0)
         tl.atomic_add(read_counts + z * TILE_BATCH + row // GROUP, read, mask=owner, sem="relaxed")
-        slot = kept_base + z * tl.num_programs(1) + part
+    if FAR:
+        slot = far_base + z * far_slots + part
         store_partial(sums, highs, masses, slot, row, exists, high, mass, total, ROWS, D, D_PAD)
-    slot = far_base + z * far_slots + part
-    if CALIBRATED:
-        store_partial(
-            sums, highs, masses, slot, row, exists, far_high, far_mass, far_total, ROWS, D, D_PAD
-        )
-        if LEAVES:
-            at = (z * tl.num_programs(1) + part) * ROWS + row
-            tl.store(estimate_highs + at, known_high, mask=exists)
-            tl.store(estimate_masses + at, known, mask=exists)
-    elif FAR and not LEAVES:
-        store_partial(sums, highs, masses, slot, row, exists, high, mass, total, ROWS, D, D_PAD)
+    if CALIBRATED and LEAVES:
+        at = (z * tl.num_programs(1) + part) * ROWS + row
+        tl.store(estimate_highs + at, estimate_high, mask=exists)
+        tl.store(estimate_masses + at, estimate, mask=exists)

@@ -7,7 +7,6 @@ node joins the far field.
 import triton
 import triton.language as tl
 
-from squeezed.ops.triton.kept import append, attend_kept
 from squeezed.ops.triton.tile import fold, fold_mass
 
 
@@ -29,6 +28,36 @@ def keep_bits(score, threshold, selects, row, GROUP: tl.constexpr, TILE_BATCH: t
 def spread(bits, row, GROUP: tl.constexpr):
     """Bit masks `[N]` -> which rows they mean, `[M, N]` bool."""
     return ((bits[None, :] >> (row // GROUP)[:, None]) & 1) != 0
+
+
+@triton.jit
+def members(first, begin, end, N: tl.constexpr):
+    """Positions `[N]` in the concatenation of ranges, and whose each one is, `[N, ranges]`."""
+    index = first + tl.arange(0, N)
+    return index, (begin[None, :] <= index[:, None]) & (index[:, None] < end[None, :])
+
+
+@triton.jit
+def pick(member, values):
+    """The value of the range that holds each position, `[N]`; zero behind the last range."""
+    return tl.sum(tl.where(member, values[None, :], 0), 1)
+
+
+@triton.jit
+def append(rows, row_bits, counter, bits, start, length, WRITE: tl.constexpr, SHARED: tl.constexpr):
+    """Append the ranges `[start, start + length)` of the kept nodes to a list, in any order."""
+    length = tl.where(bits != 0, length, 0)
+    total = tl.sum(length)
+    if total > 0:
+        base = tl.atomic_add(counter, total, sem="relaxed")
+        begin = base + tl.cumsum(length, 0) - length
+        for first in range(0, tl.max(length), WRITE):
+            index = first + tl.arange(0, WRITE)
+            mask = index[None, :] < length[:, None]
+            at = begin[:, None] + index[None, :]
+            tl.store(rows + at, start[:, None] + index[None, :], mask=mask)
+            if SHARED:
+                tl.store(row_bits + at, tl.broadcast_to(bits[:, None], at.shape), mask=mask)
 
 
 @triton.jit
@@ -100,31 +129,19 @@ def load_parents(
 
 @triton.jit
 def settle(
-    q, high, mass, total, far_high, far_mass, far_total, estimate_high, estimate, read,
-    first, node, start, size, bits, alive, mean_value, keys, values, scale_bits,
-    found, found_bits, counter, row, exists,
+    high, mass, total, estimate_high, estimate, read,
+    first, node, start, size, bits, alive, value, found, found_bits, counter, row, exists,
     SINK: tl.constexpr, LEAVES: tl.constexpr, FAR: tl.constexpr, CALIBRATED: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
-    MOST: tl.constexpr, STAGES: tl.constexpr, WRITE: tl.constexpr, SHARED: tl.constexpr,
+    GROUP: tl.constexpr, WRITE: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Attend to kept leaves, list kept nodes of other levels; the rest joins the far field.
-
-    The far field has sums of its own only where it is calibrated against what was kept.
-    """
+    """Send kept nodes to the list and the others, if alive, to the far field."""
     if FAR:
         dropped = spread(alive & ~bits, row, GROUP) & exists[:, None]
         logits = tl.where(dropped, log_mass(first, size), float("-inf"))
-        if CALIBRATED:
-            far_high, far_mass, far_total = fold(far_high, far_mass, far_total, logits, mean_value)
-        else:
-            high, mass, total = fold(high, mass, total, logits, mean_value)
+        high, mass, total = fold(high, mass, total, logits, value)
     if SINK:
         if LEAVES:
-            high, mass, total, start_left, size_left = attend_kept(
-                q, high, mass, total, keys, values, bits, start, size, row, scale_bits,
-                GROUP, D, D_PAD, TILE, MOST, STAGES, SHARED,
-            )  # fmt: skip
-            append(found, found_bits, counter, bits, start_left, size_left, WRITE, SHARED)
+            append(found, found_bits, counter, bits, start, size, WRITE, SHARED)
             kept = spread(bits, row, GROUP)
             read += tl.sum(tl.where(kept, size[None, :], 0), 1)
             if CALIBRATED:
@@ -133,4 +150,4 @@ def settle(
         else:
             once = tl.full(size.shape, 1, tl.int32)
             append(found, found_bits, counter, bits, node, once, WRITE, SHARED)
-    return high, mass, total, far_high, far_mass, far_total, estimate_high, estimate, read
+    return high, mass, total, estimate_high, estimate, read

@@ -8,8 +8,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from squeezed.config import FarField
-
 MAX_ROWS = 64
 """Query rows of one tile: requests that share a context times the heads of a group."""
 
@@ -23,15 +21,13 @@ class Tuning:
         chunk: pinned or recent rows per program.
         parents, children: nodes per step of the selection kernel.
         write: rows of each kept leaf that one store of the selection kernel appends.
-        kept_tile: kept rows per step, where the selection kernel attends to its own.
-        kept_most: rows that it attends to itself per step of children; the others are listed.
-        kept_stages: of that loop's pipeline.
-        tile: listed rows per step of the attention kernel.
+        tile: kept rows per step of the attention kernel.
         stages: of the attention kernel's pipeline: indices, loads in flight, arithmetic.
         programs: programs of the attention kernel per multiprocessor.
         warps: of the first, the selection and the attention kernel.
         select_programs: programs of the selection kernel per multiprocessor.
         select_registers: most registers per thread of the selection kernel; `None` for no limit.
+        merge_slots, merge_warps: partial sums per step of the last kernel, and its warps.
         overlap: start each kernel while its predecessor drains (programmatic dependent launch).
     """
 
@@ -40,15 +36,14 @@ class Tuning:
     parents: int = 32
     children: int = 32
     write: int = 32
-    kept_tile: int = 32
-    kept_most: int = 1024
-    kept_stages: int = 3
     tile: int = 64
     stages: int = 5
     programs: int = 3
     warps: tuple[int, int, int] = (4, 4, 4)
     select_programs: int = 8
     select_registers: int | None = None
+    merge_slots: int = 32
+    merge_warps: int = 4
     overlap: bool = True
 
 
@@ -64,7 +59,7 @@ class Shape:
     pinned: int
     recent: int
     nodes: tuple[int, ...]
-    far_field: FarField
+    far: bool
     multiprocessors: int
 
 
@@ -84,9 +79,7 @@ class Plan:
     parts: tuple[int, ...]
     programs: int
     fixed_base: int
-    kept_base: int
     far_base: int
-    far_parts: tuple[int, ...]
     slots: int
 
     @property
@@ -123,10 +116,7 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
     pinned_chunks = ceil_div(shape.pinned, tuning.chunk)
     recent_chunks = ceil_div(shape.recent, tuning.chunk)
     fixed_base = programs + problems if levels else 0
-    kept_base = fixed_base + problems * (pinned_chunks + recent_chunks)
-    far_base = kept_base + problems * (parts[-1] if levels else 0)
-    # The last launch adds the far field to its own sums, unless that must be calibrated first.
-    far_parts = {"none": (), "first_order": parts[:-1], "self_calibrated": parts}[shape.far_field]
+    far_base = fixed_base + problems * (pinned_chunks + recent_chunks)
     return Plan(
         group=group,
         tile_batch=tile_batch,
@@ -140,10 +130,8 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
         parts=parts,
         programs=programs,
         fixed_base=fixed_base,
-        kept_base=kept_base,
         far_base=far_base,
-        far_parts=far_parts,
-        slots=far_base + problems * sum(far_parts),
+        slots=far_base + (problems * sum(parts) if shape.far else 0),
     )
 
 
