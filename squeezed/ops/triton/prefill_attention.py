@@ -1,89 +1,13 @@
-"""Kernels of the prefill attention: share out the work, attend, and merge what was shared out.
-
-The work of a tile (a request, a KV head, a block of queries, up to `BLOCK_M` of its rows) is a row
-of *units* of `BLOCK_N` keys, in this order: kept rows, pinned rows, suffix, the dropped nodes of
-each level, and the kept leaves' centroids if the far field calibrates itself. `plan_kernel` lays
-all tiles end to end and the line is cut into passes of a few heads; every program of
-`attention_kernel` takes an equal stretch of each pass, so heads that keep many keys hold nobody up,
-and blocks of one head run side by side and find each other's keys in the cache. `combine_kernel`
-merges the stretches of each tile. The stretch of program `p` in tile `w` of a pass has slot
-`pass * programs + p + w`: along the line one of the three always grows.
-"""
+"""Attention of query blocks to lists of rows, on tensor cores; `prefill_plan` shares the work."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from squeezed.ops.triton.prefill_plan import stretch, tile_at
+
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def plan_kernel(
-    ends, bounds, keys_read, row_count, dropped_counts, kept_count, valid_count,
-    tiles, blocks, rows, suffix, pinned,
-    HEADS_KV: tl.constexpr, SPLIT_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    LEVELS: tl.constexpr, CLASSES: tl.constexpr, CALIBRATED: tl.constexpr, INDEXED: tl.constexpr,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """`bounds[w, c]`: first unit after class `c` of tile `w`; `ends[w]`: the same on the line."""
-    done = tl.zeros([], tl.int32)
-    for at in range(0, tiles * SPLIT_M, STEP):
-        w = at + tl.arange(0, STEP)
-        inside = w < tiles * SPLIT_M
-        t = w // SPLIT_M
-        units = tl.zeros([STEP], tl.int32)
-        if INDEXED:
-            count = tl.load(row_count + t, mask=inside, other=0)
-            units += tl.cdiv(count, BLOCK_N)
-            from_end = (blocks - 1 - t % blocks) * BLOCK  # query rows after this block
-            b = t // blocks // HEADS_KV
-            valid = tl.minimum(rows - from_end, BLOCK)
-            if MASKED:
-                valid = tl.load(valid_count + b * blocks + t % blocks, mask=inside, other=0)
-            reads = count.to(tl.int64) * valid
-            tl.atomic_add(keys_read + b, reads, mask=inside & (w % SPLIT_M == 0))
-        tl.store(bounds + w * CLASSES, units, mask=inside)
-        units += tl.cdiv(pinned, BLOCK_N)
-        tl.store(bounds + w * CLASSES + 1, units, mask=inside)
-        seen = tl.zeros([STEP], tl.int32) + suffix
-        if CAUSAL:
-            seen = tl.maximum(seen - (blocks - 1 - t % blocks) * BLOCK, 0)
-        units += tl.cdiv(seen, BLOCK_N)
-        tl.store(bounds + w * CLASSES + 2, units, mask=inside)
-        for level in tl.static_range(LEVELS):
-            units += tl.cdiv(tl.load(dropped_counts[level] + t, mask=inside, other=0), BLOCK_N)
-            tl.store(bounds + w * CLASSES + 3 + level, units, mask=inside)
-        if CALIBRATED:
-            units += tl.cdiv(tl.load(kept_count + t, mask=inside, other=0), BLOCK_N)
-            tl.store(bounds + w * CLASSES + 3 + LEVELS, units, mask=inside)
-        units = tl.where(inside, units, 0)
-        tl.store(ends + w, done + tl.cumsum(units, 0), mask=inside)
-        done += tl.sum(units, 0)
-
-
-@triton.jit
-def tile_at(ends, first, last, unit, STEP: tl.constexpr):
-    """Which of the tiles `first:last` holds `unit` of the line; `last` if none does."""
-    found = first
-    for at in range(first, last, STEP):
-        w = at + tl.arange(0, STEP)
-        end = tl.load(ends + w, mask=w < last, other=2147483647)
-        found += tl.sum((end <= unit).to(tl.int32), 0)
-    return found
-
-
-@triton.jit
-def stretch(ends, tiles, pass_tiles, number, program, programs):
-    """Tiles `first:last` of a pass, and the units `begin:stop` of the line that a program takes."""
-    first = number * pass_tiles
-    last = tl.minimum(first + pass_tiles, tiles)
-    base = tl.load(ends + first - 1, mask=first > 0, other=0)
-    end = tl.load(ends + last - 1)
-    share = tl.maximum(tl.cdiv(end - base, programs), 1)
-    begin = tl.minimum(base + program * share, end)
-    return first, last, begin, tl.minimum(begin + share, end), base, share
 
 
 @triton.jit
@@ -209,7 +133,8 @@ def attention_kernel(
     query, q_b, q_h, q_r, keys, values, tokens, suffix_keys, k_b, k_h, k_s,
     suffix_values, v_b, v_h, v_s, mask, m_b, m_q, m_s,
     ends, bounds, row_list, row_count, centroids, mean_values, nodes, dropped, masses,
-    dropped_counts, kept_list, kept_mass, kept_count, part, part_lse, far, far_lse, exact_lse, estimate,
+    dropped_counts, kept_list, kept_mass, kept_count,
+    part, part_lse, far, far_lse, exact_lse, estimate,
     tiles, blocks, rows, suffix, pinned, capacity, pass_tiles, scale,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_M: tl.constexpr,
@@ -250,12 +175,14 @@ def attention_kernel(
             if INDEXED:
                 count = tl.load(row_count + t)
                 first, last, whole = lo, tl.minimum(hi, kept_end), count // BLOCK_N
+                rows_here = row_list + wide * capacity
                 acc, peak, total = attend_rows(
-                    q, scale, acc, peak, total, k_head, v_head, row_list + wide * capacity, row_list,
-                    first, tl.minimum(last, whole), count, DIM, BLOCK_D, BLOCK_N, True, False, False,
+                    q, scale, acc, peak, total, k_head, v_head, rows_here, row_list,
+                    first, tl.minimum(last, whole), count,
+                    DIM, BLOCK_D, BLOCK_N, True, False, False,
                 )  # fmt: skip
                 acc, peak, total = attend_rows(
-                    q, scale, acc, peak, total, k_head, v_head, row_list + wide * capacity, row_list,
+                    q, scale, acc, peak, total, k_head, v_head, rows_here, row_list,
                     tl.maximum(first, whole), last, count, DIM, BLOCK_D, BLOCK_N, True, True, False,
                 )  # fmt: skip
             if CALIBRATED:
@@ -295,84 +222,11 @@ def attention_kernel(
                 head = h * nodes[LEVELS - 1]
                 lse = estimate_kept(
                     q, scale, centroids[LEVELS - 1] + head * DIM,
-                    kept_list + wide * nodes[LEVELS - 1], kept_mass + wide * nodes[LEVELS - 1], first, last, tl.load(kept_count + t),
+                    kept_list + wide * nodes[LEVELS - 1], kept_mass + wide * nodes[LEVELS - 1],
+                    first, last, tl.load(kept_count + t),
                     DIM, BLOCK_D, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 slots = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
                 tl.store(estimate + slots, lse)
             else:
                 store_part(part, part_lse, slot, acc, peak, total, DIM, BLOCK_D, BLOCK_M)
-
-
-@triton.jit
-def calibration(exact_lse, estimate, m, p_first, p_last, slot, clamp, BLOCK_M: tl.constexpr,
-                BLOCK_R: tl.constexpr):  # fmt: skip
-    """log2 of exact over estimated mass of the kept leaves, `[BLOCK_R]`; 0 where nothing is kept."""
-    exact = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    guess = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    for p in range(p_first, p_last + 1):
-        at = (slot + p).to(tl.int64) * BLOCK_M + m
-        exact = log_add(exact, tl.load(exact_lse + at))
-        guess = log_add(guess, tl.load(estimate + at))
-    known = (exact > NEG_INF) & (guess > NEG_INF)
-    gap = tl.where(known, exact, 0.0) - tl.where(known, guess, 0.0)
-    return tl.minimum(tl.maximum(gap, -clamp), clamp)
-
-
-@triton.jit
-def log_add(a, b):
-    """log2 of 2^a + 2^b, `-inf` allowed."""
-    top = tl.maximum(a, b)
-    base = tl.where(top == NEG_INF, 0.0, top)
-    return base + tl.log2(tl.exp2(a - base) + tl.exp2(b - base))
-
-
-@triton.jit
-def merge_part(out, lse, part, part_lse, at, gap, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Add one stretch, its mass shifted by `gap`, to a running output and log2 mass."""
-    dims = tl.arange(0, BLOCK_D)
-    more = tl.load(part_lse + at) + gap
-    value = tl.load(part + at[:, None] * DIM + dims, mask=(dims < DIM)[None, :], other=0.0)
-    top = tl.maximum(lse, more)
-    base = tl.where(top == NEG_INF, 0.0, top)
-    a, b = tl.exp2(lse - base), tl.exp2(more - base)
-    mass = tl.where(a + b > 0, a + b, 1.0)
-    return out * (a / mass)[:, None] + value * (b / mass)[:, None], base + tl.log2(a + b)
-
-
-@triton.jit
-def combine_kernel(
-    output, ends, bounds, part, part_lse, far, far_lse, exact_lse, estimate,
-    tiles, blocks, rows, programs, pass_tiles, clamp,
-    HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
-    CLASSES: tl.constexpr, CALIBRATED: tl.constexpr,
-):  # fmt: skip
-    """Merge all stretches of `BLOCK_R` rows of one tile into the output `[B, Hq, Q, D]`."""
-    w, m = tl.program_id(0), tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    number = w // pass_tiles
-    _, _, _, _, base, share = stretch(ends, tiles * SPLIT_M, pass_tiles, number, 0, programs)
-    end = tl.load(ends + w)
-    start = end - tl.load(bounds + w * CLASSES + CLASSES - 1)
-    p_first, p_last = (start - base) // share, (end - 1 - base) // share
-    p_last = tl.where(end > start, p_last, p_first - 1)
-    out = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    lse = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    gap = tl.zeros([BLOCK_R], tl.float32)
-    if CALIBRATED:
-        gap = calibration(
-            exact_lse, estimate, m, p_first, p_last, number * programs + w, clamp, BLOCK_M, BLOCK_R
-        )
-    for p in range(p_first, p_last + 1):
-        at = (number * programs + p + w).to(tl.int64) * BLOCK_M + m
-        out, lse = merge_part(out, lse, part, part_lse, at, 0.0, DIM, BLOCK_D)
-        if CALIBRATED:
-            out, lse = merge_part(out, lse, far, far_lse, at, gap, DIM, BLOCK_D)
-    t, member = w // SPLIT_M, (w % SPLIT_M) * BLOCK_M + m
-    head = (t // blocks) % HEADS_KV * GROUP + member // BLOCK
-    row = rows - (blocks - t % blocks) * BLOCK + member % BLOCK
-    ok = (member < GROUP * BLOCK) & (row >= 0)
-    dims = tl.arange(0, BLOCK_D)
-    line = (t // blocks // HEADS_KV * (HEADS_KV * GROUP) + head).to(tl.int64) * rows + row
-    ok = ok[:, None] & (dims < DIM)
-    tl.store(output + line[:, None] * DIM + dims, out.to(output.dtype.element_ty), mask=ok)

@@ -17,7 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
-from squeezed.ops.triton.prefill_select import expand_kernel, normaliser_kernel, select_kernel
+from squeezed.ops.triton.prefill_expand import expand_kernel
+from squeezed.ops.triton.prefill_select import normaliser_kernel, select_kernel
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer, Level
 
@@ -128,9 +129,10 @@ def two_per_multiprocessor(device: torch.device) -> dict[str, int]:
     return {"maxnreg": 128} if device.type == "cuda" else {}
 
 
-def row_tile(rows: int) -> int:
-    """Rows of a tile of queries: a power of two the tensor cores accept."""
-    return min(128, max(16, triton.next_power_of_2(rows)))
+def row_tile(rows: int, dtype: torch.dtype) -> int:
+    """Rows of a tile of queries: a power of two the tensor cores accept, fewer in float32."""
+    most = 32 if dtype == torch.float32 else 128
+    return min(most, max(16, triton.next_power_of_2(rows)))
 
 
 def _normaliser(
@@ -138,7 +140,7 @@ def _normaliser(
 ) -> Tensor:
     """Shares of the log2 of every row's estimated denominator, `[B, Hq, Q, splits]`."""
     level, heads = layer.levels[0], query.shape[1]
-    block_r = row_tile(sizes.rows)
+    block_r = row_tile(sizes.rows, query.dtype)
     row_tiles = sizes.batch * heads * triton.cdiv(sizes.rows, block_r)
     wanted = triton.cdiv(4 * multiprocessors(query.device), row_tiles)
     share = 64 * triton.cdiv(level.nodes, 64 * wanted)  # nodes that one program adds up
@@ -147,7 +149,8 @@ def _normaliser(
     grid = (row_tiles, splits)
     normaliser_kernel[grid](
         query, *query.stride()[:3], level.centroids, level.variance, level.key_offsets,
-        alpha_of(rule, 0, query), partial, sizes.rows, level.nodes, splits, scale, HEADS=heads, GROUP=sizes.group, DIM=sizes.dim,
+        alpha_of(rule, 0, query), partial, sizes.rows, level.nodes, splits, scale,
+        HEADS=heads, GROUP=sizes.group, DIM=sizes.dim,
         BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=block_r, BLOCK_C=64,
         SPLIT=share, SECOND=rule.alpha is not None, num_warps=8 if block_r == 128 else 4,
         num_stages=3,
@@ -198,9 +201,9 @@ class _Step:
             level.variance, level.key_offsets, self.members,
             alpha_of(self.rule, self.depth, query), partial, *_listed(candidates, state), state,
             counts, sizes.rows, level.nodes, sizes.blocks, self.chunks, sizes.tiles, splits, spans,
-            scale, max(self.rule.log_thresholds[self.depth] * LOG2E, LOWEST), HEADS_KV=sizes.kv_heads,
-            GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
-            BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=row_tile(sizes.block),
+            scale, max(self.rule.log_thresholds[self.depth] * LOG2E, LOWEST),
+            HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
+            BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=row_tile(sizes.block, query.dtype),
             BLOCK_C=NODES_PER_PROGRAM, SPLITS=triton.next_power_of_2(splits),
             SECOND=self.rule.alpha is not None, MASKED=valid is not None,
             LISTED=candidates is not None, FAR=self.rule.far_field != "none", num_warps=8,
@@ -221,7 +224,8 @@ class _Step:
         expand_kernel[(sizes.tiles * self.chunks,)](
             level.key_offsets, self.members, *_listed(candidates, state), state, counts,
             members.nodes, members.count, dropped.nodes, dropped.mass, dropped.count, kept.nodes,
-            kept.mass, kept.count, level.nodes, sizes.blocks, self.chunks, sizes.tiles, capacity, HEADS_KV=sizes.kv_heads, BLOCK_C=NODES_PER_PROGRAM,
+            kept.mass, kept.count, level.nodes, sizes.blocks, self.chunks, sizes.tiles, capacity,
+            HEADS_KV=sizes.kv_heads, BLOCK_C=NODES_PER_PROGRAM,
             CHUNKS=triton.next_power_of_2(self.chunks), RUN=32 if leaf else 8,
             LISTED=candidates is not None, DROPPED=far, KEPT=leaf and calibrated, num_warps=4,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Kernels of the prefill lookup: normaliser, selection, and expansion of kept nodes into lists.
+"""Kernels of the prefill lookup that score: the normaliser, and what every tile keeps or drops.
 
 Tiles are numbered `(b * Hkv + h) * N + n`; logarithms are base 2. The launcher is
 `squeezed.ops.triton.prefill_lookup`.
@@ -224,63 +224,3 @@ def _any_head(
             count += tl.sum(ok.to(tl.int32), 0)
         wanted = wanted | (total > count).to(tl.int32)
     return wanted != 0, count
-
-
-@triton.jit
-def _write_nodes(list_, masses, count, counts, node, mass, chosen, wide, chunk, chunks, live, capacity,
-                 CHUNKS: tl.constexpr):  # fmt: skip
-    """Append the `chosen` nodes and their masses to the tile's list, and its length if first."""
-    other = tl.arange(0, CHUNKS)
-    parts = tl.load(counts + wide * chunks + other, mask=other < live, other=0)
-    base = tl.sum(tl.where(other < chunk, parts, 0), 0)
-    at = base + tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(list_ + wide * capacity + at, node, mask=chosen)
-    tl.store(masses + wide * capacity + at, mass, mask=chosen)
-    if chunk == 0:
-        tl.store(count + wide, tl.sum(parts, 0))
-
-
-@triton.jit
-def expand_kernel(
-    key_offsets, member_offsets, candidates, candidate_count, state, counts,
-    member_list, member_count, dropped_list, dropped_mass, dropped_count,
-    kept_list, kept_mass, kept_count,
-    nodes, blocks, chunks, tiles, capacity,
-    HEADS_KV: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr, RUN: tl.constexpr,
-    LISTED: tl.constexpr, DROPPED: tl.constexpr, KEPT: tl.constexpr,
-):  # fmt: skip
-    """Write the members of the kept nodes of one chunk, the dropped nodes and the kept ones."""
-    pid, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    h, wide = (pid // blocks) % HEADS_KV, pid.to(tl.int64)
-    length = tl.load(candidate_count + pid) if LISTED else nodes
-    if (chunk > 0) & (chunk * BLOCK_C >= length):
-        return
-    live = tl.cdiv(length, BLOCK_C)  # chunks that hold candidates
-    slot = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = slot < length
-    node = slot
-    if LISTED:
-        node = tl.load(candidates + wide * nodes + slot, mask=inside, other=0)
-    fate = tl.load(state + wide * nodes + slot, mask=inside, other=0)
-    member = member_offsets + h * (nodes + 1) + node
-    start = tl.load(member, mask=fate == 1, other=0)
-    members = tl.load(member + 1, mask=fate == 1, other=0) - start
-    other = tl.arange(0, CHUNKS)
-    parts = tl.load(counts + wide * chunks + other, mask=other < live, other=0)
-    at = tl.sum(tl.where(other < chunk, parts, 0), 0) + tl.cumsum(members, 0) - members
-    if chunk == 0:
-        tl.store(member_count + pid, tl.sum(parts, 0))
-    lane = tl.arange(0, RUN)
-    for step in range(0, tl.max(members, 0), RUN):
-        more = (step + lane)[None, :] < members[:, None]
-        target = member_list + wide * capacity + at[:, None] + (step + lane)
-        tl.store(target, start[:, None] + (step + lane), mask=more)
-    if DROPPED:
-        edge = key_offsets + h * (nodes + 1) + node
-        size = tl.load(edge + 1, mask=inside, other=1) - tl.load(edge, mask=inside, other=0)
-        mass = tl.log2(tl.maximum(size, 1).to(tl.float32))
-        _write_nodes(dropped_list, dropped_mass, dropped_count, counts + tiles * chunks, node, mass,
-                     fate == 2, wide, chunk, chunks, live, nodes, CHUNKS)  # fmt: skip
-        if KEPT:
-            _write_nodes(kept_list, kept_mass, kept_count, counts + 2 * tiles * chunks, node, mass,
-                         fate == 1, wide, chunk, chunks, live, nodes, CHUNKS)  # fmt: skip

@@ -1,0 +1,181 @@
+"""Launcher of the prefill attention: from lists to the output, in three launches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from squeezed.config import SELF_CALIBRATION_CLAMP
+from squeezed.ops.triton.prefill_attention import attention_kernel
+from squeezed.ops.triton.prefill_lookup import (
+    Found,
+    Geometry,
+    multiprocessors,
+    two_per_multiprocessor,
+)
+from squeezed.ops.triton.prefill_plan import combine_kernel, plan_kernel
+from squeezed.rule import SelectionRule
+from squeezed.tree import ClusteredLayer
+
+LOG2E = 1 / math.log(2)
+STRETCHES_PER_TILE = 2
+"""Programs that share a tile of a pass: more fit the cache better and leave more to merge."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of the attention kernel: query rows and keys of a tile, and how it is compiled."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    programs: int  # per multiprocessor
+
+
+def choose_tile(query: Tensor, sizes: Geometry) -> Tile:
+    """The shape measured best on an H200 for this many rows (benchmarks/prefill-h200.json)."""
+    rows = max(16, triton.next_power_of_2(sizes.group * sizes.block))
+    if query.dtype == torch.float32 or sizes.dim > 128:
+        return Tile(min(rows, 32 if query.dtype == torch.float32 else 64), 32, 4, 2, 2)
+    if rows >= 128:
+        return Tile(128, 128, 8, 3, 1)
+    return Tile(rows, 64, 4, 3, 3)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The attention of one call: its tiles laid out as a line of units, shared by programs."""
+
+    sizes: Geometry
+    layer: ClusteredLayer
+    rule: SelectionRule
+    found: Found
+    tile: Tile
+
+    @property
+    def indexed(self) -> bool:
+        return len(self.layer.levels) > 0
+
+    @property
+    def split_m(self) -> int:
+        return triton.cdiv(self.sizes.group * self.sizes.block, self.tile.rows)
+
+    @property
+    def pass_tiles(self) -> int:
+        """Tiles that run side by side."""
+        return triton.cdiv(self.programs, STRETCHES_PER_TILE)
+
+    @property
+    def programs(self) -> int:
+        return multiprocessors(self.layer.keys.device) * self.tile.programs
+
+    @property
+    def calibrated(self) -> bool:
+        return self.indexed and self.rule.far_field == "self_calibrated"
+
+    @property
+    def far_levels(self) -> int:
+        return len(self.found.dropped)
+
+    @property
+    def classes(self) -> int:
+        return 3 + self.far_levels + self.calibrated
+
+    @property
+    def pinned(self) -> int:
+        """Rows that every query reads: all of them where there is no tree."""
+        return self.layer.pinned if self.indexed else self.layer.tokens
+
+    def plan(self, valid: Tensor | None, suffix: int, causal: bool) -> tuple[Tensor, ...]:
+        """`ends [W]`, `bounds [W, classes]` int32 and keys read `[B]` int64."""
+        sizes, device = self.sizes, self.layer.keys.device
+        spans = sizes.tiles * self.split_m
+        ends = torch.empty(spans, dtype=torch.int32, device=device)
+        bounds = torch.empty(spans, self.classes, dtype=torch.int32, device=device)
+        keys_read = torch.zeros(sizes.batch, dtype=torch.int64, device=device)
+        found = self.found
+        plan_kernel[(1,)](
+            ends, bounds, keys_read, found.rows.count, tuple(gone.count for gone in found.dropped),
+            found.kept_leaves.count, ends if valid is None else _valid_per_block(valid, sizes),
+            sizes.tiles, sizes.blocks, sizes.rows, suffix, self.pinned,
+            HEADS_KV=sizes.kv_heads, SPLIT_M=self.split_m, BLOCK=sizes.block,
+            BLOCK_N=self.tile.keys, LEVELS=self.far_levels,
+            CLASSES=self.classes, CALIBRATED=self.calibrated, INDEXED=self.indexed,
+            MASKED=valid is not None, CAUSAL=causal, STEP=1024, num_warps=8,
+        )  # fmt: skip
+        return ends, bounds, keys_read
+
+    def attend(
+        self, query: Tensor, suffix_keys: Tensor, suffix_values: Tensor,
+        suffix_mask: Tensor | None, ends: Tensor, bounds: Tensor, scale: float,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Outputs and log2 masses of all stretches."""
+        sizes, tile, layer = self.sizes, self.tile, self.layer
+        found, kept, dropped = self.found.rows, self.found.kept_leaves, self.found.dropped
+        levels = layer.levels[: self.far_levels]
+        parts = self._parts(query)
+        mask = bounds if suffix_mask is None else suffix_mask.view(torch.int8)
+        mask_strides = (0, 0, 0) if suffix_mask is None else _mask_strides(suffix_mask)
+        attention_kernel[(self.programs,)](
+            query, *query.stride()[:3], layer.keys, layer.values, layer.tokens,
+            suffix_keys, *suffix_keys.stride()[:3], suffix_values, *suffix_values.stride()[:3],
+            mask, *mask_strides, ends, bounds, found.nodes, found.count,
+            tuple(lv.centroids for lv in levels), tuple(lv.mean_values for lv in levels),
+            tuple(lv.nodes for lv in levels), tuple(gone.nodes for gone in dropped),
+            tuple(gone.mass for gone in dropped), tuple(gone.count for gone in dropped),
+            kept.nodes, kept.mass, kept.count, *parts.values(),
+            sizes.tiles, sizes.blocks, sizes.rows, suffix_keys.shape[2], self.pinned,
+            layer.clustered, self.pass_tiles, scale * LOG2E,
+            HEADS_KV=sizes.kv_heads, GROUP=sizes.group,
+            BLOCK=sizes.block, DIM=sizes.dim, BLOCK_D=triton.next_power_of_2(sizes.dim),
+            BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT_M=self.split_m, LEVELS=self.far_levels,
+            CLASSES=self.classes, CALIBRATED=self.calibrated, INDEXED=self.indexed,
+            CAUSAL=suffix_mask is None, STEP=512, num_warps=tile.warps, num_stages=tile.stages,
+            **(two_per_multiprocessor(query.device) if tile.programs * tile.warps == 16 else {}),
+        )  # fmt: skip
+        return parts
+
+    def _parts(self, query: Tensor) -> dict[str, Tensor]:
+        spans = self.sizes.tiles * self.split_m
+        slots = spans + triton.cdiv(spans, self.pass_tiles) * self.programs
+        shape = (slots, self.tile.rows)
+
+        def empty(used: bool, *more: int) -> Tensor:
+            return query.new_empty(*(shape if used else (0, 0)), *more, dtype=torch.float32)
+
+        far, dim = self.calibrated, self.sizes.dim
+        return {
+            "part": empty(True, dim), "part_lse": empty(True), "far": empty(far, dim),
+            "far_lse": empty(far), "exact_lse": empty(far), "estimate": empty(far),
+        }  # fmt: skip
+
+    def combine(self, query: Tensor, ends: Tensor, bounds: Tensor, parts: dict) -> Tensor:
+        sizes, tile = self.sizes, self.tile
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        grid = (sizes.tiles * self.split_m, triton.cdiv(tile.rows, 16))
+        combine_kernel[grid](
+            output, ends, bounds, *parts.values(), sizes.tiles, sizes.blocks, sizes.rows,
+            self.programs, self.pass_tiles, SELF_CALIBRATION_CLAMP * LOG2E,
+            HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
+            BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_M=tile.rows, BLOCK_R=16,
+            SPLIT_M=self.split_m, CLASSES=self.classes, CALIBRATED=self.calibrated, num_warps=4,
+        )  # fmt: skip
+        return output
+
+
+def _mask_strides(mask: Tensor) -> tuple[int, int, int]:
+    """Request, query and key strides of `[B or 1, 1, Q, S]`."""
+    per_request = mask.stride(0) if mask.shape[0] > 1 else 0
+    return per_request, mask.stride(2), mask.stride(3)
+
+
+def _valid_per_block(valid: Tensor, sizes: Geometry) -> Tensor:
+    """Valid rows of every block of queries, `[B, N]` int32."""
+    missing = sizes.blocks * sizes.block - sizes.rows
+    padded = torch.nn.functional.pad(valid, (missing, 0)).view(sizes.batch, sizes.blocks, -1)
+    return padded.sum(-1, dtype=torch.int32)
