@@ -7,7 +7,6 @@ COMMANDS = {
     "prefill": ("squeezed.bench.prefill:main", "The user's tokens over a context, on a GPU."),
     "generate": ("squeezed.bench.generate:app", "Tokens from generate(), on a GPU."),
     "index": ("squeezed.bench.index:main", "Clustering and calibration, on a GPU."),
-    "generate": ("squeezed.bench.generate:app", "Transformers' own generate(), on a GPU."),
     "cpu": ("squeezed.bench.cpu:main", "One generated token over a context, on the CPU."),
 }
 
