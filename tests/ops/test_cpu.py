@@ -1,6 +1,9 @@
 """The CPU implementation against the reference: same selection, same output, any layout."""
 
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -184,7 +187,7 @@ def test_cpu_rows_that_attend_to_nothing_are_zero():
 @pytest.mark.parametrize("suffix", [0, 40])
 def test_cpu_reads_all_rows_of_a_layer_without_levels(rows, suffix):
     layer = random_layer(tokens=700)
-    layer = type(layer)(layer.keys, layer.values, layer.positions, layer.tokens, ())
+    layer = type(layer)(layer.keys, layer.values, layer.positions, layer.pinned, ())
     query, keys, values = request(layer, rows=rows, suffix=suffix)
     rule = SelectionRule((), None, "first_order")
     assert_close(
@@ -249,3 +252,21 @@ def test_cpu_of_no_queries_is_empty():
     rule = SelectionRule((-math.inf, -math.inf), None, "none")
     output, keys_read = cpu.attend(query, layer, rule, keys, values, None, SCALE)
     assert output.shape == query.shape and keys_read.tolist() == [0, 0]
+
+
+def test_cpu_leaves_the_threads_of_torch_alone():
+    """In a process of its own: starting Numba's pool resets OpenMP's number of threads."""
+    program = """
+import torch
+from trees import random_layer
+from squeezed.ops import cpu
+from squeezed.rule import SelectionRule
+torch.set_num_threads(1)
+layer = random_layer()
+query, suffix = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 3, 32)
+cpu.attend(query, layer, SelectionRule((-9.0, -9.0), None, "none"), suffix, suffix, None, 0.2)
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)

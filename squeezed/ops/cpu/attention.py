@@ -17,7 +17,7 @@ from squeezed.ops.cpu.rows import QueryRows, from_rows, to_rows
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
-PREFILL_ROWS = 32
+PREFILL_ROWS = 48
 """From this many rows per unit on, gathering keys for matrix products is the faster way."""
 
 SLAB_ROWS = {decode: 128, prefill: 1024}
@@ -69,9 +69,9 @@ def _slabs(rows: QueryRows, most_rows: int) -> Iterator[QueryRows]:
 
 @contextmanager
 def _threads() -> Iterator[None]:
-    """Numba on as many threads as torch, one call at a time: its pool is not re-entrant."""
+    """Numba on as many threads as torch, one call at a time: not every pool is re-entrant."""
     with _ONE_CALL:
-        _choose_pool()
+        _start_pool()
         before = numba.get_num_threads()
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         try:
@@ -81,11 +81,8 @@ def _threads() -> Iterator[None]:
 
 
 @cache
-def _choose_pool() -> None:
-    """Threads that sleep when idle, unless the user has chosen others.
-
-    OpenMP threads spin at every barrier, and so do torch's own: where both compete for the same
-    cores, a decode step took several times as long.
-    """
-    if numba.config.THREADING_LAYER == "default":
-        numba.config.THREADING_LAYER = "workqueue"
+def _start_pool() -> None:
+    """Start Numba's threads. Where they are OpenMP's, torch shares them, and its number is reset."""
+    threads = torch.get_num_threads()
+    numba.get_num_threads()  # starts them
+    torch.set_num_threads(threads)
