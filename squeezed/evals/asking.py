@@ -7,7 +7,7 @@ from torch import Tensor
 
 from squeezed.context import FixedContext
 from squeezed.evals.meter import Meter
-from squeezed.hf.cache import SqueezedCache, build_cache, suffix_mask
+from squeezed.hf.cache import ContextLayer, SqueezedCache, WindowedLayer, suffix_mask
 from squeezed.hf.support import using_attention
 from squeezed.methods.base import ContextAttention
 from squeezed.tree import WindowLayer
@@ -19,9 +19,10 @@ def metered_cache(
     """A new cache whose full-attention layers report to `meter`."""
     metered = iter(meter.wrap(attentions))
     layers = [
-        layer if isinstance(layer, WindowLayer) else next(metered) for layer in context.layers
+        WindowedLayer(layer) if isinstance(layer, WindowLayer) else ContextLayer(next(metered))
+        for layer in context.layers
     ]
-    return build_cache(layers, list(context.windows), budget)
+    return SqueezedCache(layers, budget)
 
 
 def left_padded(rows: list[Tensor], filler: int) -> tuple[Tensor, Tensor]:

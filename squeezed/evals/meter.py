@@ -115,6 +115,9 @@ class MeteredLayer:
     def selectable_keys(self) -> int:
         return self.inner.selectable_keys
 
+    def tensors(self) -> list[Tensor]:
+        return self.inner.tensors()
+
     def index_bytes(self, query: Tensor, scale: float) -> float:
         return self.inner.index_bytes(query, scale)
 

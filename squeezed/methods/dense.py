@@ -27,6 +27,9 @@ class DenseLayer:
     def selectable_keys(self) -> int:
         return self.layer.clustered * self.layer.keys.shape[0]
 
+    def tensors(self) -> list[Tensor]:
+        return self.layer.tensors()
+
     def index_bytes(self, query: Tensor, scale: float) -> float:
         return 0.0
 

@@ -78,6 +78,9 @@ class MaskedLayer(abc.ABC):
         """What the rows that are not read still count; nothing for most methods."""
         return None
 
+    def tensors(self) -> list[Tensor]:
+        return self.layer.tensors()
+
     def index_bytes(self, query: Tensor, scale: float) -> float:
         return 0.0
 
