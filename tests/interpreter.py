@@ -11,7 +11,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _index_by_item() -> None:
-    """Triton 3.6's interpreter turns one-element arrays into loop bounds; numpy 2.4 refuses them."""
+    """Triton 3.6's interpreter makes loop bounds of one-element arrays; numpy 2.4 refuses them."""
     from triton.runtime import interpreter
 
     patch_tensor = interpreter._patch_lang_tensor

@@ -37,14 +37,20 @@ class Tile:
     programs: int  # per multiprocessor
 
 
-def choose_tile(query: Tensor, sizes: Geometry) -> Tile:
-    """The shape measured best on an H200 for this many rows (benchmarks/prefill-h200.json)."""
+def choose_tile(query: Tensor, sizes: Geometry, far_field: bool) -> Tile:
+    """The shape measured best on an H200 (benchmarks/prefill-tiles-h200.json)."""
     rows = max(16, triton.next_power_of_2(sizes.group * sizes.block))
-    if query.dtype == torch.float32 or sizes.dim > 128:
-        return Tile(min(rows, 32 if query.dtype == torch.float32 else 64), 32, 4, 2, 2)
-    if rows >= 128:
-        return Tile(128, 128, 8, 3, 1)
-    return Tile(rows, 64, 4, 3, 3)
+    if query.dtype == torch.float32:
+        return Tile(min(rows, 32), 32, warps=4, stages=2, programs=2)
+    if sizes.dim > 128:
+        return Tile(min(rows, 64), 32, warps=4, stages=2, programs=2)
+    if rows < 128:
+        return Tile(rows, 64, warps=4, stages=3, programs=2)
+    if far_field:
+        return Tile(128, 64, warps=8, stages=2, programs=2)
+    if sizes.tiles <= multiprocessors(query.device):
+        return Tile(128, 64, warps=8, stages=4, programs=1)
+    return Tile(128, 128, warps=8, stages=3, programs=1)
 
 
 @dataclass(frozen=True)
