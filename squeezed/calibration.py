@@ -1,8 +1,8 @@
 """Observed queries + budget -> thresholds, and the weight of the second-order term.
 
 One threshold per level holds for all layers and heads, so a head that needs more keys gets more
-(arXiv 2411.09688, section 3.2). It is the quantile, weighted by cluster size, of the scores that the
-document's own last queries give; a KV head's cluster counts as wanted if any head of the group
+(arXiv 2411.09688, section 3.2). It is the quantile, weighted by cluster size, of the scores that
+the document's own last queries give; a KV head's cluster counts as wanted if any head of the group
 wants it. Scores go into histograms layer by layer, so memory does not grow with depth.
 """
 
@@ -26,7 +26,7 @@ from squeezed.ops.reference.lookup import (
     query_blocks,
 )
 from squeezed.rule import SelectionRule
-from squeezed.tree import ClusteredLayer
+from squeezed.tree import ClusteredLayer, Level
 
 LOWEST, HIGHEST, BINS = -60.0, 4.0, 6400  # nats: a bin is 0.01 wide
 ALPHA_QUERIES = 24  # observed queries per layer that fit alpha; more changed nothing measurable
@@ -132,8 +132,9 @@ def fit_thresholds(
         for seen, weights in zip(layers, alpha, strict=True):
             if seen.layer.levels:
                 counts, weight = _score_histograms(seen, weights, block, level, found)
-                histogram += counts.cpu()
+                histogram = histogram.to(counts.device) + counts
                 total += weight
+        histogram = histogram.cpu()
         for row, share in enumerate(shares):
             if share[level] < 1.0:
                 found[row, level] = _upper_quantile(histogram[row], share[level] * total)
@@ -142,23 +143,25 @@ def fit_thresholds(
 
 def _score_histograms(
     seen: ObservedLayer, alpha: Tensor | None, block: int, level: int, found: Tensor
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, int]:
     """Keys by log score at `level` of nodes whose ancestors are kept, `[budgets, BINS]`."""
     scores = _block_scores(seen, alpha, block, level)
     sizes = seen.layer.levels[level].sizes.double()[None, :, None].expand(scores[-1].shape)
     bins = ((scores[level] - LOWEST) * (BINS / (HIGHEST - LOWEST))).long().clamp(0, BINS - 1)
-    rows = []
-    for thresholds in found[:, :level].tolist():
-        weight = sizes
-        for above, threshold in enumerate(thresholds):
-            weight = weight * _inherit(scores[above] > threshold, seen.layer, above, level)
-        rows.append(torch.bincount(bins.flatten(), weight.flatten(), BINS))
-    return torch.stack(rows), float(sizes.sum())
+    budgets = len(found)
+    first = torch.zeros_like(bins)  # the smallest budget that keeps all ancestors
+    for above in range(level):
+        falling = found[:, above].to(first.device, scores[above].dtype)
+        needed = budgets - torch.searchsorted(falling.flip(0), scores[above].contiguous())
+        first = torch.maximum(first, _inherit(needed, seen.layer, above, level))
+    counts = torch.bincount(
+        (first * BINS + bins).flatten(), sizes.flatten(), (budgets + 1) * BINS
+    ).view(budgets + 1, BINS)
+    keys = seen.layer.clustered * sizes.shape[1] * sizes.shape[2]
+    return counts[:budgets].cumsum(0), keys
 
 
-def _block_scores(
-    seen: ObservedLayer, alpha: Tensor | None, block: int, last: int
-) -> list[Tensor]:
+def _block_scores(seen: ObservedLayer, alpha: Tensor | None, block: int, last: int) -> list[Tensor]:
     """Log scores of the observed queries at levels `0..last`, each `[1, Hkv, N, C]`."""
     layer = seen.layer
     query = grouped(seen.queries[None], layer.keys.shape[0])
@@ -173,12 +176,13 @@ def _block_scores(
     return scores
 
 
-def _inherit(kept: Tensor, layer: ClusteredLayer, above: int, level: int) -> Tensor:
-    """Spread a per-node truth of level `above` to its descendants at `level`."""
+def _inherit(of_nodes: Tensor, layer: ClusteredLayer, above: int, level: int) -> Tensor:
+    """Spread a number per node of level `above` to its descendants at `level`."""
     for depth in range(above, level):
         parent = owners(layer.levels[depth].child_offsets, layer.levels[depth + 1].nodes)
-        kept = kept.gather(3, parent[None, :, None, :].expand(-1, -1, kept.shape[2], -1))
-    return kept
+        parent = parent[None, :, None, :].expand(-1, -1, of_nodes.shape[2], -1)
+        of_nodes = of_nodes.gather(3, parent)
+    return of_nodes
 
 
 def _upper_quantile(histogram: Tensor, wanted: float) -> float:
@@ -199,33 +203,35 @@ def fit_alpha(seen: ObservedLayer) -> Tensor:
     layer, scale = seen.layer, seen.scale
     step = max(1, seen.queries.shape[1] // ALPHA_QUERIES)
     queries = seen.queries[:, ::step].float().unflatten(0, (layer.keys.shape[0], -1))
-    fitted = []
-    for level in layer.levels:
-        heads = [
-            _fit_head(q, layer, level.centroids[h], level.variance[h], level.sizes[h], scale, h)
-            for h, q in enumerate(queries)
-        ]
-        fitted.append(torch.cat(heads))
-    if not fitted:
+    if not layer.levels:
         return torch.zeros(0, seen.queries.shape[0], device=seen.queries.device)
+    fitted = [_fit_level(queries, layer, level, scale) for level in layer.levels]
     return torch.stack(fitted).clamp(*ALPHA_RANGE)
 
 
-def _fit_head(query, layer, centroids, variance, sizes, scale, head) -> Tensor:
-    """Alpha of the `G` query heads of one KV head, from `query [G, n, D]`."""
-    keys = layer.keys[head, layer.pinned :].float()
-    group, count, dim = query.shape
-    flat = query.reshape(-1, dim)
-    first = scale * centroids.float() @ flat.T  # [C, G * n]
-    own = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
-    spread = (scale * keys @ flat.T - first[own]).clamp(max=80.0).exp()
-    mean = torch.segment_reduce(spread, "sum", lengths=sizes, unsafe=True)
-    excess = (mean / sizes.clamp(min=1)[:, None]).clamp(min=1e-30).log()
-    term = (0.5 * scale**2) * flat.square().sum(-1) * variance[:, None]
-    mass = (first + excess + sizes.clamp(min=1).log()[:, None]).masked_fill(
-        (sizes == 0)[:, None], NEG_INF
+def _fit_level(query: Tensor, layer: ClusteredLayer, level: Level, scale: float) -> Tensor:
+    """Alpha of all query heads at one level, `[Hq]`, from `query [Hkv, G, n, D]`."""
+    flat = query.flatten(1, 2)  # [Hkv, G * n, D]
+    first = scale * level.centroids.float() @ flat.mT  # [Hkv, C, G * n]
+    excess = torch.stack(
+        [
+            _excess(flat[h], layer.keys[h, layer.pinned :], first[h], level.sizes[h], scale)
+            for h in range(len(flat))
+        ]
     )
-    weight = mass.softmax(0).sqrt()
-    over = (weight * term * excess).view(-1, group, count).sum((0, 2))
-    under = (weight * term * term).view(-1, group, count).sum((0, 2))
-    return over / under.clamp(min=1e-20)
+    term = (0.5 * scale**2) * flat.square().sum(-1)[:, None] * level.variance[..., None]
+    sizes = level.sizes[..., None]
+    mass = (first + excess + sizes.clamp(min=1).log()).masked_fill(sizes == 0, NEG_INF)
+    weight = mass.softmax(1).sqrt()
+    groups = query.shape[1:3]
+    over = (weight * term * excess).sum(1).unflatten(1, groups).sum(-1)
+    under = (weight * term * term).sum(1).unflatten(1, groups).sum(-1)
+    return (over / under.clamp(min=1e-20)).flatten()
+
+
+def _excess(queries: Tensor, keys: Tensor, first: Tensor, sizes: Tensor, scale: float) -> Tensor:
+    """`log(mean of exp(s q.(k - c)))` over each cluster of one head, `[C, G * n]`."""
+    own = torch.repeat_interleave(sizes, output_size=len(keys))
+    spread = (scale * keys.float() @ queries.T - first[own]).clamp(max=80.0).exp()
+    mean = torch.segment_reduce(spread, "sum", lengths=sizes, unsafe=True)
+    return (mean / sizes.clamp(min=1)[:, None]).clamp(min=1e-30).log()
