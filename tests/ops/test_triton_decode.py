@@ -25,12 +25,15 @@ SMALL = Tuning(
     chunk=32,
     parents=16,
     children=16,
+    select=16,
     write=8,
     tile=16,
     stages=3,
     overlap=False,
 )
 TUNING = None if ON_GPU else SMALL
+BASE = Tuning() if ON_GPU else SMALL
+PATHS = {"scored at once": BASE, "descended": replace(BASE, score_bytes=0)}
 LEVEL_TENSORS = ("centroids", "mean_values", "variance", "key_offsets", "child_offsets")
 KEEP_ALL, KEEP_NONE = -float("inf"), 1e9
 
@@ -68,10 +71,10 @@ def run(query, layer, rule, keys, values, mask=None, scale=None, tuning=TUNING):
     )
 
 
-def assert_equals_reference(query, layer, rule, keys, values, mask=None, scale=None):
+def assert_equals_reference(query, layer, rule, keys, values, mask=None, scale=None, tuning=TUNING):
     """Error against float64 at most twice that of the reference in the working precision."""
     layer, scale = layer.to(interpreter.DEVICE), scale or query.shape[-1] ** -0.5
-    output, read = run(query, layer, rule, keys, values, mask, scale)
+    output, read = run(query, layer, rule, keys, values, mask, scale, tuning)
     arguments = (layer, rule, keys, values, mask, scale)
     exact, expected_read = reference.attend(query.double(), *arguments)
     rounded, _ = reference.attend(query, *arguments)
@@ -99,13 +102,14 @@ def _tensors(field):
     return field if isinstance(field, tuple) else (field,)
 
 
+@pytest.mark.parametrize("path", ["scored at once", "descended"])
 @pytest.mark.parametrize("far_field", ["none", "first_order", "self_calibrated"])
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_decode_equals_reference_at_any_depth_and_far_field(levels, far_field):
+def test_decode_equals_reference_at_any_depth_and_far_field(levels, far_field, path):
     nodes = (20, 80, 400)[-levels:] if ON_GPU else (4, 10, 24)[-levels:]
     layer = layer_of(nodes=nodes)
     rule = rule_of(layer, 2, far_field=far_field, second_order=True)
-    assert_equals_reference(*_around(layer, rule, inputs(layer, group=2)))
+    assert_equals_reference(*_around(layer, rule, inputs(layer, group=2)), tuning=PATHS[path])
 
 
 def _around(layer, rule, drawn):
@@ -129,9 +133,9 @@ def test_requests_that_share_a_context_equal_reference(batch, group):
     query, keys, values = inputs(layer, batch, group)
     mask = torch.rand(batch, 1, 1, keys.shape[2], device=query.device) > 0.4
     mask[0] = False  # a request of padding
-    for far_field in ("none", "self_calibrated"):
+    for far_field, tuning in zip(("none", "self_calibrated"), PATHS.values(), strict=True):
         rule = rule_of(layer, group, far_field=far_field)
-        assert_equals_reference(query, layer, rule, keys, values, mask)
+        assert_equals_reference(query, layer, rule, keys, values, mask, tuning=tuning)
 
 
 def test_more_rows_than_a_tile_equal_reference(monkeypatch):

@@ -1,13 +1,14 @@
 """One new token over a clustered context: the launcher of the decode kernels.
 
 From query to output without a host synchronisation and with static shapes, so that a CUDA graph can
-hold the step: `open` scores the coarsest nodes and attends to pinned and recent rows; `descend`,
-once per further level, selects; `attend` reads the kept rows; `combine` merges.
+hold the step: `open` scores the first levels and attends to pinned and recent rows; `select` or
+`descend`, one per further level, lists what is kept; `attend` reads those rows; `combine` merges.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -16,8 +17,16 @@ from torch import Tensor
 
 from squeezed.config import SELF_CALIBRATION_CLAMP
 from squeezed.errors import SqueezedError
-from squeezed.ops.triton import attention, descend, lookup
-from squeezed.ops.triton.workspace import Shape, Tuning, Workspace, plan, power_of_two
+from squeezed.ops.triton import attention, descend, lookup, select
+from squeezed.ops.triton.workspace import (
+    Shape,
+    Tuning,
+    Workspace,
+    ceil_div,
+    plan,
+    power_of_two,
+    scored_at_once,
+)
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
@@ -60,7 +69,7 @@ def attend(
     step = _Step(query, layer, rule, suffix_keys, suffix_values, suffix_mask, scale, shape, tuning)
     step.open()
     for stage in range(len(step.cut.parts)):
-        step.descend(stage)
+        step.select() if stage == 0 and step.cut.fine_splits else step.descend(stage)
     if layer.levels:
         step.attend()
     step.combine()
@@ -125,8 +134,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def chosen_tuning(shape: Shape) -> Tuning:
-    """Block sizes by shape, from a sweep on an H200 (see `benchmarks/`)."""
-    return Tuning(overlap=shape.multiprocessors != INTERPRETED_MULTIPROCESSORS)
+    """Block sizes by shape, from sweeps on an H200."""
+    chosen = Tuning(overlap=shape.multiprocessors != INTERPRETED_MULTIPROCESSORS)
+    if scored_at_once(shape, chosen) or shape.batch * shape.heads > 16 * shape.kv_heads:
+        return chosen
+    # So many nodes that throughput counts, not latency: one warp per program needs no barriers.
+    return replace(chosen, children=16, warps=(4, 1, 4), select_programs=32)
 
 
 class _Step:
@@ -162,21 +175,59 @@ class _Step:
         cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
         keys, values, mask = self.suffix_keys, self.suffix_values, self.mask
         top = self.layer.levels[0] if self.layer.levels else None
+        fine = self.layer.levels[1] if cut.fine_splits else top
         recent_programs = cut.tile_batch * cut.recent_chunks
-        lookup.open_kernel[cut.problems, cut.pinned_chunks + cut.splits + recent_programs](
+        shared_programs = cut.pinned_chunks + cut.splits + cut.fine_splits
+        lookup.open_kernel[cut.problems, shared_programs + recent_programs](
             self.query, self.layer.keys, self.layer.values,
             top.centroids if top else self.query, top.variance if top else self.query,
-            top.key_offsets if top else self.query, self._energy(0), keys, values,
+            top.key_offsets if top else self.query, self._energy(0),
+            fine.centroids if fine else self.query, fine.variance if fine else self.query,
+            fine.key_offsets if fine else self.query, s.fine_logits,
+            top.child_offsets if cut.fine_splits else s.owner, s.owner, keys, values,
             self.query if mask is None else mask, s.logits, s.norm_highs, s.norm_masses,
             s.sums, s.highs, s.masses, s.counters, s.read_counts, self.keys_read,
             self.query.stride(0), self.query.stride(1), keys.stride(0), keys.stride(1),
             keys.stride(2), 0 if mask is None else mask.stride(0),
             0 if mask is None else mask.stride(3),
             shape.batch, shape.tokens, shape.pinned, shape.recent, top.nodes if top else 0,
-            cut.splits, cut.pinned_chunks, cut.recent_chunks, cut.fixed_base, self.scale_bits,
+            cut.splits, fine.nodes if fine else 0, cut.fine_splits,
+            cut.pinned_chunks, cut.recent_chunks, cut.fixed_base, self.scale_bits,
             **self._tile(), M=cut.row_pad, M_ONE=16, N=tuning.score_tile, CHUNK=tuning.chunk,
-            COUNTERS=s.counters.shape[1], SECOND=bool(top) and self.rule.alpha is not None,
+            COUNTERS=s.counters.shape[1], SCORED=cut.fine_splits > 0,
+            SECOND=bool(top) and self.rule.alpha is not None,
             MASKED=mask is not None, **self._launch(tuning.warps[0], dependent=False, stages=2),
+        )  # fmt: skip
+
+    def select(self) -> None:
+        cut, shape, s, tuning, rule = self.cut, self.shape, self.scratch, self.tuning, self.rule
+        parent, child = self.layer.levels[:2]
+        leaves = len(self.layer.levels) == 2
+        found = 0 if leaves else 1
+        threshold = [t * math.log2(math.e) for t in rule.log_thresholds]
+        select.select_kernel[cut.problems, cut.parts[0]](
+            self.query, self._energy(0), self._energy(1), s.logits, s.fine_logits, s.owner,
+            parent.key_offsets, parent.variance, parent.mean_values, child.key_offsets,
+            child.variance, child.mean_values, s.norm_highs, s.norm_masses,
+            s.kept[found], s.kept_bits[found], s.counters, s.read_counts, s.sums, s.highs,
+            s.masses, s.estimate_highs, s.estimate_masses,
+            self.query.stride(0), self.query.stride(1), shape.batch, parent.nodes, child.nodes,
+            ceil_div(child.nodes, tuning.select), s.kept[found].shape[1], cut.splits,
+            cut.fixed_base + cut.pinned_chunks, cut.fixed_slots, cut.recent_chunks,
+            cut.far_base, sum(cut.parts), threshold[0], threshold[1], self.scale_bits,
+            FOUND=found, LEAVES=leaves, N=tuning.select, **self._selection(tuning.warps[1]),
+        )  # fmt: skip
+
+    def _selection(self, warps: int) -> dict:
+        """Compile-time sizes that both selection kernels share."""
+        cut, shape, tuning, rule = self.cut, self.shape, self.tuning, self.rule
+        return self._tile() | dict(
+            COUNTERS=self.scratch.counters.shape[1], M=cut.row_pad, WRITE=tuning.write,
+            NORM_PAD=power_of_two(cut.splits), RECENT_PAD=power_of_two(max(cut.recent_chunks, 1)),
+            BITS=triton.language.int32 if cut.bits == torch.int32 else triton.language.int64,
+            SHARED=cut.tile_batch > 1, SECOND=rule.alpha is not None,
+            MASKED=self.mask is not None or shape.recent == 0, FAR=shape.far,
+            CALIBRATED=rule.far_field == "self_calibrated", **self._launch(warps, dependent=True),
         )  # fmt: skip
 
     def descend(self, stage: int) -> None:
@@ -187,7 +238,6 @@ class _Step:
         leaves = flat or stage + 2 == len(levels)
         listed, found = stage, 0 if leaves else stage + 1
         threshold = [t * math.log2(math.e) for t in rule.log_thresholds]
-        shared = cut.tile_batch > 1
         descend.descend_kernel[cut.problems, cut.parts[stage]](
             self.query, self._energy(stage), self._energy(stage if flat else stage + 1),
             s.logits, parent.key_offsets, parent.variance, parent.mean_values,
@@ -201,15 +251,9 @@ class _Step:
             cut.fixed_base + cut.pinned_chunks, cut.fixed_slots, cut.recent_chunks,
             cut.far_base + sum(cut.parts[:stage]), sum(cut.parts),
             threshold[stage], threshold[stage if flat else stage + 1], self.scale_bits,
-            LISTED=listed, FOUND=found, COUNTERS=s.counters.shape[1], TOP=stage == 0, FLAT=flat,
-            LEAVES=leaves, **self._tile(), M=cut.row_pad, N_PARENT=tuning.parents,
-            N=tuning.children, WRITE=tuning.write, NORM_PAD=power_of_two(cut.splits),
-            RECENT_PAD=power_of_two(max(cut.recent_chunks, 1)),
-            BITS=triton.language.int32 if cut.bits == torch.int32 else triton.language.int64,
-            SHARED=shared, SECOND=rule.alpha is not None,
-            MASKED=self.mask is not None or shape.recent == 0, FAR=shape.far,
-            CALIBRATED=rule.far_field == "self_calibrated",
-            **self._launch(tuning.warps[1], dependent=True), maxnreg=tuning.select_registers,
+            LISTED=listed, FOUND=found, TOP=stage == 0, FLAT=flat, LEAVES=leaves,
+            N_PARENT=tuning.parents, N=tuning.children, maxnreg=tuning.select_registers,
+            **self._selection(tuning.warps[1]),
         )  # fmt: skip
 
     def attend(self) -> None:

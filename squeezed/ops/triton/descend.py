@@ -89,7 +89,7 @@ def descend_kernel(
             bits = keep_bits(score, parent_threshold, selects, row, GROUP, TILE_BATCH, BITS)
             high, mass, total, estimate_high, estimate, read = settle(
                 high, mass, total, estimate_high, estimate, read, first, parent, start, size,
-                bits, tl.full([N_PARENT], -1, BITS), value, found, found_bits, found_counter,
+                bits, bits, tl.full([N_PARENT], -1, BITS), value, found, found_bits, found_counter,
                 row, exists, FLAT, True, FAR, CALIBRATED, GROUP, WRITE, SHARED,
             )  # fmt: skip
         if not FLAT:
@@ -106,14 +106,16 @@ def descend_kernel(
                 node_value = mean
                 if FAR:
                     node_value = load_rows(means, node, live, D, D, D_PAD)
-                inherited = pick(member, bits)
+                inherited = live.to(BITS)
+                if SHARED:
+                    inherited = pick(member, bits)
                 logit = node_logits(q, mean, length, scale_bits)
                 estimated = logit + energy[:, None] * node_spread[None, :] - norm[:, None]
                 kept = keep_bits(estimated, threshold, selects, row, GROUP, TILE_BATCH, BITS)
                 kept &= inherited
                 high, mass, total, estimate_high, estimate, read = settle(
                     high, mass, total, estimate_high, estimate, read, logit, node, row_start,
-                    length, kept, inherited, node_value, found, found_bits, found_counter,
+                    length, kept, kept, inherited, node_value, found, found_bits, found_counter,
                     row, exists, True, LEAVES, FAR, CALIBRATED, GROUP, WRITE, SHARED,
                 )  # fmt: skip
         parent, alive, start, size = parent_, alive_, start_, size_

@@ -45,7 +45,7 @@ def pick(member, values):
 
 @triton.jit
 def append(rows, row_bits, counter, bits, start, length, WRITE: tl.constexpr, SHARED: tl.constexpr):
-    """Append the ranges `[start, start + length)` of the kept nodes to a list, in any order."""
+    """Append the ranges `[start, start + length)` of the kept nodes to a list; returns how much."""
     length = tl.where(bits != 0, length, 0)
     total = tl.sum(length)
     if total > 0:
@@ -58,6 +58,7 @@ def append(rows, row_bits, counter, bits, start, length, WRITE: tl.constexpr, SH
             tl.store(rows + at, start[:, None] + index[None, :], mask=mask)
             if SHARED:
                 tl.store(row_bits + at, tl.broadcast_to(bits[:, None], at.shape), mask=mask)
+    return total
 
 
 @triton.jit
@@ -130,24 +131,28 @@ def load_parents(
 @triton.jit
 def settle(
     high, mass, total, estimate_high, estimate, read,
-    first, node, start, size, bits, alive, value, found, found_bits, counter, row, exists,
+    first, node, start, size, bits, listed, alive, value, found, found_bits, counter, row, exists,
     SINK: tl.constexpr, LEAVES: tl.constexpr, FAR: tl.constexpr, CALIBRATED: tl.constexpr,
     GROUP: tl.constexpr, WRITE: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Send kept nodes to the list and the others, if alive, to the far field."""
+    """Send `listed` nodes to the list, and those alive but not kept (`bits`) to the far field."""
     if FAR:
         dropped = spread(alive & ~bits, row, GROUP) & exists[:, None]
         logits = tl.where(dropped, log_mass(first, size), float("-inf"))
         high, mass, total = fold(high, mass, total, logits, value)
     if SINK:
         if LEAVES:
-            append(found, found_bits, counter, bits, start, size, WRITE, SHARED)
-            kept = spread(bits, row, GROUP)
-            read += tl.sum(tl.where(kept, size[None, :], 0), 1)
+            found_rows = append(found, found_bits, counter, listed, start, size, WRITE, SHARED)
+            if SHARED:
+                kept = spread(listed, row, GROUP)
+                read += tl.sum(tl.where(kept, size[None, :], 0), 1)
+            else:
+                read += found_rows
             if CALIBRATED:
+                kept = spread(listed, row, GROUP)
                 logits = tl.where(kept, log_mass(first, size), float("-inf"))
                 estimate_high, estimate, _, _ = fold_mass(estimate_high, estimate, logits)
         else:
             once = tl.full(size.shape, 1, tl.int32)
-            append(found, found_bits, counter, bits, node, once, WRITE, SHARED)
+            append(found, found_bits, counter, listed, node, once, WRITE, SHARED)
     return high, mass, total, estimate_high, estimate, read

@@ -21,6 +21,8 @@ class Tuning:
         chunk: pinned or recent rows per program.
         parents, children: nodes per step of the selection kernel.
         write: rows of each kept leaf that one store of the selection kernel appends.
+        select: nodes per program, where the second level is scored in the first kernel.
+        score_bytes: most bytes of second-level centroids that are scored whatever their parents.
         tile: kept rows per step of the attention kernel.
         stages: of the attention kernel's pipeline: indices, loads in flight, arithmetic.
         programs: programs of the attention kernel per multiprocessor.
@@ -33,16 +35,18 @@ class Tuning:
 
     score_tile: int = 64
     chunk: int = 256
-    parents: int = 32
+    parents: int = 16
     children: int = 32
     write: int = 32
+    select: int = 64
+    score_bytes: int = 100 << 20
     tile: int = 64
     stages: int = 5
     programs: int = 3
     warps: tuple[int, int, int] = (4, 4, 4)
     select_programs: int = 8
     select_registers: int | None = None
-    merge_slots: int = 32
+    merge_slots: int = 64
     merge_warps: int = 4
     overlap: bool = True
 
@@ -74,6 +78,7 @@ class Plan:
     row_pad: int
     problems: int
     splits: int
+    fine_splits: int
     pinned_chunks: int
     recent_chunks: int
     parts: tuple[int, ...]
@@ -99,6 +104,13 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def scored_at_once(shape: Shape, tuning: Tuning) -> bool:
+    """Whether the second level is scored in the first kernel, whatever the parents."""
+    if len(shape.nodes) < 2:
+        return False
+    return 2 * shape.nodes[1] * shape.kv_heads * shape.dim <= tuning.score_bytes
+
+
 @lru_cache(maxsize=256)
 def plan(shape: Shape, tuning: Tuning) -> Plan:
     """Cut the work of one decode step."""
@@ -110,8 +122,14 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
     share = ceil_div(tuning.select_programs * shape.multiprocessors, problems)
     walked = shape.nodes[: max(levels - 1, 1)]  # levels whose kept nodes a launch expands
     parts = tuple(min(ceil_div(n, tuning.parents), share) for n in walked)
+    scored = scored_at_once(shape, tuning)
+    if scored:
+        blocks = ceil_div(shape.nodes[1], tuning.select)
+        blocks += ceil_div(shape.nodes[0], tuning.select) if shape.far else 0
+        parts = (blocks, *parts[1:])
     most = ceil_div(8 * shape.multiprocessors, problems)  # enough programs to hide latency
     splits = min(ceil_div(shape.nodes[0], tuning.score_tile), most) if levels else 0
+    fine_splits = min(ceil_div(shape.nodes[1], tuning.score_tile), most) if scored else 0
     programs = tuning.programs * shape.multiprocessors if levels else 0
     pinned_chunks = ceil_div(shape.pinned, tuning.chunk)
     recent_chunks = ceil_div(shape.recent, tuning.chunk)
@@ -125,6 +143,7 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
         row_pad=max(16, power_of_two(tile_batch * group)),
         problems=problems,
         splits=splits,
+        fine_splits=fine_splits,
         pinned_chunks=pinned_chunks,
         recent_chunks=recent_chunks,
         parts=parts,
@@ -141,6 +160,8 @@ class Workspace:
 
     Attributes:
         logits: `[Z, rows, C]` first-order logits of the coarsest nodes, in bits.
+        fine_logits: `[Z, rows, C]` the same of the second level, where it is scored at once.
+        owner: `[Hkv, C]` int32, the parent of every node of the second level, likewise.
         norm_highs, norm_masses: `[Z, splits, rows]` parts of the normaliser.
         counters: `[Z, levels]` int32: kept rows, then kept nodes of every level between.
         read_counts: `[Z, tile_batch]` int32, rows that every request reads.
@@ -151,6 +172,8 @@ class Workspace:
     """
 
     logits: Tensor
+    fine_logits: Tensor
+    owner: Tensor
     norm_highs: Tensor
     norm_masses: Tensor
     counters: Tensor
@@ -175,8 +198,11 @@ class Workspace:
         capacities = (shape.tokens - shape.pinned, *shape.nodes[1:-1]) if levels else ()
         masks = [(z, n) if shared else (1, 1) for n in capacities]
         parts = cut.parts[-1] if levels else 1
+        fine = shape.nodes[1] if cut.fine_splits else 1
         return Workspace(
             logits=new(z, rows, shape.nodes[0] if levels else 1),
+            fine_logits=new(z, rows, fine),
+            owner=new(shape.kv_heads, fine, dtype=torch.int32),
             norm_highs=new(z, max(cut.splits, 1), rows),
             norm_masses=new(z, max(cut.splits, 1), rows),
             counters=new(z, max(levels, 1), dtype=torch.int32),
