@@ -209,7 +209,7 @@ def test_prefill_cut_into_pieces_changes_nothing(monkeypatch):
     query, keys, values = inputs(rows=19)
     rule = rule_of((-7.0, -5.5), "first_order")
     whole, read = attend(query, layer, rule, keys, values, None, 0.25)
-    monkeypatch.setattr(prefill, "LIST_BYTES", 1)
+    monkeypatch.setattr(prefill, "WORK_BYTES", 1)
     cut, cut_read = attend(query, layer, rule, keys, values, None, 0.25)
     torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
     assert cut_read.tolist() == read.tolist()

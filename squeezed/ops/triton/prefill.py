@@ -16,8 +16,8 @@ from squeezed.ops.triton.prefill_work import Work, choose_tile
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
-LIST_BYTES = 1 << 29
-"""Most bytes of row lists at once; longer prompts are walked in pieces of whole blocks."""
+WORK_BYTES = 1 << 29
+"""Most bytes of row lists and partial outputs; longer prompts go in pieces of whole blocks."""
 
 
 def attend(
@@ -55,10 +55,11 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 def _pieces(query: Tensor, layer: ClusteredLayer, rule: SelectionRule) -> list[tuple[int, int]]:
-    """Row ranges whose row lists fit in `LIST_BYTES`, cut between blocks."""
-    rows = query.shape[2]
-    per_block = 4 * query.shape[0] * layer.keys.shape[0] * max(1, layer.clustered)
-    step = max(1, LIST_BYTES // per_block) * rule.query_block
+    """Row ranges whose lists and partial outputs fit in `WORK_BYTES`, cut between blocks."""
+    batch, heads, rows, dim = query.shape
+    lists = layer.keys.shape[0] * max(1, layer.clustered)
+    partial = 3 * heads * min(rule.query_block, rows) * dim  # a tile is cut in two on average
+    step = max(1, WORK_BYTES // (4 * batch * (lists + partial))) * rule.query_block
     cuts = [*range(rows, 0, -step), 0]
     return [(first, last) for last, first in itertools.pairwise(cuts)][::-1]
 
