@@ -1,4 +1,4 @@
-"""Cases of the prefill benchmark: a context clustered for real, queries, and a rule for a budget."""
+"""Cases of the prefill benchmark: a context clustered for real, queries, a rule for the budget."""
 
 from __future__ import annotations
 
