@@ -10,6 +10,7 @@ from trees import random_layer
 from squeezed.errors import SqueezedError
 from squeezed.ops import reference
 from squeezed.ops.triton import decode, operator
+from squeezed.ops.triton.step import Step
 from squeezed.ops.triton.workspace import Tuning
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer, Level
@@ -33,7 +34,7 @@ SMALL = Tuning(
 )
 TUNING = None if ON_GPU else SMALL
 BASE = Tuning() if ON_GPU else SMALL
-PATHS = {"scored at once": BASE, "descended": replace(BASE, score_bytes=0)}
+PATHS = {"scored at once": replace(BASE, score_bytes=1 << 30), "descended": BASE}
 LEVEL_TENSORS = ("centroids", "mean_values", "variance", "key_offsets", "child_offsets")
 KEEP_ALL, KEEP_NONE = -float("inf"), 1e9
 
@@ -87,7 +88,7 @@ def assert_equals_reference(query, layer, rule, keys, values, mask=None, scale=N
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Scratch and outputs hold NaN and nonsense before every launch."""
-    begin = decode._Step.__init__
+    begin = Step.__init__
 
     def begin_poisoned(step, *arguments):
         begin(step, *arguments)
@@ -95,7 +96,7 @@ def poison(monkeypatch):
         for tensor in (step.output, step.keys_read, *scratch):
             tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
 
-    monkeypatch.setattr(decode._Step, "__init__", begin_poisoned)
+    monkeypatch.setattr(Step, "__init__", begin_poisoned)
 
 
 def _tensors(field):
@@ -153,6 +154,25 @@ def test_neighbours_in_a_batch_do_not_matter():
     for request in range(3):
         one = slice(request, request + 1)
         alone, read_alone = run(query[one], layer, rule, keys[one], values[one])
+        torch.testing.assert_close(together[one], alone, atol=2e-3, rtol=2e-3)
+        assert read[one].tolist() == read_alone.tolist()
+
+
+def test_requests_over_different_contexts_each_read_their_own():
+    layers = [layer_of(seed=seed).to(interpreter.DEVICE) for seed in (0, 1)]
+    rules = [rule_of(layers[0]), rule_of(layers[1], far_field="first_order")]
+    query, keys, values = inputs(layers[0], batch=3)
+    mask = torch.ones(3, 1, 1, keys.shape[2], dtype=torch.bool, device=query.device)
+    mask[1, ..., :2] = False
+    order = [0, 1, 0]
+    together, read = decode.attend_many(
+        query, [layers[i] for i in order], [rules[i] for i in order], keys, values, mask, 0.2
+    )
+    for request, i in enumerate(order):
+        one = slice(request, request + 1)
+        alone, read_alone = run(
+            query[one], layers[i], rules[i], keys[one], values[one], mask[one], 0.2
+        )
         torch.testing.assert_close(together[one], alone, atol=2e-3, rtol=2e-3)
         assert read[one].tolist() == read_alone.tolist()
 

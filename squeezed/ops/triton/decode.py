@@ -7,32 +7,24 @@ hold the step: `open` scores the first levels and attends to pinned and recent r
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
-from squeezed.config import SELF_CALIBRATION_CLAMP
 from squeezed.errors import SqueezedError
-from squeezed.ops.triton import attention, descend, lookup, select
-from squeezed.ops.triton.workspace import (
-    Shape,
-    Tuning,
-    Workspace,
-    ceil_div,
-    plan,
-    power_of_two,
-    scored_at_once,
-)
+from squeezed.ops.triton.step import Step
+from squeezed.ops.triton.workspace import Shape, Tuning, scored_at_once
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
 MAX_GROUP = 16
 MAX_DIM = 256
 INTERPRETED_MULTIPROCESSORS = 2
+MANY_NODES = 32_000
+"""Nodes, over all KV heads, from which the selection kernel takes larger blocks."""
 
 
 def attend(
@@ -63,10 +55,11 @@ def attend(
     Raises:
         SqueezedError: an unsupported shape, dtype or layout.
     """
+    query = query if query.stride(-1) == 1 else query.contiguous()
     check(query, layer, suffix_keys, suffix_values)
     shape = shape_of(query, layer, suffix_keys, rule.far_field != "none")
     tuning = tuning or chosen_tuning(shape)
-    step = _Step(query, layer, rule, suffix_keys, suffix_values, suffix_mask, scale, shape, tuning)
+    step = Step(query, layer, rule, suffix_keys, suffix_values, suffix_mask, scale, shape, tuning)
     step.open()
     for stage in range(len(step.cut.parts)):
         step.select() if stage == 0 and step.cut.fine_splits else step.descend(stage)
@@ -74,6 +67,43 @@ def attend(
         step.attend()
     step.combine()
     return step.output, step.keys_read
+
+
+def attend_many(
+    query: Tensor,
+    layers: Sequence[ClusteredLayer],
+    rules: Sequence[SelectionRule],
+    suffix_keys: Tensor,
+    suffix_values: Tensor,
+    suffix_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`attend` for requests over different contexts: request `b` reads `layers[b]` by `rules[b]`.
+
+    One step per distinct pair, all in the same stream and so in the same CUDA graph; requests that
+    share a pair share its bytes.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for request, pair in enumerate(zip(layers, rules, strict=True)):
+        groups.setdefault((id(pair[0]), id(pair[1])), []).append(request)
+    output = torch.empty_like(query)
+    keys_read = torch.empty(query.shape[0], dtype=torch.int64, device=query.device)
+    for members in groups.values():
+        operands = [_rows(t, members) for t in (query, suffix_keys, suffix_values)]
+        mask = None if suffix_mask is None else _rows(suffix_mask, members)
+        layer, rule = layers[members[0]], rules[members[0]]
+        found, read = attend(operands[0], layer, rule, *operands[1:], mask, scale)
+        for place, request in enumerate(members):
+            output[request].copy_(found[place])
+            keys_read[request].copy_(read[place])
+    return output, keys_read
+
+
+def _rows(tensor: Tensor, members: list[int]) -> Tensor:
+    """Rows of a batch, by slices: an index tensor would be a copy from the host."""
+    if members == list(range(members[0], members[-1] + 1)):
+        return tensor[members[0] : members[-1] + 1]
+    return torch.cat([tensor[request : request + 1] for request in members])
 
 
 def check(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, suffix_values: Tensor) -> None:
@@ -97,6 +127,8 @@ def check(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, suffix_valu
             " use implementation 'reference'"
         )
     for name, tensor in (("suffix_keys", suffix_keys), ("suffix_values", suffix_values)):
+        if tensor.dtype != query.dtype:
+            raise SqueezedError(f"{name}: expected {query.dtype}, got {tensor.dtype}; cast it")
         if tensor.stride(-1) != 1 or tensor.stride() != suffix_keys.stride():
             raise SqueezedError(
                 f"{name}: expected rows contiguous and keys and values laid out alike, got strides "
@@ -134,149 +166,17 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def chosen_tuning(shape: Shape) -> Tuning:
-    """Block sizes by shape, from sweeps on an H200."""
+    """Block sizes by shape, as measured best on an H200 (`benchmarks/decode-h200.json`)."""
     chosen = Tuning(overlap=shape.multiprocessors != INTERPRETED_MULTIPROCESSORS)
-    if scored_at_once(shape, chosen) or shape.batch * shape.heads > 16 * shape.kv_heads:
+    walked = shape.kv_heads * shape.nodes[-2] if len(shape.nodes) > 1 else 0
+    if scored_at_once(shape, chosen) or walked < MANY_NODES or rows_of(shape) > 16:
         return chosen
-    # So many nodes that throughput counts, not latency: one warp per program needs no barriers.
+    if walked < 4 * MANY_NODES or shape.far:
+        return replace(chosen, parents=32, select_programs=16)
+    # Throughput counts here, not latency: programs of one warp need no barriers.
     return replace(chosen, children=16, warps=(4, 1, 4), select_programs=32)
 
 
-class _Step:
-    """The launches of one decode step over one scratch."""
-
-    def __init__(self, query, layer, rule, keys, values, mask, scale, shape: Shape, tuning: Tuning):
-        self.query, self.layer, self.rule, self.tuning = query, layer, rule, tuning
-        self.suffix_keys, self.suffix_values, self.mask = keys, values, mask
-        self.shape, self.cut = shape, plan(shape, tuning)
-        self.scale_bits = scale * math.log2(math.e)
-        self.scratch = Workspace.allocate(shape, self.cut, query.device)
-        self.output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        self.keys_read = torch.empty(shape.batch, dtype=torch.int64, device=query.device)
-
-    def _tile(self) -> dict:
-        """Compile-time sizes that every kernel shares."""
-        cut, dim = self.cut, self.shape.dim
-        return dict(
-            GROUP=cut.group, TILE_BATCH=cut.tile_batch, TILES=cut.tiles, ROWS=cut.rows,
-            D=dim, D_PAD=power_of_two(dim),
-        )  # fmt: skip
-
-    def _launch(self, warps: int, dependent: bool, stages: int = 1) -> dict:
-        """Launch options; a dependent kernel may start while its predecessor drains."""
-        overlap = self.tuning.overlap
-        options = dict(num_warps=warps, num_stages=stages, PDL=overlap)
-        return options | dict(launch_pdl=True) if overlap and dependent else options
-
-    def _energy(self, level: int) -> Tensor:
-        return self.query if self.rule.alpha is None else self.rule.alpha[level]
-
-    def open(self) -> None:
-        cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
-        keys, values, mask = self.suffix_keys, self.suffix_values, self.mask
-        top = self.layer.levels[0] if self.layer.levels else None
-        fine = self.layer.levels[1] if cut.fine_splits else top
-        recent_programs = cut.tile_batch * cut.recent_chunks
-        shared_programs = cut.pinned_chunks + cut.splits + cut.fine_splits
-        lookup.open_kernel[cut.problems, shared_programs + recent_programs](
-            self.query, self.layer.keys, self.layer.values,
-            top.centroids if top else self.query, top.variance if top else self.query,
-            top.key_offsets if top else self.query, self._energy(0),
-            fine.centroids if fine else self.query, fine.variance if fine else self.query,
-            fine.key_offsets if fine else self.query, s.fine_logits,
-            top.child_offsets if cut.fine_splits else s.owner, s.owner, keys, values,
-            self.query if mask is None else mask, s.logits, s.norm_highs, s.norm_masses,
-            s.sums, s.highs, s.masses, s.counters, s.read_counts, self.keys_read,
-            self.query.stride(0), self.query.stride(1), keys.stride(0), keys.stride(1),
-            keys.stride(2), 0 if mask is None else mask.stride(0),
-            0 if mask is None else mask.stride(3),
-            shape.batch, shape.tokens, shape.pinned, shape.recent, top.nodes if top else 0,
-            cut.splits, fine.nodes if fine else 0, cut.fine_splits,
-            cut.pinned_chunks, cut.recent_chunks, cut.fixed_base, self.scale_bits,
-            **self._tile(), M=cut.row_pad, M_ONE=16, N=tuning.score_tile, CHUNK=tuning.chunk,
-            COUNTERS=s.counters.shape[1], SCORED=cut.fine_splits > 0,
-            SECOND=bool(top) and self.rule.alpha is not None,
-            MASKED=mask is not None, **self._launch(tuning.warps[0], dependent=False, stages=2),
-        )  # fmt: skip
-
-    def select(self) -> None:
-        cut, shape, s, tuning, rule = self.cut, self.shape, self.scratch, self.tuning, self.rule
-        parent, child = self.layer.levels[:2]
-        leaves = len(self.layer.levels) == 2
-        found = 0 if leaves else 1
-        threshold = [t * math.log2(math.e) for t in rule.log_thresholds]
-        select.select_kernel[cut.problems, cut.parts[0]](
-            self.query, self._energy(0), self._energy(1), s.logits, s.fine_logits, s.owner,
-            parent.key_offsets, parent.variance, parent.mean_values, child.key_offsets,
-            child.variance, child.mean_values, s.norm_highs, s.norm_masses,
-            s.kept[found], s.kept_bits[found], s.counters, s.read_counts, s.sums, s.highs,
-            s.masses, s.estimate_highs, s.estimate_masses,
-            self.query.stride(0), self.query.stride(1), shape.batch, parent.nodes, child.nodes,
-            ceil_div(child.nodes, tuning.select), s.kept[found].shape[1], cut.splits,
-            cut.fixed_base + cut.pinned_chunks, cut.fixed_slots, cut.recent_chunks,
-            cut.far_base, sum(cut.parts), threshold[0], threshold[1], self.scale_bits,
-            FOUND=found, LEAVES=leaves, N=tuning.select, **self._selection(tuning.warps[1]),
-        )  # fmt: skip
-
-    def _selection(self, warps: int) -> dict:
-        """Compile-time sizes that both selection kernels share."""
-        cut, shape, tuning, rule = self.cut, self.shape, self.tuning, self.rule
-        return self._tile() | dict(
-            COUNTERS=self.scratch.counters.shape[1], M=cut.row_pad, WRITE=tuning.write,
-            NORM_PAD=power_of_two(cut.splits), RECENT_PAD=power_of_two(max(cut.recent_chunks, 1)),
-            BITS=triton.language.int32 if cut.bits == torch.int32 else triton.language.int64,
-            SHARED=cut.tile_batch > 1, SECOND=rule.alpha is not None,
-            MASKED=self.mask is not None or shape.recent == 0, FAR=shape.far,
-            CALIBRATED=rule.far_field == "self_calibrated", **self._launch(warps, dependent=True),
-        )  # fmt: skip
-
-    def descend(self, stage: int) -> None:
-        cut, shape, s, tuning, rule = self.cut, self.shape, self.scratch, self.tuning, self.rule
-        levels = self.layer.levels
-        flat = len(levels) == 1
-        parent, child = levels[stage], levels[stage if flat else stage + 1]
-        leaves = flat or stage + 2 == len(levels)
-        listed, found = stage, 0 if leaves else stage + 1
-        threshold = [t * math.log2(math.e) for t in rule.log_thresholds]
-        descend.descend_kernel[cut.problems, cut.parts[stage]](
-            self.query, self._energy(stage), self._energy(stage if flat else stage + 1),
-            s.logits, parent.key_offsets, parent.variance, parent.mean_values,
-            parent.key_offsets if flat else parent.child_offsets, child.centroids,
-            child.key_offsets, child.variance, child.mean_values, s.norm_highs, s.norm_masses,
-            s.kept[listed], s.kept_bits[listed], s.kept[found], s.kept_bits[found],
-            s.counters, s.read_counts, s.sums, s.highs, s.masses,
-            s.estimate_highs, s.estimate_masses,
-            self.query.stride(0), self.query.stride(1), shape.batch, parent.nodes, child.nodes,
-            s.kept[listed].shape[1], s.kept[found].shape[1], cut.splits,
-            cut.fixed_base + cut.pinned_chunks, cut.fixed_slots, cut.recent_chunks,
-            cut.far_base + sum(cut.parts[:stage]), sum(cut.parts),
-            threshold[stage], threshold[stage if flat else stage + 1], self.scale_bits,
-            LISTED=listed, FOUND=found, TOP=stage == 0, FLAT=flat, LEAVES=leaves,
-            N_PARENT=tuning.parents, N=tuning.children, maxnreg=tuning.select_registers,
-            **self._selection(tuning.warps[1]),
-        )  # fmt: skip
-
-    def attend(self) -> None:
-        cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
-        attention.attend_kernel[(cut.programs,)](
-            self.query, self.layer.keys, self.layer.values, s.kept[0], s.kept_bits[0], s.counters,
-            s.sums, s.highs, s.masses, self.query.stride(0), self.query.stride(1),
-            shape.batch, cut.problems, shape.tokens, s.kept[0].shape[1], s.counters.shape[1],
-            self.scale_bits, **self._tile(), M=cut.row_pad, TILE=tuning.tile,
-            Z_PAD=power_of_two(cut.problems), SHARED=cut.tile_batch > 1, STAGES=tuning.stages,
-            **self._launch(tuning.warps[2], dependent=True),
-        )  # fmt: skip
-
-    def combine(self) -> None:
-        cut, shape, s = self.cut, self.shape, self.scratch
-        attention.combine_kernel[cut.problems, cut.rows](
-            self.output, self.keys_read, s.counters, s.read_counts, s.sums, s.highs, s.masses,
-            s.estimate_highs, s.estimate_masses, self.output.stride(0), shape.batch, cut.problems,
-            s.counters.shape[1], cut.programs, cut.fixed_base, cut.fixed_slots, cut.far_base,
-            sum(cut.parts) if shape.far else 0, s.estimate_highs.shape[1],
-            SELF_CALIBRATION_CLAMP * math.log2(math.e), **self._tile(), TILE=self.tuning.tile,
-            Z_PAD=power_of_two(cut.problems), SLOTS=self.tuning.merge_slots,
-            CLUSTERED=bool(shape.nodes),
-            CALIBRATED=shape.far and self.rule.far_field == "self_calibrated",
-            **self._launch(self.tuning.merge_warps, dependent=True),
-        )  # fmt: skip
+def rows_of(shape: Shape) -> int:
+    """Query rows per KV head."""
+    return shape.batch * shape.heads // shape.kv_heads

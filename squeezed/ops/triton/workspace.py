@@ -22,7 +22,8 @@ class Tuning:
         parents, children: nodes per step of the selection kernel.
         write: rows of each kept leaf that one store of the selection kernel appends.
         select: nodes per program, where the second level is scored in the first kernel.
-        score_bytes: most bytes of second-level centroids that are scored whatever their parents.
+        score_bytes: most bytes of second-level centroids that are scored whatever their parents;
+            0, since only the other way has been measured.
         tile: kept rows per step of the attention kernel.
         stages: of the attention kernel's pipeline: indices, loads in flight, arithmetic.
         programs: programs of the attention kernel per multiprocessor.
@@ -39,7 +40,7 @@ class Tuning:
     children: int = 32
     write: int = 32
     select: int = 64
-    score_bytes: int = 100 << 20
+    score_bytes: int = 0
     tile: int = 64
     stages: int = 5
     programs: int = 3
