@@ -82,7 +82,7 @@ def _threads() -> Iterator[None]:
 
 @cache
 def _start_pool() -> None:
-    """Start Numba's threads. Where they are OpenMP's, torch shares them, and its number is reset."""
+    """Start Numba's threads. OpenMP's are torch's own, and starting them resets their number."""
     threads = torch.get_num_threads()
     numba.get_num_threads()  # starts them
     torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit, prange
 
 from squeezed.ops.cpu.lookup import KEPT
-from squeezed.ops.cpu.numerics import TILE, absorb, dots
+from squeezed.ops.cpu.numerics import TILE, absorb, dots, prefetch_row
 
 CONTEXT, PINNED, SUFFIX = 0, 1, 2
 
@@ -19,6 +19,8 @@ CONTEXT, PINNED, SUFFIX = 0, 1, 2
 @njit(cache=True)
 def _absorb_rows(q, keys, values, offsets, count, logits, top, mass, acc):
     if count:
+        for t in range(count):  # the products take long enough for the values to arrive
+            prefetch_row(values, offsets[t], q.shape[1])
         dots(q, keys, offsets, count, logits)
         absorb(logits, count, values, offsets, top, mass, acc)
 

@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from squeezed.ops.cpu.numerics import TILE, absorb, dots, exp_nonpositive, log_sum
+from squeezed.ops.cpu.numerics import TILE, absorb, dots, exp_nonpositive, log_sum, prefetch_row
 
 DEAD, DROPPED, KEPT = np.uint8(0), np.uint8(1), np.uint8(2)
 NEG_INF = np.float32(-np.inf)
@@ -28,6 +28,7 @@ def _score(q, centroids, base, state, logits):
     for node in range(last + 1):
         if state[node] != DEAD:
             nodes[count], offsets[count] = node, base + node * dim
+            prefetch_row(centroids, offsets[count], dim)
             count += 1
         if count == TILE or (node == last and count):
             dots(q, centroids, offsets, count, tile)
@@ -99,6 +100,7 @@ def _add_far(values, base, state, key_offsets, logits, top, mass, acc):
         if state[node] == DROPPED:
             log_size = np.float32(math.log(key_offsets[node + 1] - key_offsets[node]))
             offsets[count] = base + node * dim
+            prefetch_row(values, offsets[count], dim)
             for r in range(rows):
                 tile[r, count] = logits[r, node] + log_size
             count += 1

@@ -14,11 +14,14 @@ import math
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 REORDER = {"reassoc", "contract", "nsz", "arcp"}
 TILE = 64
 """Rows that share one step of the online softmax."""
+AHEAD = 6
+"""Rows between the one in use and the one asked for: leaves are too short for the hardware to see."""
 
 _LOG2_E = np.float32(1.0 / math.log(2.0))
 _LN2_HIGH = np.float32(0.693359375)
@@ -51,6 +54,28 @@ def load(typing_context, array, index):
 
 
 @intrinsic
+def _prefetch(typing_context, array, index):
+    """Ask for the cache line of an element; never faults."""
+
+    def codegen(context, builder, signature, args):
+        base = context.make_array(signature.args[0])(context, builder, args[0]).data
+        byte = builder.bitcast(builder.gep(base, [args[1]]), ir.IntType(8).as_pointer())
+        i32 = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte.type, i32, i32, i32])
+        hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(hint, [byte, i32(0), i32(3), i32(1)])  # to read, into all levels, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+@njit(cache=True)
+def prefetch_row(flat, offset, dim):
+    for d in range(0, dim, 64 // flat.itemsize):
+        _prefetch(flat, offset + d)
+
+
+@intrinsic
 def _float_of_bits(typing_context, bits):
     def codegen(context, builder, signature, args):
         return builder.bitcast(args[0], ir.FloatType())
@@ -73,25 +98,39 @@ def exp_nonpositive(x):
 
 @njit(cache=True, fastmath=REORDER)
 def dots(q, flat, offsets, count, out):
-    """`out[r, t] = q[r] . flat[offsets[t]:]` for all rows `r` of `q` and `t < count`."""
+    """`out[r, t] = q[r] . flat[offsets[t]:]` for all rows `r` of `q` and `t < count <= TILE`.
+
+    Four rows by two keys at a time. An odd count computes its last key twice.
+    """
     rows, dim = q.shape
     fours = rows - rows % 4
-    for t in range(count):
-        row = offsets[t]
+    if count % 2:
+        offsets[count] = offsets[count - 1]
+    for t in range(0, count, 2):
+        o0, o1 = offsets[t], offsets[t + 1]
+        if t + AHEAD + 1 < count:
+            prefetch_row(flat, offsets[t + AHEAD], dim)
+            prefetch_row(flat, offsets[t + AHEAD + 1], dim)
         for r in range(0, fours, 4):
-            s0 = s1 = s2 = s3 = np.float32(0.0)
+            s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = np.float32(0.0)
             for d in range(dim):
-                x = load(flat, row + d)
-                s0 += load(q, r * dim + d) * x
-                s1 += load(q, (r + 1) * dim + d) * x
-                s2 += load(q, (r + 2) * dim + d) * x
-                s3 += load(q, (r + 3) * dim + d) * x
-            out[r, t], out[r + 1, t], out[r + 2, t], out[r + 3, t] = s0, s1, s2, s3
+                x0, x1 = load(flat, o0 + d), load(flat, o1 + d)
+                q0, q1 = load(q, r * dim + d), load(q, (r + 1) * dim + d)
+                q2, q3 = load(q, (r + 2) * dim + d), load(q, (r + 3) * dim + d)
+                s00, s10 = s00 + q0 * x0, s10 + q0 * x1
+                s01, s11 = s01 + q1 * x0, s11 + q1 * x1
+                s02, s12 = s02 + q2 * x0, s12 + q2 * x1
+                s03, s13 = s03 + q3 * x0, s13 + q3 * x1
+            out[r, t], out[r + 1, t], out[r + 2, t], out[r + 3, t] = s00, s01, s02, s03
+            out[r, t + 1], out[r + 1, t + 1] = s10, s11
+            out[r + 2, t + 1], out[r + 3, t + 1] = s12, s13
         for r in range(fours, rows):
-            s0 = np.float32(0.0)
+            s00 = s10 = np.float32(0.0)
             for d in range(dim):
-                s0 += load(q, r * dim + d) * load(flat, row + d)
-            out[r, t] = s0
+                q0 = load(q, r * dim + d)
+                s00 += q0 * load(flat, o0 + d)
+                s10 += q0 * load(flat, o1 + d)
+            out[r, t], out[r, t + 1] = s00, s10
 
 
 @njit(cache=True, fastmath=REORDER)
@@ -135,12 +174,14 @@ def _add_values(weights, count, flat, offsets, acc):
                 a0[d] += low + w02 * load(flat, o2 + d) + w03 * load(flat, o3 + d)
 
 
-@njit(cache=True, fastmath={"reassoc", "nnan", "nsz"})
+@njit(cache=True)
 def _largest(rows, r, count):
-    top = np.float32(-np.inf)
-    for t in range(count):
-        top = max(top, rows[r, t])
-    return top
+    """Largest of `rows[r, :count]`, `count` a multiple of 4: four chains hide the latency."""
+    m0 = m1 = m2 = m3 = np.float32(-np.inf)
+    for t in range(0, count, 4):
+        m0, m1 = max(m0, rows[r, t]), max(m1, rows[r, t + 1])
+        m2, m3 = max(m2, rows[r, t + 2]), max(m3, rows[r, t + 3])
+    return max(max(m0, m1), max(m2, m3))
 
 
 @njit(cache=True, fastmath={"reassoc"})
@@ -183,11 +224,10 @@ def absorb(logits, count, flat, offsets, top, mass, acc):
     `top[r]`, `mass[r]`, `acc[r]` hold the running maximum, sum of weights and weighted values.
     `logits` is overwritten; its rows and `offsets` have room for TILE entries.
     """
-    rows = acc.shape[0]
-    for r in range(rows):
-        _weigh(logits, count, r, top, mass, acc)
     padded = (count + 3) // 4 * 4
     for t in range(count, padded):
         offsets[t] = offsets[count - 1]
-        logits[:, t] = 0.0
+        logits[:, t] = -np.inf
+    for r in range(acc.shape[0]):
+        _weigh(logits, padded, r, top, mass, acc)
     _add_values(logits, padded, flat, offsets, acc)
