@@ -21,7 +21,7 @@ REORDER = {"reassoc", "contract", "nsz", "arcp"}
 TILE = 64
 """Rows that share one step of the online softmax."""
 AHEAD = 6
-"""Rows between the one in use and the one asked for: leaves are too short for the hardware to see."""
+"""Rows between the one in use and the one asked for: leaves are too short for the hardware."""
 
 _LOG2_E = np.float32(1.0 / math.log(2.0))
 _LN2_HIGH = np.float32(0.693359375)
