@@ -53,6 +53,7 @@ def run(
     questions: Annotated[int | None, typer.Option(help="at most, per document")] = None,
     batch: Annotated[int, typer.Option(help="questions asked together")] = 16,
     errors: Annotated[bool, typer.Option(help="measure each layer's output error")] = False,
+    generate: Annotated[bool, typer.Option(help="let every method write answers")] = True,
     seed: int = 0,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: str = "bfloat16",
@@ -69,6 +70,7 @@ def run(
             implementation=implementation,
             batch=batch,
             measure_errors=errors,
+            generate=generate,
         )
         wanted = SuiteOptions(data, context_tokens, documents, questions, split(tasks), seed)
         if not model:

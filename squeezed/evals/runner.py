@@ -35,6 +35,7 @@ class RunOptions:
         budgets: shares of the clustered keys.
         batch: questions asked together.
         measure_errors: compare the attention output of every layer with dense.
+        generate: also let every method write its own answers, which takes most of the time.
     """
 
     methods: tuple[str, ...]
@@ -42,6 +43,7 @@ class RunOptions:
     implementation: str = "auto"
     batch: int = 16
     measure_errors: bool = False
+    generate: bool = True
     index: IndexConfig = field(default_factory=IndexConfig)
 
 
@@ -165,7 +167,7 @@ class Runner:
             for total, part in zip(errors, meter.errors, strict=True):
                 total.merge(part)
             meter.measure_errors = False
-        if spoken := [q for q in questions if q.metrics]:
+        if spoken := [q for q in questions if q.metrics and self.options.generate]:
             cache = metered_cache(asked.context, layers, meter, budget)
             predictions = self._generate(asked, spoken, cache)
             for q in spoken:
