@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test lint format clean
 .DELETE_ON_ERROR:
 

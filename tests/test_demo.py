@@ -25,14 +25,14 @@ def ids_of(text):
 
 def test_compare_of_equal_logits_is_full_agreement():
     logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0))
-    same = compare(logits, logits)
+    same = compare(logits, logits, logits.argmax(-1))
     assert same.identical == 1.0 and same.kl == pytest.approx(0.0, abs=1e-6) and same.tokens == 5
 
 
 def test_compare_follows_the_formula():
     dense, other = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 2.0], [0.0, 3.0]])
     p, q = dense.double().softmax(-1), other.double().softmax(-1)
-    found = compare(dense, other)
+    found = compare(dense, other, torch.tensor([0, 1]))
     assert found.identical == 0.5
     assert found.kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
 
@@ -77,6 +77,7 @@ def test_demo_runs_the_real_model_on_the_real_document(capsys):
     assert 6_000 <= record["tokens"] < 7_500
     assert record["index_bytes"] <= 0.08 * record["kv_bytes"]
     assert [row["question"] for row in record["asked"][::2]] == list(QUESTIONS)
+    assert all(row["agreement"]["identical"] > 0.9 for row in record["asked"][::2])
     for dense, other in zip(record["asked"][::2], record["asked"][1::2], strict=True):
         assert dense["budget_spent"] == 1.0 and dense["bytes_per_token"] == record["kv_bytes"]
         assert 0.05 < other["budget_spent"] < 0.15

@@ -92,8 +92,8 @@ def table_row(row: dict) -> list[str]:
         row["answer"],
         f"{row['budget_spent']:.1%}",
         megabytes(row["bytes_per_token"]),
-        f"{agreement['identical']:.0%}" if agreement else "",
-        f"{agreement['kl']:.4f}" if agreement else "",
+        f"{agreement['identical']:.0%}",
+        f"{agreement['kl']:.4f}",
         f"{row['seconds']['first_token']:.2f} s",
         f"{row['seconds']['per_token'] * 1e3:.0f} ms",
     ]

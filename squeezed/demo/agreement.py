@@ -16,7 +16,8 @@ class Agreement:
     """Of the next-token distributions with dense attention's, over the tokens of one answer.
 
     Attributes:
-        identical: share of tokens where both would choose the same one greedily.
+        identical: share of the dense answer's tokens that this attention would choose greedily too.
+            Dense itself can miss one: computed together instead of one by one, near ties flip.
         kl: mean Kullback-Leibler divergence from dense, nats.
         tokens: how many were compared.
     """
@@ -45,9 +46,9 @@ def _forward(model, cache: SqueezedCache, ids: Tensor) -> Tensor:
     return model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[0]
 
 
-def compare(dense: Tensor, other: Tensor) -> Agreement:
-    """Agreement of two sets of logits `[n, V]`."""
+def compare(dense: Tensor, other: Tensor, answer: Tensor) -> Agreement:
+    """Agreement of `other` with `dense`, logits `[n, V]` along the dense answer `[n]`."""
     log_dense, log_other = dense.log_softmax(-1), other.log_softmax(-1)
     kl = (log_dense.exp() * (log_dense - log_other)).sum(-1)
-    same = dense.argmax(-1) == other.argmax(-1)
+    same = other.argmax(-1) == answer.to(other.device)
     return Agreement(float(same.float().mean()), float(kl.mean()), len(dense))

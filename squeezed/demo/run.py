@@ -32,7 +32,7 @@ class Asked:
     budget: float
     answer: Answer
     traffic: Traffic
-    agreement: Agreement | None
+    agreement: Agreement
 
     def record(self) -> dict:
         return {
@@ -44,7 +44,7 @@ class Asked:
             "bytes_per_token": self.traffic.total,
             "dense_bytes_per_token": self.traffic.dense,
             "seconds": self.answer.seconds,
-            "agreement": asdict(self.agreement) if self.agreement else None,
+            "agreement": asdict(self.agreement),
         }
 
 
@@ -122,8 +122,7 @@ def ask_twice(
         )
         for share in (1.0, budget)
     )
-    agreement = compare(dense, other)
     return [
-        Asked(question, *row, agreement=None if index == 0 else agreement)
-        for index, row in enumerate(asked)
+        Asked(question, *row, agreement=compare(dense, logits, answers[0].tokens))
+        for row, logits in zip(asked, (dense, other), strict=True)
     ]
