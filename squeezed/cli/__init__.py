@@ -14,8 +14,8 @@ INTERRUPTED_STATUS = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for bad input, 130 when interrupted."""
-    # OpenMP's threads wait by spinning; beside other work on the machine, that made the demo several
-    # times slower than one thread. Sleeping costs little where the machine is idle.
+    # OpenMP's threads wait by spinning; beside other work that made the demo several times slower
+    # than one thread. Sleeping costs little where the machine is idle.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import typer
 
