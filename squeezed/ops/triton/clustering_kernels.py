@@ -79,7 +79,7 @@ def centroid_kernel(
     tl.store(target, total.to(centroids.dtype.element_ty), mask=dims < DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "nodes"])
 def describe_kernel(
     keys, values, offsets, centroids, mean_values, variance, tokens, nodes,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,

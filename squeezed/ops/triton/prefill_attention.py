@@ -7,6 +7,8 @@ import triton.language as tl
 
 from squeezed.ops.triton.prefill_plan import stretch, tile_at
 
+LENGTHS = "tokens m_b m_q tiles blocks rows suffix pinned capacity pass_tiles".split()
+"""Arguments that differ from prompt to prompt: no length must wait for a compiler."""
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 
 
@@ -128,7 +130,20 @@ def clip(first, last, start, end):
     return tl.maximum(first, start) - start, tl.minimum(last, end) - start
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "m_b",
+        "m_q",
+        "tiles",
+        "blocks",
+        "rows",
+        "suffix",
+        "pinned",
+        "capacity",
+        "pass_tiles",
+    ]
+)
 def attention_kernel(
     query, q_b, q_h, q_r, keys, values, tokens, suffix_keys, k_b, k_h, k_s,
     suffix_values, v_b, v_h, v_s, mask, m_b, m_q, m_s,

@@ -20,7 +20,7 @@ def _write_nodes(list_, masses, count, counts, node, mass, chosen, wide, chunk, 
         tl.store(count + wide, tl.sum(parts, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nodes", "blocks", "chunks", "tiles", "capacity"])
 def expand_kernel(
     key_offsets, member_offsets, candidates, candidate_count, state, counts,
     member_list, member_count, dropped_list, dropped_mass, dropped_count,

@@ -114,7 +114,8 @@ def lookup(
 def geometry(query: Tensor, layer: ClusteredLayer, rule: SelectionRule) -> Geometry:
     batch, heads, rows, dim = query.shape
     kv_heads = layer.keys.shape[0]
-    return Geometry(batch, kv_heads, heads // kv_heads, rows, min(rule.query_block, rows), dim)
+    block = min(rule.query_block, max(16, triton.next_power_of_2(rows)))  # few to compile for
+    return Geometry(batch, kv_heads, heads // kv_heads, rows, block, dim)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -149,10 +150,10 @@ def _normaliser(
     grid = (row_tiles, splits)
     normaliser_kernel[grid](
         query, *query.stride()[:3], level.centroids, level.variance, level.key_offsets,
-        alpha_of(rule, 0, query), partial, sizes.rows, level.nodes, splits, scale,
-        HEADS=heads, GROUP=sizes.group, DIM=sizes.dim,
+        alpha_of(rule, 0, query), partial, sizes.rows, level.nodes, splits, share,
+        scale, HEADS=heads, GROUP=sizes.group, DIM=sizes.dim,
         BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=block_r, BLOCK_C=64,
-        SPLIT=share, SECOND=rule.alpha is not None, num_warps=8 if block_r == 128 else 4,
+        SECOND=rule.alpha is not None, num_warps=8 if block_r == 128 else 4,
         num_stages=3,
     )  # fmt: skip
     return partial

@@ -18,7 +18,7 @@ import triton.language as tl
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "blocks", "rows", "suffix", "pinned"])
 def plan_kernel(
     ends, bounds, keys_read, row_count, dropped_counts, kept_count, valid_count,
     tiles, blocks, rows, suffix, pinned,
@@ -121,7 +121,7 @@ def merge_part(out, lse, part, part_lse, at, gap, DIM: tl.constexpr, BLOCK_D: tl
     return out * (a / mass)[:, None] + value * (b / mass)[:, None], base + tl.log2(a + b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "blocks", "rows", "programs", "pass_tiles"])
 def combine_kernel(
     output, ends, bounds, part, part_lse, far, far_lse, exact_lse, estimate,
     tiles, blocks, rows, programs, pass_tiles, clamp,

@@ -54,12 +54,12 @@ def _node_mass(offsets, variance, head_nodes, head, node, nodes, SECOND: tl.cons
     return tl.where(size > 0, mass, float("-inf")), spread
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "nodes", "splits", "share"])
 def normaliser_kernel(
     query, q_b, q_h, q_r, centroids, variance, offsets, alpha, partial,
-    rows, nodes, splits, scale,
+    rows, nodes, splits, share, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, SECOND: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     """One share of the softmax denominator of `BLOCK_R` rows of one query head."""
     split = tl.program_id(1)
@@ -75,9 +75,9 @@ def normaliser_kernel(
     energy = query_energy(q, tl.load(alpha + head) if SECOND else 0.0, scale)
     peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
-    node = split * SPLIT + tl.arange(0, BLOCK_C)
+    node = split * share + tl.arange(0, BLOCK_C)
     mass, spread = _node_mass(offsets, variance, kv * nodes, kv, node, nodes, SECOND)
-    for at in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, nodes), BLOCK_C):
+    for at in range(split * share, tl.minimum(split * share + share, nodes), BLOCK_C):
         node = at + tl.arange(0, BLOCK_C)
         c_rows = centroids + (kv * nodes + node[:, None]) * DIM
         c = tl.load(c_rows + dims, mask=(node < nodes)[:, None] & (dims < DIM), other=0.0)
@@ -131,7 +131,7 @@ def _weights(q, energy, bar, nodes, variance, scale):
     return tl.sum(tl.exp2(logits - bar[None, :]), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "nodes", "blocks", "chunks", "tiles", "splits", "spans"])
 def select_kernel(
     query, q_b, q_h, q_r, valid, centroids, variance, key_offsets, member_offsets, alpha, partial,
     candidates, candidate_count, state, counts,
