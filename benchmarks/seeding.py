@@ -6,6 +6,7 @@ python benchmarks/seeding.py MODEL_DIRECTORY GGUF_FILE TEXT_FILE [TOKENS]
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,7 +44,8 @@ def cosine(layer):
 def main(directory, gguf, text, tokens=6144):
     tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=gguf)
     model = AutoModelForCausalLM.from_pretrained(directory, gguf_file=gguf, dtype=torch.bfloat16)
-    ids = tokenizer(open(text).read(), return_tensors="pt").input_ids[0, : int(tokens)]
+    words = Path(text).read_text(encoding="utf-8")
+    ids = tokenizer(words, return_tensors="pt").input_ids[0, : int(tokens)]
     started = time.perf_counter()
     layers = capture(model, ids, 100, 1024)
     prefill_s = time.perf_counter() - started

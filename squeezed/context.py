@@ -1,4 +1,4 @@
-"""The fixed context: what a document becomes for one model, ready to be asked any number of times."""
+"""The fixed context: what a document becomes for one model, ready to be asked any time."""
 
 from __future__ import annotations
 

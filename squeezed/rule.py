@@ -1,4 +1,4 @@
-"""The rule by which one layer selects: thresholds, score, far field. What calibration hands to ops."""
+"""The rule by which one layer selects: what calibration hands to the arithmetic."""
 
 from __future__ import annotations
 

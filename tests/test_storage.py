@@ -68,8 +68,6 @@ def test_another_tokenizer_is_refused(context, model):
         squeezed.generate(model, tokenizer, context, "x")
 
 
-
-
 @pytest.mark.parametrize("name", ["layer_001.safetensors", "context.json"])
 def test_truncated_file_is_refused(saved, name):
     file = saved / name

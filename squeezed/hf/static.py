@@ -1,8 +1,8 @@
-"""Cache layers whose suffix is a buffer of fixed size, so that `generate()` compiles the decode step.
+"""Cache layers whose suffix is a buffer of fixed size: `generate()` compiles the decode step.
 
-Transformers compiles the forward pass, with CUDA graphs, when every layer of a cache says that it is
-compileable. Nothing here may depend on values: the number of tokens so far is a tensor, and what the
-graph reads keeps its address.
+Transformers compiles the forward pass, with CUDA graphs, when every layer of a cache says that it
+is compileable. Nothing here may depend on values: the number of tokens so far is a tensor, and what
+the graph reads keeps its address.
 """
 
 from __future__ import annotations

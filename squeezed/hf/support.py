@@ -1,4 +1,4 @@
-"""Which models can be squeezed, what each of their layers is, and switching attention on and off."""
+"""Which models can be squeezed, what their layers are, and switching attention on and off."""
 
 from __future__ import annotations
 

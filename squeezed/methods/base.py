@@ -27,7 +27,7 @@ class ContextAttention(Protocol):
     selectable_keys: int
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that `attend` reads beside its arguments: a CUDA graph holds them in place."""
+        """Tensors that `attend` reads beside its arguments: a CUDA graph holds them in place."""
         ...
 
     def attend(

@@ -84,7 +84,9 @@ def test_left_padded_batch_equals_single_requests(family, implementation, budget
     batch[batch == tiny_tokenizer().pad_token_id] = 258
     together = squeezed_generate(model, context, batch, budget, implementation, **GREEDY)
     for row, question in zip(together, questions, strict=True):
-        alone = squeezed_generate(model, context, ids_of(question), budget, implementation, **GREEDY)
+        alone = squeezed_generate(
+            model, context, ids_of(question), budget, implementation, **GREEDY
+        )
         assert row.equal(alone[0])
 
 
@@ -115,9 +117,7 @@ def test_two_contexts_stay_apart():
     contexts = [indexed(model, document(seed=seed)) for seed in (1, 2)]
     suffix = ids_of("which one?")
     caches = [context.cache(0.2, implementation="reference") for context in contexts]
-    alone = [
-        squeezed_generate(model, context, suffix, 0.2, **GREEDY) for context in contexts
-    ]
+    alone = [squeezed_generate(model, context, suffix, 0.2, **GREEDY) for context in contexts]
     tokens = [suffix, suffix]
     with using_attention(model), torch.inference_mode():
         for _ in range(GREEDY["max_new_tokens"]):  # alternate, token by token
@@ -159,8 +159,10 @@ def test_prefill_chunk_does_not_change_the_context():
         if order[0] is None:
             torch.testing.assert_close(a.keys, b.keys, atol=1e-4, rtol=1e-4)
             continue
-        by_position = [x.keys.gather(1, x.positions.long().argsort(1)[..., None].expand_as(x.keys))
-                       for x in (a, b)]
+        by_position = [
+            x.keys.gather(1, x.positions.long().argsort(1)[..., None].expand_as(x.keys))
+            for x in (a, b)
+        ]
         torch.testing.assert_close(*by_position, atol=1e-4, rtol=1e-4)
 
 
@@ -197,8 +199,13 @@ def test_squeezed_cache_under_another_attention_names_the_remedy():
 
 def test_unsupported_models_are_refused_with_the_reason():
     config = transformers.Gemma2Config(
-        vocab_size=260, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
     )
     gemma2 = transformers.Gemma2ForCausalLM(config)
     with pytest.raises(squeezed.UnsupportedModelError, match="soft-capped"):

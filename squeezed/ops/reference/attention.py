@@ -45,7 +45,11 @@ def attend(
     recent = scale * torch.einsum("bhgqd,bhsd->bhgqs", q, suffix_keys.to(q.dtype))
     recent = recent.masked_fill(~suffix_mask[:, :, None], NEG_INF)
     context = scale * torch.einsum("bhgqd,hpd->bhgqp", q, layer.keys.to(q.dtype))
-    logits, values, keys_read = [recent], [suffix_values.to(q.dtype)], torch.zeros(q.shape[0], device=q.device)
+    logits, values, keys_read = (
+        [recent],
+        [suffix_values.to(q.dtype)],
+        torch.zeros(q.shape[0], device=q.device),
+    )
     if layer.levels:
         found = lookup(query, layer, rule, scale, valid)
         context = context.masked_fill(~_rows_read(found, layer, rule, rows), NEG_INF)
