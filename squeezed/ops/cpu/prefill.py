@@ -71,12 +71,13 @@ def gather(
     far: list[Part] = [(torch.empty(rows.rows, 0), torch.empty(0, dim))]
     if layer.levels:
         leaves = torch.from_numpy(found.state[head, unit]) == KEPT
-        owned = leaves.repeat_interleave(layer.levels[-1].sizes[head])
+        owned = leaves.repeat_interleave(layer.levels[-1].key_offsets[head].diff())
         kept = owned.nonzero()[:, 0] + pinned
     for level, state, logits in found.visited if with_far else ():
         nodes = (torch.from_numpy(state[head, unit]) == DROPPED).nonzero()[:, 0]
         own = slice(unit * rows.rows, (unit + 1) * rows.rows)
-        mass = torch.from_numpy(logits[head, own])[:, nodes] + level.sizes[head, nodes].log()
+        sizes = level.key_offsets[head].diff()[nodes]
+        mass = torch.from_numpy(logits[head, own])[:, nodes] + sizes.log()
         far.append((mass, level.mean_values[head, nodes].float()))
     return Gathered(
         kept=(keys[kept].float(), values[kept].float()),

@@ -43,6 +43,8 @@ class QueryRows:
 
     def slab(self, start: int, stop: int) -> QueryRows:
         """The units `[start, stop)`."""
+        if start == 0 and stop == self.units:
+            return self
         own = slice(start, stop)
         return QueryRows(
             self.queries[:, own].contiguous(), self.mask[own], self.valid[own], self.batch[own]
