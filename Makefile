@@ -1,6 +1,7 @@
 # make demo    index the demo document, ask three questions, print the table
-# make test    lint and every test
-# Both create the virtual environment in .venv first; remove that directory to start over.
+# make test    every test
+# make lint    ruff
+# All create the virtual environment in .venv first; remove that directory to start over.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +16,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(INSTALLED)
 	$(BIN)/squeezed demo
 
-test: lint
+test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
 
 lint: $(INSTALLED)
