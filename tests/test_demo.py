@@ -48,12 +48,12 @@ def test_next_token_logits_of_everything_kept_are_the_models_own(context):
 
 
 def test_next_token_logits_select_token_by_token_as_decoding_does(context):
-    model, question, answer = tiny_model("llama"), ids_of("What is alpha?"), ids_of("beta gamma")
+    model, question, answer = tiny_model("llama"), ids_of("What is alpha?"), ids_of(document(90))
     forced = context.cache(0.1, implementation="reference")
     together = next_token_logits(model, forced, question, answer)
     stepped = context.cache(0.1, implementation="reference")
     rows = [next_token_logits(model, stepped, question, answer[:1])]
-    for token in answer[:-1]:
+    for token in answer[:-1]:  # 90 tokens: more than select alone in a longer input
         rows.append(next_token_logits(model, stepped, token[None], answer[:1]))
     torch.testing.assert_close(together, torch.cat(rows), rtol=1e-3, atol=1e-3)
 
