@@ -158,6 +158,17 @@ def test_neighbours_in_a_batch_do_not_matter():
         assert read[one].tolist() == read_alone.tolist()
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_children_of_dropped_nodes_are_dropped_whatever_their_score(path):
+    layer = layer_of()
+    query, keys, values = inputs(layer, batch=2, group=2)
+    middle = rule_of(layer).log_thresholds[0]
+    rule = SelectionRule((middle + 0.5, KEEP_ALL), None, "first_order")
+    read = run(query, layer, rule, keys, values, tuning=PATHS[path])[1]
+    assert int(read.min()) > 0 and int(read.max()) < layer.clustered * layer.keys.shape[0]
+    assert_equals_reference(query, layer, rule, keys, values, tuning=PATHS[path])
+
+
 def test_requests_over_different_contexts_each_read_their_own():
     layers = [layer_of(seed=seed).to(interpreter.DEVICE) for seed in (0, 1)]
     rules = [rule_of(layers[0]), rule_of(layers[1], far_field="first_order")]
