@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from squeezed.context import FixedContext
-from squeezed.methods.masked import causal
+from squeezed.methods.masked import causal, masked_attention
 from squeezed.tree import ClusteredLayer
 
 
@@ -42,21 +41,13 @@ class DenseLayer:
         scale: float,
         per_token: bool,
     ) -> tuple[Tensor, Tensor]:
-        batch, heads, rows, _ = query.shape
-        mask = causal(suffix_mask, rows, suffix_keys.shape[2], query.device)
-        valid = mask.any(-1, keepdim=True)  # padding attends to nothing
-        mask = torch.cat([valid.expand(-1, -1, -1, self.tokens), mask], -1)
-        keys = _joined(self.layer.keys, suffix_keys, heads)
-        values = _joined(self.layer.values, suffix_values, heads)
-        output = scaled_dot_product_attention(query, keys, values, mask, scale=scale)
-        answered = valid[:, 0, :, 0].sum(-1).expand(batch)
-        return output.masked_fill(~valid, 0.0), answered * self.selectable_keys
-
-
-def _joined(context: Tensor, suffix: Tensor, heads: int) -> Tensor:
-    """Context `[Hkv, P, D]` and suffix `[B, Hkv, S, D]` for every head, `[B, Hq, P + S, D]`."""
-    rows = torch.cat([context.expand(suffix.shape[0], -1, -1, -1), suffix], 2)
-    return rows.repeat_interleave(heads // context.shape[0], 1)
+        mask = causal(suffix_mask, query.shape[2], suffix_keys.shape[2], query.device)
+        everything = torch.ones(1, dtype=torch.bool, device=query.device)
+        shape = (query.shape[0], self.layer.keys.shape[0], query.shape[2], self.layer.clustered)
+        suffix = (suffix_keys, suffix_values, mask)
+        output = masked_attention(query, self.layer, everything.expand(shape), *suffix, scale)
+        answered = mask.any(-1).sum((1, 2)).expand(query.shape[0])
+        return output, answered * self.selectable_keys
 
 
 @dataclass(frozen=True)

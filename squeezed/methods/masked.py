@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from squeezed.config import BEST
 from squeezed.ops.reference.lookup import NEG_INF, block_scores, grouped, query_blocks
@@ -74,7 +75,7 @@ class MaskedLayer(abc.ABC):
     def keep(self, queries: Queries) -> Tensor:
         """Which rows are read, bool, broadcasts to `[B, Hkv, N, R]`."""
 
-    def far_field(self, queries: Queries, keep: Tensor) -> FarField | None:
+    def far_field(self, queries: Queries) -> FarField | None:
         """What the rows that are not read still count; nothing for most methods."""
         return None
 
@@ -102,10 +103,14 @@ class MaskedLayer(abc.ABC):
             scale=scale,
         )
         keep = self._keep_all_blocks(queries)
-        far = self.far_field(queries, keep) if self.layer.clustered else None
-        output = masked_attention(queries, self.layer, keep, far, suffix_keys, suffix_values, mask)
-        read = keep.sum((1, 3))[:, queries.blocks]
-        return output.reshape(query.shape).to(query.dtype), (read * queries.valid).sum(-1)
+        far = self.far_field(queries) if self.layer.clustered else None
+        read, suffix = keep[:, :, queries.blocks], (suffix_keys, suffix_values, mask)
+        if far is None:
+            output = masked_attention(query, self.layer, read, *suffix, scale)
+        else:
+            output = far_attention(queries, self.layer, read, far, *suffix)
+        counted = read.sum((1, 3)) * queries.valid
+        return output.reshape(query.shape).to(query.dtype), counted.sum(-1)
 
     def _keep_all_blocks(self, queries: Queries) -> Tensor:
         batch, heads = queries.q.shape[:2]
@@ -131,29 +136,54 @@ def causal(mask: Tensor | None, rows: int, suffix: int, device: torch.device) ->
 
 
 def masked_attention(
+    query: Tensor,
+    layer: ClusteredLayer,
+    read: Tensor,
+    suffix_keys: Tensor,
+    suffix_values: Tensor,
+    mask: Tensor,
+    scale: float,
+) -> Tensor:
+    """Softmax over pinned rows, the rows `read [B, Hkv, Q, R]` and the suffix: like `query`."""
+    group = query.shape[1] // read.shape[1]
+    valid = mask.any(-1, keepdim=True)  # padding attends to nothing
+    pinned = read.new_ones(*read.shape[:3], layer.pinned)
+    recent = mask.expand(*read.shape[:2], -1, -1)
+    seen = torch.cat([pinned & valid, read & valid, recent], -1)
+    keys = joined(layer.keys, suffix_keys, group)
+    values = joined(layer.values, suffix_values, group)
+    seen = seen.repeat_interleave(group, 1)
+    output = scaled_dot_product_attention(query, keys, values, seen, scale=scale)
+    return output.masked_fill(~valid, 0.0)
+
+
+def joined(context: Tensor, suffix: Tensor, group: int) -> Tensor:
+    """Context `[Hkv, P, D]` and suffix `[B, Hkv, S, D]` for every head, `[B, Hq, P + S, D]`."""
+    rows = torch.cat([context.expand(suffix.shape[0], -1, -1, -1), suffix], 2)
+    return rows.repeat_interleave(group, 1)
+
+
+def far_attention(
     queries: Queries,
     layer: ClusteredLayer,
-    keep: Tensor,
-    far: FarField | None,
+    read: Tensor,
+    far: FarField,
     suffix_keys: Tensor,
     suffix_values: Tensor,
     mask: Tensor,
 ) -> Tensor:
-    """One softmax over pinned rows, kept rows, far field and suffix: `[B, Hkv, G, Q, D]`."""
+    """The same with a far field in the softmax, `[B, Hkv, G, Q, D]` in the queries' precision."""
     q, dtype = queries.q, queries.q.dtype
     context = queries.logits(layer.keys)
-    rows_kept = keep[:, :, queries.blocks].unsqueeze(2)
-    context[..., layer.pinned :].masked_fill_(~rows_kept, NEG_INF)
+    context[..., layer.pinned :].masked_fill_(~read.unsqueeze(2), NEG_INF)
+    context = context.masked_fill(~queries.valid[:, None, None, :, None], NEG_INF)
     recent = queries.scale * torch.einsum("bhgqd,bhsd->bhgqs", q, suffix_keys.to(dtype))
     recent = recent.masked_fill(~mask[:, :, None], NEG_INF)
-    context = context.masked_fill(~queries.valid[:, None, None, :, None], NEG_INF)
-    far_logits = context[..., :0] if far is None else far[0]
-    weights = torch.softmax(torch.cat([context, far_logits, recent], -1), -1).nan_to_num(0.0)
-    parts = weights.split([context.shape[-1], far_logits.shape[-1], recent.shape[-1]], -1)
-    output = torch.einsum("bhgqp,hpd->bhgqd", parts[0], layer.values.to(dtype))
-    if far is not None:
-        output += torch.einsum("bhgqf,hfd->bhgqd", parts[1], far[1].to(dtype))
-    return output + torch.einsum("bhgqs,bhsd->bhgqd", parts[2], suffix_values.to(dtype))
+    weights = torch.softmax(torch.cat([context, far[0], recent], -1), -1).nan_to_num(0.0)
+    near, distant, last = weights.split([context.shape[-1], far[0].shape[-1], recent.shape[-1]], -1)
+    output = torch.einsum("bhgqp,hpd->bhgqd", near, layer.values.to(dtype))
+    output += torch.einsum("bhgqf,hfd->bhgqd", distant, far[1].to(dtype))
+    return output + torch.einsum("bhgqs,bhsd->bhgqd", last, suffix_values.to(dtype))
 
 
 def top_rows(scores: Tensor, count: int) -> Tensor:

@@ -49,7 +49,7 @@ class MultipoleLayer(MaskedLayer):
         owner = owners(self.layer.levels[-1].key_offsets, self.tokens)[:, self.layer.pinned :]
         return rows_of(self.descend(queries).kept, owner)
 
-    def far_field(self, queries: Queries, keep: Tensor) -> FarField:
+    def far_field(self, queries: Queries) -> FarField:
         found = self.descend(queries)
         valid = queries.valid[:, None, None, :, None]
         return found.far_logits.masked_fill(~valid, NEG_INF), found.far_values
