@@ -4,9 +4,9 @@ import pytest
 from tiny import document, tiny_model, tiny_tokenizer
 
 import squeezed
-from squeezed.config import BEST, PAPER, ClusteringConfig, IndexConfig
+from squeezed.config import BEST, PAPER, ClusteringConfig, IndexConfig, Preset
 from squeezed.errors import SqueezedError, UnsupportedModelError
-from squeezed.plan import level_nodes, model_shape, plan
+from squeezed.plan import ModelShape, level_nodes, model_shape, plan
 
 BANDWIDTH = 1e12
 
@@ -57,6 +57,18 @@ def test_plan_nested_lookup_reads_fewer_centroids_than_the_papers():
     paper = planned(model, 100_000, 0.05, preset=PAPER)
     assert best.squeezed_bytes_per_token < 1.35 * paper.squeezed_bytes_per_token
     assert best.clustering_flops == paper.clustering_flops > 0
+
+
+def test_plan_bytes_of_a_small_case_are_those_worked_out_by_hand():
+    shape = ModelShape(1, 0, 0, heads=2, kv_heads=1, head_dim=8, element_bytes=2, parameters=10)
+    clustering = ClusteringConfig(levels=(0.01, 0.1), pinned_first=50, pinned_last=50)
+    preset = Preset("p", second_order=False, far_field="first_order", coarse_share=1.0)
+    found = plan(shape, 1100, 0.25, 1e12, clustering, preset)
+    keys = 2 * 16 * (100 + 250)  # pinned, and a quarter of the 1,000 others
+    coarse = 10 * (16 + 4) + 5 * 16  # ten scored, half of them dropped
+    fine = 50 * (16 + 4) + 25 * 16  # children of the kept half; a quarter of all is dropped there
+    assert found.squeezed_bytes_per_token == keys + coarse + fine
+    assert found.weight_bytes == 20 and found.kv_bytes == 2 * 16 * 1100
 
 
 def test_plan_times_follow_the_bandwidth():
