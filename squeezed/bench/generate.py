@@ -57,9 +57,9 @@ class Run:
 def packed_dense(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Dense attention that reads each key once for all query heads of its group.
 
-    A decoding step leaves the mask out: with one, PyTorch has no kernel that splits the context over
-    the whole GPU. It then attends to the buffer's empty slots too, which makes its answers wrong and
-    its time the best that dense attention can reach here.
+    A decoding step leaves the mask out: with one, PyTorch has no kernel that splits the context
+    over the whole GPU. It then attends to the buffer's empty slots too, which makes its answers
+    wrong and its time the best that dense attention can reach here.
     """
     batch, heads, rows, dim = query.shape
     if rows > 1:

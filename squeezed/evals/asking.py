@@ -112,7 +112,11 @@ def forced_logits(
 
 
 def compare(logits: Tensor, dense: Tensor, answer: Tensor) -> dict[str, float]:
-    """KL divergence from dense, top-1 agreement and NLL in nats, means over `[T, V]` logits."""
+    """KL divergence from dense, top-1 agreement and NLL in nats, means over `[T, V]` logits.
+
+    `exact` is 1 if every answer token is the likeliest, so that greedy decoding would begin with
+    the answer: generation's verdict from one forward pass.
+    """
     ours, theirs = logits.log_softmax(-1), dense.log_softmax(-1)
     divergence = (theirs.exp() * (theirs - ours)).sum(-1)
     answer = answer.to(ours.device)
@@ -120,4 +124,5 @@ def compare(logits: Tensor, dense: Tensor, answer: Tensor) -> dict[str, float]:
         "kl": float(divergence.mean()),
         "top1": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
         "nll": float(-ours.gather(1, answer[:, None]).mean()),
+        "exact": float((ours.argmax(-1) == answer).all()),
     }

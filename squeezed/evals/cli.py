@@ -16,10 +16,10 @@ from squeezed.config import check_budget
 from squeezed.errors import SqueezedError
 from squeezed.evals import report as reporting
 from squeezed.evals.examples import SuiteOptions
-from squeezed.evals.loading import load_model
 from squeezed.evals.results import ResultFile
 from squeezed.evals.runner import Runner, RunOptions, limited
 from squeezed.evals.suites import suite_named
+from squeezed.models import load_model
 
 app = typer.Typer(help="Accuracy of sparse-attention methods on a model of yours.")
 
@@ -55,8 +55,8 @@ def run(
     errors: Annotated[bool, typer.Option(help="measure each layer's output error")] = False,
     generate: Annotated[bool, typer.Option(help="let every method write answers")] = True,
     seed: int = 0,
-    device: str = "cuda" if torch.cuda.is_available() else "cpu",
-    dtype: str = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto is the first GPU, else the CPU")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto is the checkpoint's")] = "auto",
     implementation: Annotated[str, typer.Option(help="of squeezed attention")] = "auto",
 ) -> None:
     """Run a suite. Each document is prefilled and indexed once for all methods and questions."""
@@ -75,7 +75,7 @@ def run(
         wanted = SuiteOptions(data, context_tokens, documents, questions, split(tasks), seed)
         if not model:
             raise SqueezedError("model: expected a directory, hub name or .gguf file, got nothing")
-        loaded, tokenizer = load_model(model, device, dtype)
+        loaded, tokenizer = load_model(model, dtype, device, log)
         results = ResultFile(output, header(chosen.name, model, loaded, wanted))
         found = limited(chosen.documents(wanted, tokenizer), documents, questions)
         Runner(loaded, tokenizer, options, results, log).run(found)

@@ -14,7 +14,7 @@ from squeezed.evals.results import read_rows
 
 RESAMPLES = 2000
 LOWER_IS_BETTER = ("kl", "nll")
-ORDER = ("kl", "top1", "nll")  # first columns; others follow by name
+ORDER = ("kl", "top1", "nll", "exact")  # first columns; others follow by name
 
 
 @dataclass
