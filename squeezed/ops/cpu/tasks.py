@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from squeezed.ops.cpu.exact import CONTEXT, PINNED, SUFFIX
 from squeezed.ops.cpu.lookup import KEPT
@@ -114,24 +114,25 @@ def _merge_row(tasks, w, top, mass, acc, far_top, far_mass, far_acc, out):
             out[d] /= weights
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True)
 def combine(pieces, bounds, estimate, clamp, top, mass, acc, far_top, far_mass, far_acc, out):
     """Merge the tasks of every head into `out [H, W, D]`; rows that attend to nothing become 0.
 
     With `clamp > 0` the far field is rescaled by exact over estimated mass of the kept leaves:
-    `estimate [H, W]` is the logarithm of the latter, `clamp` bounds the correction in nats.
+    `estimate [H, W]` is the logarithm of the latter, `clamp` bounds the correction in nats. Not
+    parallel: waking threads would take longer.
     """
     heads, width, _ = out.shape
     kind, owner = pieces[bounds[:-1], 0], pieces[bounds[:-1], 1]
-    for row in prange(heads * width):
-        h, w = row // width, row % width
+    for h in range(heads):
         tasks = np.nonzero(owner == h)[0]
-        shift = np.float32(0.0)
-        if clamp > 0:
-            gap = _log_mass(tasks, kind, w, top, mass) - estimate[h, w]
-            if np.isfinite(gap):  # else nothing was kept: no evidence
-                shift = np.float32(min(max(gap, -clamp), clamp))
-        _merge_row(
-            tasks, w, top, mass, acc,
-            far_top[h, w] + shift, far_mass[h, w], far_acc[h, w], out[h, w],
-        )  # fmt: skip
+        for w in range(width):
+            shift = np.float32(0.0)
+            if clamp > 0:
+                gap = _log_mass(tasks, kind, w, top, mass) - estimate[h, w]
+                if np.isfinite(gap):  # else nothing was kept: no evidence
+                    shift = np.float32(min(max(gap, -clamp), clamp))
+            _merge_row(
+                tasks, w, top, mass, acc,
+                far_top[h, w] + shift, far_mass[h, w], far_acc[h, w], out[h, w],
+            )  # fmt: skip
