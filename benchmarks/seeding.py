@@ -47,7 +47,7 @@ def main(directory, gguf, text, tokens=6144):
     words = Path(text).read_text(encoding="utf-8")
     ids = tokenizer(words, return_tensors="pt").input_ids[0, : int(tokens)]
     started = time.perf_counter()
-    layers = capture(model, ids, 100, 1024)
+    layers = capture(model, ids, ids[:100], 1024)
     prefill_s = time.perf_counter() - started
     even, kmeans, rows = clustering.seeds, clustering.spherical_kmeans, []
     for seeding in ("even", "k-means++"):

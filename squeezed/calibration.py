@@ -2,8 +2,9 @@
 
 One threshold per level holds for all layers and heads, so a head that needs more keys gets more
 (arXiv 2411.09688, section 3.2). It is the quantile, weighted by cluster size, of the scores that
-the document's own last queries give; a KV head's cluster counts as wanted if any head of the group
-wants it. Scores go into histograms layer by layer, so memory does not grow with depth.
+a probe's queries give, a question-like text after the document; a KV head's cluster counts as
+wanted if any head of the group wants it. Scores go into histograms layer by layer, so memory does
+not grow with depth.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ALPHA_RANGE = (0.0, 4.0)
 
 @dataclass(frozen=True)
 class ObservedLayer:
-    """A clustered layer and the document's last queries there: `queries [Hq, W, D]`."""
+    """A clustered layer and the probe's queries there: `queries [Hq, W, D]`."""
 
     layer: ClusteredLayer
     queries: Tensor

@@ -32,7 +32,7 @@ class ClusteringConfig:
     levels: tuple[float, ...] = (0.01, 0.05)
     iterations: int = 3  # from even seeds as good as ten from k-means++
     pinned_first: int = 16  # tokens; attention sinks, always read exactly
-    pinned_last: int = 100  # tokens; the observation window, always read exactly
+    pinned_last: int = 100  # tokens; what a question follows, always read exactly
 
     def __post_init__(self) -> None:
         if not self.levels or any(not 0 < share <= 1 for share in self.levels):
@@ -43,10 +43,10 @@ class ClusteringConfig:
             raise SqueezedError(f"levels: every level must be finer than the last: {self.levels}")
         if self.iterations < 1:
             raise SqueezedError(f"iterations: expected at least 1, got {self.iterations}")
-        if self.pinned_first < 0 or self.pinned_last < 1:
+        if self.pinned_first < 0 or self.pinned_last < 0:
             raise SqueezedError(
-                "pinned_first must be >= 0 and pinned_last >= 1 (the last tokens calibrate the "
-                f"thresholds), got {self.pinned_first} and {self.pinned_last}"
+                "pinned_first and pinned_last must be at least 0, got "
+                f"{self.pinned_first} and {self.pinned_last}"
             )
 
 

@@ -31,8 +31,8 @@ class FixedContext:
         template: text around document and question.
         model, tokenizer: fingerprints.
         seconds: how long prefill, clustering and calibration took.
-        observed: `[Hq, W, D]` per full-attention layer, the queries of the document's last tokens,
-            for methods that vote with them; empty if nobody kept them.
+        observed: `[Hq, W, D]` per full-attention layer, the queries of the probe that calibrated
+            it, for methods that vote with them; empty if nobody kept them.
     """
 
     tokens: Tensor

@@ -20,7 +20,7 @@ from squeezed.hf.cache import Spending, SqueezedCache, suffix_mask
 from squeezed.hf.capture import CapturedLayer, capture
 from squeezed.hf.support import layer_kinds, text_config, using_attention
 from squeezed.memory import check_memory
-from squeezed.prompt import PromptTemplate
+from squeezed.prompt import PromptTemplate, probe_question
 from squeezed.tree import ClusteredLayer, WindowLayer
 
 Progress = Callable[[str, int, int], None]
@@ -61,11 +61,11 @@ def index(
     check_memory(model, len(tokens), config.clustering)
 
     started = time.perf_counter()
-    observed = config.clustering.pinned_last
+    probe = template.question_ids(tokenizer, probe_question(text))
     captured = capture(
         model,
         tokens,
-        observed,
+        probe,
         config.prefill_chunk,
         lambda done: progress("prefill", done, len(tokens)),
     )

@@ -200,7 +200,7 @@ def run(
     """Measure every context length: squeezed, dense packed by group, Transformers' own dense."""
     model = random_model(layers, device, small)
     ids = torch.randint(0, model.config.vocab_size, (SEED_TOKENS if not small else 512,))
-    seeds = capture(model, ids, observed=100, chunk=2048)
+    seeds = capture(model, ids, ids[:100], chunk=2048)
     suffix = QUESTION_TOKENS + new_tokens
     results = []
     for tokens in contexts:

@@ -1,6 +1,7 @@
 """Document -> post-rotary keys and values of every layer, and the queries that calibrate.
 
-The model itself prefills the document, in chunks, through a cache whose layers keep what they see.
+The model itself prefills the document, in chunks, through a cache whose layers keep what they see;
+then it reads a probe, a question-like text after the document, of which only the queries stay.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from squeezed.hf.attention import Handover
-from squeezed.hf.support import LayerKind, layer_kinds, using_attention
+from squeezed.hf.support import layer_kinds, using_attention
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class CapturedLayer:
 
     Attributes:
         keys, values: `[Hkv, P, D]` in document order (`[Hkv, W, D]` for a sliding window).
-        queries: `[Hq, W, D]`, the observation window; `None` for a sliding window.
+        queries: `[Hq, W, D]`, those of the probe; `None` for a sliding window.
         scale: the layer's softmax scale.
     """
 
@@ -36,20 +37,20 @@ class CapturedLayer:
 
 
 class CaptureLayer(CacheLayerMixin):
-    """A full-attention layer that writes into a buffer of the document's length."""
+    """A full-attention layer that writes into a buffer for the document and the probe after it."""
 
     is_sliding = False
 
-    def __init__(self, tokens: int, observed: int) -> None:
+    def __init__(self, tokens: int, probe: int) -> None:
         super().__init__()
-        self.tokens, self.observed, self.filled = tokens, observed, 0
-        self.queries: list[Tensor] = []
+        self.tokens, self.capacity, self.filled = tokens, tokens + probe, 0
+        self.queries: Tensor | None = None
         self.scale = 0.0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = key_states.new_empty(*key_states.shape[:2], self.tokens, key_states.shape[-1])
-        self.values = value_states.new_empty(
-            *value_states.shape[:2], self.tokens, value_states.shape[-1]
+        self.keys, self.values = (
+            x.new_empty(*x.shape[:2], self.capacity, x.shape[-1])
+            for x in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -64,11 +65,10 @@ class CaptureLayer(CacheLayerMixin):
         return handover, handover
 
     def attend(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Dense causal attention of one chunk; keeps its queries if they are among the last."""
+        """Dense causal attention of one chunk; the queries of the last, the probe, are kept."""
         rows, end = query.shape[2], self.filled
-        wanted = end - (self.tokens - self.observed)
-        if wanted > 0:
-            self.queries.append(query[0, :, -wanted:].clone())
+        if end > self.tokens:
+            self.queries = query[0].clone()
         self.scale = scale
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
         group = query.shape[1] // keys.shape[1]
@@ -78,8 +78,8 @@ class CaptureLayer(CacheLayerMixin):
         return scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale)
 
     def captured(self) -> CapturedLayer:
-        queries = torch.cat(self.queries, 1)
-        return CapturedLayer(self.keys[0], self.values[0], queries, self.scale)
+        keys, values = self.keys[0, :, : self.tokens], self.values[0, :, : self.tokens]
+        return CapturedLayer(keys, values, self.queries, self.scale)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, self.filled  # the mask goes unused: keep it small
@@ -88,14 +88,14 @@ class CaptureLayer(CacheLayerMixin):
         return self.filled
 
     def get_max_length(self) -> int:
-        return self.tokens
+        return self.capacity
 
 
 @torch.inference_mode()
 def capture(
     model,
     tokens: Tensor,
-    observed: int,
+    probe: Tensor,
     chunk: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[CapturedLayer]:
@@ -103,7 +103,7 @@ def capture(
 
     Args:
         model: a causal language model; its attention implementation is restored afterwards.
-        observed: how many of the last queries to keep.
+        probe: `[W]` ids after the document, whose queries are kept and whose keys are not.
         chunk: tokens per forward pass; peak memory is the keys and values plus one chunk.
         progress: called with the number of tokens done.
     """
@@ -112,19 +112,24 @@ def capture(
     layers = [
         DynamicSlidingWindowLayer(kind.sliding_window)
         if kind.sliding_window
-        else CaptureLayer(count, min(observed, count))
+        else CaptureLayer(count, probe.shape[0])
         for kind in kinds
     ]
     cache = Cache(layers=layers)
+
+    def read(part: Tensor) -> None:
+        part = part[None].to(model.device)
+        model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
+
     with using_attention(model):
         for start in range(0, count, chunk):
-            part = tokens[None, start : start + chunk].to(model.device)
-            model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
+            read(tokens[start : start + chunk])
             progress(min(start + chunk, count))
-    return [_captured(layer, kind) for layer, kind in zip(layers, kinds, strict=True)]
-
-
-def _captured(layer: CacheLayerMixin, kind: LayerKind) -> CapturedLayer:
-    if isinstance(layer, CaptureLayer):
-        return layer.captured()
-    return CapturedLayer(layer.keys[0].clone(), layer.values[0].clone(), None, 0.0)
+        windows = [
+            CapturedLayer(layer.keys[0].clone(), layer.values[0].clone(), None, 0.0)
+            for layer in layers
+            if not isinstance(layer, CaptureLayer)
+        ]
+        read(probe)
+    windows.reverse()
+    return [x.captured() if isinstance(x, CaptureLayer) else windows.pop() for x in layers]

@@ -1,4 +1,4 @@
-"""SnapKV: the last queries of the prompt vote once for the keys that stay."""
+"""SnapKV: the queries of a probe vote once for the keys that stay."""
 
 from __future__ import annotations
 
@@ -21,16 +21,13 @@ def votes(layer: ClusteredLayer, observed: Tensor, scale: float, pool: int) -> T
     """Attention mass that the observation window gives to every row, pooled, `[Hkv, R]`.
 
     Args:
-        observed: `[Hq, W, D]`, queries of the document's last `W` tokens.
+        observed: `[Hq, W, D]`, queries of `W` tokens after the document.
         pool: odd number of neighbouring tokens over which the largest vote counts.
     """
     heads = layer.keys.shape[0]
     queries = observed.float().unflatten(0, (heads, -1))
     logits = scale * torch.einsum("hgwd,hpd->hgwp", queries, layer.keys.float())
-    window = observed.shape[1]
-    asked_at = torch.arange(layer.tokens - window, layer.tokens, device=observed.device)
-    future = layer.positions[:, None, None, :] > asked_at[:, None]
-    weights = logits.masked_fill(future, float("-inf")).softmax(-1)[..., layer.pinned :]
+    weights = logits.softmax(-1)[..., layer.pinned :]
     mass = weights.sum(2).mean(1)  # [Hkv, R]
     order = document_rank(layer)
     in_document = torch.zeros_like(mass).scatter(1, order, mass)
@@ -42,8 +39,9 @@ def votes(layer: ClusteredLayer, observed: Tensor, scale: float, pool: int) -> T
 class SnapKV:
     """A fixed set of keys per KV head, chosen by the observation window's votes.
 
-    Differences: the window is the end of the document, because the document is compressed before
-    any question exists (the paper's window holds the question); the heads of a group vote together.
+    Differences: the window is a probe, a general question after the document, because the document
+    is compressed before any real one exists (the paper's window holds it); the heads of a group
+    vote together.
     """
 
     name = "snapkv"

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import squeezed
 from squeezed.hf.cache import suffix_mask
+from squeezed.hf.capture import capture
 from squeezed.hf.support import using_attention
 from squeezed.prompt import PromptTemplate
 
@@ -253,3 +254,18 @@ def test_input_longer_than_the_static_suffix_is_refused():
     cache = indexed(model).cache(1.0, suffix_tokens=4)
     with using_attention(model), pytest.raises(squeezed.SqueezedError, match="suffix_tokens"):
         model(input_ids=ids_of("too long a question"), past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_probe_leaves_no_trace_in_the_context(family):
+    model = tiny_model(family)
+    tokens = ids_of(document(300))[0]
+    kept = [
+        capture(model, tokens, ids_of(probe)[0], chunk=64)
+        for probe in ("what?", "who is beta, then?")
+    ]
+    for one, other in zip(*kept, strict=True):
+        assert one.keys.equal(other.keys) and one.values.equal(other.values)
+        assert (one.queries is None) == (other.queries is None)
+        if one.queries is not None:
+            assert one.keys.shape[1] == 300 and one.queries.shape[1] == len("what?")

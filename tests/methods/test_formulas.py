@@ -65,8 +65,7 @@ def test_snapkv_votes_are_the_pooled_mass_of_the_window():
         for g in range(GROUP):
             for w in range(window):
                 logits = SCALE * layer.keys[head] @ observed[head * GROUP + g, w]
-                seen = positions[head] <= layer.tokens - window + w
-                weights = logits.masked_fill(~seen, -math.inf).softmax(-1)
+                weights = logits.softmax(-1)
                 mass[positions[head].long()] += weights / GROUP
         rows = positions[head, PINNED:].long()
         in_document = mass[rows.sort().values]
