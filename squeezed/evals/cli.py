@@ -12,6 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
+from squeezed.bench.common import commit
 from squeezed.config import check_budget
 from squeezed.errors import SqueezedError
 from squeezed.evals import report as reporting
@@ -112,6 +113,7 @@ def header(suite: str, name: str, model, options: SuiteOptions) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(model.dtype).removeprefix("torch."),
         "torch": torch.__version__,
+        "commit": commit(),
         "python": platform.python_version(),
         "squeezed": release,
     }
