@@ -78,6 +78,33 @@ def _suffix_rows(q, keys, key_at, values, value_at, start, stop, mask, top, mass
         absorb(logits, count, values, from_value, top, mass, acc)
 
 
+@njit(cache=True)
+def _attend_task(
+    pieces, q, keys, values, tokens, state, key_offsets,
+    suffix_keys, suffix_values, strides, batch, mask, top, mass, acc,
+):  # fmt: skip
+    top[:], mass[:], acc[:] = -np.inf, 0.0, 0.0
+    units = mask.shape[0]
+    rows, dim = q.shape[1] // units, q.shape[2]
+    for piece in range(pieces.shape[0]):
+        kind, head, start, stop = pieces[piece]
+        first = head * tokens * dim
+        for u in range(units):
+            own = slice(u * rows, (u + 1) * rows)
+            qu, t, m, a = q[head, own], top[own], mass[own], acc[own]
+            if kind == CONTEXT:
+                leaves = state[head, u]
+                _kept_rows(qu, keys, values, first, start, stop, leaves, key_offsets[head], t, m, a)
+            elif kind == PINNED:
+                _all_rows(qu, keys, values, first, start, stop, t, m, a)
+            else:
+                key_at = (batch[u] * strides[0, 0] + head * strides[0, 1], strides[0, 2])
+                value_at = (batch[u] * strides[1, 0] + head * strides[1, 1], strides[1, 2])
+                _suffix_rows(
+                    qu, suffix_keys, key_at, suffix_values, value_at, start, stop, mask[u], t, m, a
+                )
+
+
 @njit(cache=True, parallel=True)
 def attend_exact(
     pieces, bounds, q, keys, values, tokens, state, key_offsets,
@@ -89,26 +116,8 @@ def attend_exact(
     suffix flat, `strides [2, 3]` of its keys and values (batch, head, token), in elements;
     `batch [U]`, `mask [U, block, S]`.
     """
-    units = mask.shape[0]
-    rows, dim = q.shape[1] // units, q.shape[2]
     for task in prange(bounds.shape[0] - 1):
-        top[task], mass[task], acc[task] = -np.inf, 0.0, 0.0
-        for piece in range(bounds[task], bounds[task + 1]):
-            kind, head, start, stop = pieces[piece]
-            first = head * tokens * dim
-            for u in range(units):
-                own = slice(u * rows, (u + 1) * rows)
-                qu, t, m, a = q[head, own], top[task, own], mass[task, own], acc[task, own]
-                if kind == CONTEXT:
-                    leaves = state[head, u]
-                    _kept_rows(
-                        qu, keys, values, first, start, stop, leaves, key_offsets[head], t, m, a
-                    )
-                elif kind == PINNED:
-                    _all_rows(qu, keys, values, first, start, stop, t, m, a)
-                else:
-                    at = batch[u] * strides[:, 0] + head * strides[:, 1]
-                    _suffix_rows(
-                        qu, suffix_keys, (at[0], strides[0, 2]), suffix_values,
-                        (at[1], strides[1, 2]), start, stop, mask[u], t, m, a,
-                    )  # fmt: skip
+        _attend_task(
+            pieces[bounds[task] : bounds[task + 1]], q, keys, values, tokens, state, key_offsets,
+            suffix_keys, suffix_values, strides, batch, mask, top[task], mass[task], acc[task],
+        )  # fmt: skip

@@ -136,6 +136,28 @@ def _sum_up(logits, variance, key_offsets, state, estimate):
     return keys
 
 
+@njit(cache=True)
+def _visit_unit(
+    h, u, q, centroids, mean_values, variance, key_offsets, child_offsets, energy, valid,
+    threshold, is_first, to_score, with_far, normaliser, state, below, logits, keys_read,
+    estimate, top, mass, acc,
+):  # fmt: skip
+    base = h * state.shape[0] * q.shape[1]
+    _bury_empty(state, key_offsets)
+    if to_score:
+        _score(q, centroids, base, state, logits)
+    if is_first:
+        for r in range(q.shape[0]):
+            normaliser[r] = _log_mass(logits[r], energy[r], variance, key_offsets, state, DROPPED)
+    _select(logits, energy, normaliser, variance, valid, threshold, state)
+    if with_far:
+        _add_far(mean_values, base, state, key_offsets, logits, top, mass, acc)
+    if below.shape[0]:
+        _open_children(state, child_offsets, below)
+    else:
+        keys_read[h, u] = _sum_up(logits, variance, key_offsets, state, estimate)
+
+
 @njit(cache=True, parallel=True)
 def descend(
     q, centroids, mean_values, variance, key_offsets, child_offsets, energy, valid, threshold,
@@ -151,32 +173,14 @@ def descend(
     `estimate [H, W]` are written. The far field is added to the softmax sums `top, mass [H, W]`,
     `acc [H, W, D]`.
     """
-    heads, units, nodes = state.shape
-    rows, dim = q.shape[1] // units, q.shape[2]
-    for task in prange(heads * units):
+    units = state.shape[1]
+    rows = q.shape[1] // units
+    for task in prange(state.shape[0] * units):
         h, u = task // units, task % units
         own = slice(u * rows, (u + 1) * rows)
-        base = h * nodes * dim
-        _bury_empty(state[h, u], key_offsets[h])
-        if to_score:
-            _score(q[h, own], centroids, base, state[h, u], logits[h, own])
-        if is_first:
-            for w in range(u * rows, (u + 1) * rows):
-                normaliser[h, w] = _log_mass(
-                    logits[h, w], energy[h, w], variance[h], key_offsets[h], state[h, u], DROPPED
-                )
-        _select(
-            logits[h, own], energy[h, own], normaliser[h, own], variance[h], valid[u], threshold,
-            state[h, u],
+        _visit_unit(
+            h, u, q[h, own], centroids, mean_values, variance[h], key_offsets[h],
+            child_offsets[h], energy[h, own], valid[u], threshold, is_first, to_score, with_far,
+            normaliser[h, own], state[h, u], below[h, u], logits[h, own], keys_read,
+            estimate[h, own], top[h, own], mass[h, own], acc[h, own],
         )  # fmt: skip
-        if with_far:
-            _add_far(
-                mean_values, base, state[h, u], key_offsets[h], logits[h, own],
-                top[h, own], mass[h, own], acc[h, own],
-            )  # fmt: skip
-        if below.shape[2]:
-            _open_children(state[h, u], child_offsets[h], below[h, u])
-        else:
-            keys_read[h, u] = _sum_up(
-                logits[h, own], variance[h], key_offsets[h], state[h, u], estimate[h, own]
-            )

@@ -12,8 +12,6 @@ from squeezed.ops.cpu.rows import QueryRows
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer, Level
 
-_NO_NODES = np.empty((0, 0), np.int32)
-
 
 class Walk:
     """What the lookup of one call knows so far; it ends at the leaves.
@@ -46,7 +44,7 @@ class Walk:
         """Select on one level; `below` nodes on the next."""
         heads, width, _ = self.q.shape
         self.key_offsets = level.key_offsets.contiguous().numpy()
-        children = level.child_offsets.contiguous().numpy() if below else _NO_NODES
+        children = level.child_offsets.contiguous().numpy() if below else self.key_offsets
         state, self.state = self.state, np.zeros((heads, self.rows.units, below), np.uint8)
         if self.in_kernel:
             logits = np.empty((heads, width, level.nodes), np.float32)
