@@ -1,0 +1,117 @@
+"""Write the README's claim, demo table and GPU table from the stored results: run after a new one.
+
+python benchmarks/readme.py
+"""
+
+import json
+import re
+from pathlib import Path
+
+from squeezed.cli.demo import table_row
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+COLUMNS = (
+    "question",
+    "attention",
+    "answer",
+    "keys read",
+    "KV read per token",
+    "same tokens",
+    "KL, nats",
+    "first token",
+    "per token",
+)
+DECODE_COLUMNS = (
+    "context",
+    "query / KV heads",
+    "requests",
+    "far field",
+    "best dense, µs",
+    "squeezed, µs",
+    "speed-up",
+    "limit, µs",
+)
+
+
+def stored(name):
+    return json.loads((HERE / name).read_text(encoding="utf-8"))
+
+
+def claim(record):
+    squeezed = [row for row in record["asked"] if row["budget_asked"] < 1]
+    tokens = sum(row["agreement"]["tokens"] for row in squeezed)
+    same, kl = (
+        sum(row["agreement"][name] * row["agreement"]["tokens"] for row in squeezed)
+        for name in ("identical", "kl")
+    )
+    read = sum(row["bytes_per_token"] for row in squeezed) / len(squeezed)
+    return (
+        f"**A generated token reads {read / 1e6:.1f} MB of keys, values and index instead of "
+        f"{record['kv_bytes'] / 1e6:.1f} MB, {record['kv_bytes'] / read:.1f} times\nless, and "
+        f"{same:.0f} of {tokens} tokens of the dense answers are chosen again** (mean KL "
+        f"{kl / tokens:.4f} nats): SmolLM2-135M-Instruct,\n{record['tokens']:,} tokens of manual, "
+        "three questions, budget 10 %."
+    )
+
+
+def demo_table(record):
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|---|---:|---:|---:|---:|---:|---:|"]
+    for row in record["asked"]:
+        cells = (" ".join(cell.split()) for cell in table_row(row))
+        lines.append("| " + " | ".join(cells) + " |")
+    machine, seconds = record["machine"], record["index_seconds"]
+    notes = (
+        f"`squeezed demo`, {machine['threads']} threads of an {machine['processor']}, bfloat16: "
+        f"{record['kv_bytes'] / 1e6:.1f} MB of keys and values, "
+        f"{record['index_bytes'] / 1e6:.1f} MB of index on top;\n"
+        f"prefill {seconds['prefill']:.1f} s, clustering {seconds['cluster']:.1f} s, calibration "
+        f"{seconds['calibrate']:.1f} s. Other work shared the machine, so times are rough;\n"
+        'bytes are exact ([`benchmarks/demo.json`](benchmarks/demo.json)). "Same tokens": the '
+        "share of the dense answer's tokens that are\nchosen again when all of it is computed in "
+        "one pass; dense itself can flip a near tie. KL: the mean divergence from dense\nalong "
+        "that answer. On a model this small the weights, not the context, take most of a token's "
+        "time:\n`squeezed plan` says where that changes."
+    )
+    return "\n".join([*lines, "", notes])
+
+
+def decode_table(record):
+    names = (
+        "context|query / KV heads|requests|far field|best dense, µs|squeezed, µs|speed-up|limit, µs"
+    )
+    lines = ["| " + names.replace("|", " | ") + " |", "|---:|---|---:|---|---:|---:|---:|---:|"]
+    for row in record["rows"]:
+        cells = (
+            f"{row['tokens']:,}",
+            f"{row['heads']} / {row['kv_heads']}",
+            f"{row['batch']}",
+            row["far_field"].replace("_", " "),
+            f"{row['best_dense_us']:.0f} ({row['best_dense']})",
+            f"{row['squeezed_us']:.0f}",
+            f"{row['speed_up']:.2f}",
+            f"{row['physical_us']:.0f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def fill(text, mark, content):
+    """Replace what lies between `<!-- mark -->` and `<!-- /mark -->`."""
+    pattern = rf"(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)"
+    return re.sub(pattern, lambda found: found[1] + content + found[2], text, flags=re.DOTALL)
+
+
+def main():
+    demo, text = stored("demo.json"), README.read_text(encoding="utf-8")
+    for mark, content in (
+        ("claim", claim(demo)),
+        ("table", demo_table(demo)),
+        ("decode", decode_table(stored("decode-h200.json"))),
+    ):
+        text = fill(text, mark, content)
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
