@@ -113,10 +113,17 @@ def header(suite: str, name: str, model, options: SuiteOptions) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(model.dtype).removeprefix("torch."),
         "torch": torch.__version__,
+        "command": command_line(),
         "commit": commit(),
         "python": platform.python_version(),
         "squeezed": release,
     }
+
+
+def command_line() -> str:
+    """This run's command, with paths cut to their last part."""
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return " ".join(["squeezed", *([] if words[:1] == ["eval"] else ["eval"]), *words])
 
 
 def model_label(name: str) -> str:
@@ -129,7 +136,7 @@ def model_label(name: str) -> str:
 def report(
     files: Annotated[list[Path], typer.Argument(help="result files")],
     output: Annotated[Path | None, typer.Option(help="directory for table and plots")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="means as JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON, with intervals")] = False,
 ) -> None:
     """Turn result files into a Markdown table, and PNG plots if a directory is given."""
     try:
@@ -141,4 +148,8 @@ def report(
                 log(f"wrote {path}")
     except SqueezedError as error:
         raise fail(error) from None
-    print(json.dumps(reporting.summary(tables)) if as_json else reporting.markdown(tables))
+    if as_json:
+        runs = reporting.headers(files)
+        print(json.dumps({"runs": runs, "results": reporting.summary(tables)}))
+    else:
+        print(reporting.markdown(tables))

@@ -186,8 +186,14 @@ def _linear_below(name: str) -> dict[str, float]:
     return {"linthresh": 1e-3} if name == "kl" else {}
 
 
+def headers(files: Iterable[Path]) -> list[dict]:
+    """How each file was made."""
+    rows = (row for file in files for row in read_rows(file))
+    return [row for row in rows if row["kind"] == "header"]
+
+
 def summary(tables: dict[tuple[str, str], Table]) -> list[dict]:
-    """Means as plain records."""
+    """Means as plain records, and for every layer the mean and 99th percentile of its error."""
     return [
         {
             "suite": suite,
@@ -197,7 +203,9 @@ def summary(tables: dict[tuple[str, str], Table]) -> list[dict]:
             "keys_share": float(np.mean(cell.keys_share)),
             "bytes_share": float(np.mean(cell.bytes_share)),
             "questions": len(cell.keys_share),
-            "scores": {name: float(np.mean(values)) for name, values in cell.scores.items()},
+            "scores": {name: interval(values) for name, values in cell.scores.items()},
+            "error_mean": [round(layer.mean, 5) for layer in cell.errors],
+            "error_p99": [round(layer.quantile(0.99), 4) for layer in cell.errors],
         }
         for (suite, task), table in tables.items()
         for (method, budget), cell in table.items()

@@ -55,8 +55,11 @@ def test_report_command_writes_table_and_plots(results, tmp_path):
 
 def test_report_command_gives_json(results):
     found = CliRunner().invoke(app, ["report", str(results), "--json"])
-    records = json.loads(found.stdout)
-    assert {record["method"] for record in records} == {"dense", "best", "quest"}
+    record = json.loads(found.stdout)
+    assert record["runs"][0]["model"] == "tiny"
+    assert {row["method"] for row in record["results"]} == {"dense", "best", "quest"}
+    errors = next(row for row in record["results"] if row["method"] == "quest")
+    assert len(errors["error_mean"]) == len(errors["error_p99"]) == 3
 
 
 @pytest.mark.parametrize(
