@@ -13,7 +13,7 @@ from squeezed.evals.meter import ErrorHistogram
 from squeezed.evals.results import read_rows
 
 RESAMPLES = 2000
-LOWER_IS_BETTER = ("kl", "nll")
+MARKERS = "osv^D*PX<>dh"
 ORDER = ("kl", "top1", "nll", "exact")  # first columns; others follow by name
 
 
@@ -159,31 +159,30 @@ def plot(tables: dict[tuple[str, str], Table], folder: Path) -> list[Path]:
 
 
 def _plot_one(table: Table, name: str, title: str, path: Path) -> None:
+    """Divergences on a logarithmic scale, where dense, which has none, has no place."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
-    for method in sorted({method for method, _ in table}):
+    logarithmic = name == "kl"
+    for place, method in enumerate(sorted({method for method, _ in table})):
         points = sorted(
             (100 * float(np.mean(cell.bytes_share)), *interval(cell.scores[name]))
             for (m, _), cell in table.items()
             if m == method and name in cell.scores
         )
+        points = [point for point in points if point[1] > 0 or not logarithmic]
         if points:
             x, mean, low, high = (np.array(column) for column in zip(*points, strict=True))
-            axes.errorbar(x, mean, [mean - low, high - mean], label=method, marker="o", capsize=2)
+            style = {"color": f"C{place % 10}", "marker": MARKERS[place % len(MARKERS)]}
+            axes.errorbar(x, mean, [mean - low, high - mean], label=method, capsize=2, **style)
     axes.set(xscale="log", xlabel="bytes of the context read per token, % of dense", ylabel=name)
-    if name in LOWER_IS_BETTER:
-        axes.set_yscale("symlog" if name == "kl" else "linear", **_linear_below(name))
+    axes.set_yscale("log" if logarithmic else "linear")
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130)
-
-
-def _linear_below(name: str) -> dict[str, float]:
-    return {"linthresh": 1e-3} if name == "kl" else {}
 
 
 def headers(files: Iterable[Path]) -> list[dict]:
