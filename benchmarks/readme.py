@@ -66,7 +66,7 @@ def demo_table(record):
         f"{record['kv_bytes'] / 1e6:.1f} MB of keys and values, "
         f"{record['index_bytes'] / 1e6:.1f} MB of index on top;\n"
         f"prefill {seconds['prefill']:.1f} s, clustering {seconds['cluster']:.1f} s, calibration "
-        f"{seconds['calibrate']:.1f} s. Other work shared the machine, so times are rough;\n"
+        f"{seconds['calibrate']:.1f} s, on a quiet machine;\n"
         'bytes are exact ([`benchmarks/demo.json`](benchmarks/demo.json)). "Same tokens": the '
         "share of the dense answer's tokens that are\nchosen again when all of it is computed in "
         "one pass; dense itself can flip a near tie. KL: the mean divergence from dense\nalong "
