@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -69,10 +69,6 @@ class Calibration:
             far_field=self.preset.far_field,
             query_block=self.preset.query_block if block else 1,
         )
-
-    def with_preset(self, preset: Preset) -> Calibration:
-        """The same thresholds under another far field or block size."""
-        return replace(self, preset=preset)
 
 
 def interpolate(budgets: Sequence[float], grid: Tensor, budget: float) -> tuple[float, ...]:

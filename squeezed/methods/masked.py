@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from squeezed.config import BEST
 from squeezed.ops.reference.lookup import NEG_INF, block_scores, grouped, query_blocks
+from squeezed.ops.suffix import causal_mask
 from squeezed.tree import ClusteredLayer
 
 FarField = tuple[Tensor, Tensor]
@@ -130,9 +131,7 @@ def selection_blocks(rows: int, per_token: bool, device: torch.device) -> Tensor
 
 def causal(mask: Tensor | None, rows: int, suffix: int, device: torch.device) -> Tensor:
     """`mask`, or `[1, 1, Q, S]` for a causal suffix without padding."""
-    if mask is not None:
-        return mask
-    return torch.ones(rows, suffix, dtype=torch.bool, device=device).tril(suffix - rows)[None, None]
+    return causal_mask(rows, suffix, device) if mask is None else mask
 
 
 def masked_attention(

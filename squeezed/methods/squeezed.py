@@ -13,6 +13,7 @@ from squeezed.config import BEST
 from squeezed.context import FixedContext
 from squeezed.methods.traffic import tree_bytes
 from squeezed.ops.reference.lookup import lookup
+from squeezed.ops.suffix import causal_mask
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
@@ -82,11 +83,6 @@ class SqueezedLayer:
             variance=self.token.alpha is not None,
             far_field=self.token.far_field != "none",
         )
-
-
-def causal_mask(rows: int, suffix: int, device: torch.device) -> Tensor:
-    """`[1, 1, Q, S]` bool: the last `rows` of `suffix` tokens, each seeing what came before."""
-    return torch.ones(rows, suffix, dtype=torch.bool, device=device).tril(suffix - rows)[None, None]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from squeezed.ops.cpu.arrays import Array
+from squeezed.ops.suffix import causal_mask
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def to_rows(
     blocks = -(-rows // block)
     missing = blocks * block - rows
     if mask is None:
-        mask = torch.ones(rows, suffix, dtype=torch.bool).tril(suffix - rows)[None, None]
+        mask = causal_mask(rows, suffix, query.device)
     mask, q = mask[:, 0].expand(batch, rows, suffix), query.detach().float() * scale
     if missing:
         mask, q = pad(mask, (0, 0, missing, 0)), pad(q, (0, 0, missing, 0))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from squeezed.config import SELF_CALIBRATION_CLAMP
 from squeezed.ops.reference.lookup import NEG_INF, Lookup, grouped, lookup, owners, query_blocks
+from squeezed.ops.suffix import causal_mask
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
@@ -38,8 +39,7 @@ def attend(
     q = grouped(query, layer.keys.shape[0])
     rows, suffix = q.shape[3], suffix_keys.shape[2]
     if suffix_mask is None:
-        suffix_mask = torch.ones(rows, suffix, dtype=torch.bool, device=q.device)
-        suffix_mask = suffix_mask.tril(suffix - rows)[None, None]
+        suffix_mask = causal_mask(rows, suffix, q.device)
     valid = suffix_mask.any(-1)[:, 0].expand(q.shape[0], rows)  # padding attends to nothing
 
     recent = scale * torch.einsum("bhgqd,bhsd->bhgqs", q, suffix_keys.to(q.dtype))

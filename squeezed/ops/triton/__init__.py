@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from squeezed.ops.suffix import causal_mask
 from squeezed.ops.triton import decode, operator, prefill
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
@@ -47,10 +48,8 @@ def attend_tokens(
     The tokens of a tile share the context, so each cluster is read once for all of them.
     """
     batch, heads, rows, _ = query.shape
-    recent = suffix_keys.shape[2]
     if suffix_mask is None:
-        causal = torch.ones(rows, recent, dtype=torch.bool, device=query.device)
-        suffix_mask = causal.tril(recent - rows)[None, None]
+        suffix_mask = causal_mask(rows, suffix_keys.shape[2], query.device)
     suffix_mask = suffix_mask.expand(batch, -1, -1, -1)
     step = max(1, MAX_ROWS // (heads // layer.keys.shape[0]))
     outputs, keys_read = [], []
