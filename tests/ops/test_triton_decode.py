@@ -22,19 +22,12 @@ SIZES = (
     dict(tokens=9000, nodes=(80, 400), pinned=116) if ON_GPU else dict(tokens=300, nodes=(6, 24))
 )
 SMALL = Tuning(
-    score_tile=16,
-    chunk=32,
-    parents=16,
-    children=16,
-    select=16,
-    write=8,
-    tile=16,
-    stages=3,
+    score_tile=16, chunk=32, share=3, children=16, write=2, tile=16, stages=3, merge_slots=8,
     overlap=False,
-)
+)  # fmt: skip
 TUNING = None if ON_GPU else SMALL
 BASE = Tuning() if ON_GPU else SMALL
-PATHS = {"scored at once": replace(BASE, score_bytes=1 << 30), "descended": BASE}
+PATHS = {"eager": replace(BASE, eager=True), "after their parents": BASE}
 LEVEL_TENSORS = ("centroids", "mean_values", "variance", "key_offsets", "child_offsets")
 KEEP_ALL, KEEP_NONE = -float("inf"), 1e9
 
@@ -103,7 +96,7 @@ def _tensors(field):
     return field if isinstance(field, tuple) else (field,)
 
 
-@pytest.mark.parametrize("path", ["scored at once", "descended"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("far_field", ["none", "first_order", "self_calibrated"])
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_decode_equals_reference_at_any_depth_and_far_field(levels, far_field, path):
@@ -311,7 +304,7 @@ def test_offsets_beyond_31_bits_equal_reference():
     level = Level(centroids.bfloat16(), centroids.bfloat16(), torch.zeros(1, 3), ends).to("cuda")
     layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,))
     query, recent, values = inputs(layer_of(kv_heads=1, dim=128, dtype=torch.bfloat16))
-    query[0, 0, 0] = 20 * centroids[0, 2]  # only the last cluster, far beyond 2^31 elements
+    query[0, 0, 0] = 2000 * centroids[0, 2]  # only the last cluster, far beyond 2^31 elements
     rule = SelectionRule((-8.0,), None, "none")
     output, read = run(query, layer, rule, recent, values)
     rows = torch.cat([keys[:, :16], keys[:, tokens - 1000 :]], 1)[None].float()

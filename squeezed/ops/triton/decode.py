@@ -1,8 +1,8 @@
 """One new token over a clustered context: the launcher of the decode kernels.
 
 From query to output without a host synchronisation and with static shapes, so that a CUDA graph can
-hold the step: `open` scores the first levels and attends to pinned and recent rows; `select` or
-`descend`, one per further level, lists what is kept; `attend` reads those rows; `combine` merges.
+hold the step: `open` scores the coarsest level and attends to pinned and recent rows; `descend`,
+one per further level, lists what is kept; `attend` reads those rows; `combine` merges.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from squeezed.config import FarField
 from squeezed.errors import SqueezedError
+from squeezed.ops.triton.selection import RUN
 from squeezed.ops.triton.step import Step
-from squeezed.ops.triton.workspace import Shape, Tuning, scored_at_once
+from squeezed.ops.triton.workspace import Shape, Tuning
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
 MAX_GROUP = 16
 MAX_DIM = 256
+MAX_TOKENS = (1 << 31) // RUN.value
 INTERPRETED_MULTIPROCESSORS = 2
-MANY_NODES = 32_000
-"""Nodes, over all KV heads, from which the selection kernel takes larger blocks."""
+FEW_PARENTS, MANY_PARENTS = 6_000, 30_000
+"""Nodes above the leaves, over all KV heads, where other block sizes become faster."""
 
 
 def attend(
@@ -57,12 +60,12 @@ def attend(
     """
     query = query if query.stride(-1) == 1 else query.contiguous()
     check(query, layer, suffix_keys, suffix_values)
-    shape = shape_of(query, layer, suffix_keys, rule.far_field != "none")
+    shape = shape_of(query, layer, suffix_keys, rule.far_field)
     tuning = tuning or chosen_tuning(shape)
     step = Step(query, layer, rule, suffix_keys, suffix_values, suffix_mask, scale, shape, tuning)
     step.open()
     for stage in range(len(step.cut.parts)):
-        step.select() if stage == 0 and step.cut.fine_splits else step.descend(stage)
+        step.descend(stage)
     if layer.levels:
         step.attend()
     step.combine()
@@ -126,6 +129,10 @@ def check(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, suffix_valu
             f"query: expected 1 to {MAX_GROUP} query heads per KV head, got {heads} for {kv_heads};"
             " use implementation 'reference'"
         )
+    if layer.tokens > MAX_TOKENS:
+        raise SqueezedError(
+            f"layer: expected at most {MAX_TOKENS:,} tokens, got {layer.tokens:,}; split the text"
+        )
     for name, tensor in (("suffix_keys", suffix_keys), ("suffix_values", suffix_values)):
         if tensor.dtype != query.dtype:
             raise SqueezedError(f"{name}: expected {query.dtype}, got {tensor.dtype}; cast it")
@@ -142,7 +149,7 @@ def check(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, suffix_valu
             )
 
 
-def shape_of(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, far: bool) -> Shape:
+def shape_of(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, far: FarField) -> Shape:
     """Sizes on which the launches depend."""
     return Shape(
         batch=query.shape[0],
@@ -153,7 +160,8 @@ def shape_of(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, far: boo
         pinned=layer.pinned if layer.levels else layer.tokens,
         recent=suffix_keys.shape[2],
         nodes=tuple(level.nodes for level in layer.levels),
-        far=far and bool(layer.levels),
+        far=far != "none" and bool(layer.levels),
+        calibrated=far == "self_calibrated" and bool(layer.levels),
         multiprocessors=multiprocessors(query.device),
     )
 
@@ -167,14 +175,20 @@ def multiprocessors(device: torch.device) -> int:
 
 def chosen_tuning(shape: Shape) -> Tuning:
     """Block sizes by shape, as measured best on an H200 (`benchmarks/decode-h200.json`)."""
-    chosen = Tuning(overlap=shape.multiprocessors != INTERPRETED_MULTIPROCESSORS)
-    walked = shape.kv_heads * shape.nodes[-2] if len(shape.nodes) > 1 else 0
-    if scored_at_once(shape, chosen) or walked < MANY_NODES or rows_of(shape) > 16:
-        return chosen
-    if walked < 4 * MANY_NODES or shape.far:
-        return replace(chosen, parents=32, select_programs=16)
-    # Throughput counts here, not latency: programs of one warp need no barriers.
-    return replace(chosen, children=16, warps=(4, 1, 4), select_programs=32)
+    tuning = Tuning(overlap=shape.multiprocessors != INTERPRETED_MULTIPROCESSORS)
+    parents = shape.kv_heads * shape.nodes[-2] if len(shape.nodes) > 1 else 0
+    if rows_of(shape) > 16:
+        return replace(tuning, share=8, children=32)
+    if shape.far:
+        return replace(tuning, share=32, children=64, warps=(4, 2, 4), stages=4)
+    if parents < FEW_PARENTS:  # waiting counts, not bytes
+        return replace(
+            tuning, share=4, children=32, eager=True, warps=(4, 1, 4), stages=4, programs=4
+        )
+    if parents < MANY_PARENTS:
+        return replace(tuning, share=16, children=32, stages=4)
+    # Throughput counts here: programs of one warp need no barriers.
+    return replace(tuning, share=16, children=16, warps=(4, 1, 4))
 
 
 def rows_of(shape: Shape) -> int:

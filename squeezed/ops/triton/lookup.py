@@ -1,9 +1,6 @@
-"""Kernels of the first half of a decode step: query -> coarse scores -> kept rows and far field.
+"""The kernel that starts a decode step: all that needs no selection.
 
-`open_kernel` does all that needs no selection: it scores the coarsest nodes and attends to pinned
-and recent rows. `descend_kernel` runs once per further level: it selects nodes, scores only the
-children of the kept ones, and appends what they keep to a list for the next level, at last the rows
-to attend. Which requests keep a node is a bit mask, so the bytes of a node move once for all.
+It scores the coarsest nodes for the normaliser and attends to pinned and recent rows.
 """
 
 import triton
@@ -57,48 +54,26 @@ def node_logits(q, mean, size, scale_bits):
 
 
 @triton.jit
-def score_nodes(
+def weigh_nodes(
     q, exists, row, z, head, split, centroids, variance, key_offsets, energy, nodes, scale_bits,
-    logits, norm_highs, norm_masses, splits, coarsest,
+    norm_highs, norm_masses, splits,
     ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr,
     SECOND: tl.constexpr,
 ):  # fmt: skip
-    """Logits of one share of a level's nodes; the coarsest also give a part of the normaliser."""
+    """Part of the normaliser: estimated log mass of one share of the coarsest nodes."""
     high = tl.full([M], float("-inf"), tl.float32)
     mass = tl.zeros([M], tl.float32)
     for start in range(split * N, nodes, splits * N):
         node = start + tl.arange(0, N)
-        live = node < nodes
-        mean, _, size, spread = load_nodes(
-            centroids, key_offsets, variance, node, live, head, nodes, D, D_PAD, SECOND
+        mean, _, size, variances = load_nodes(
+            centroids, key_offsets, variance, node, node < nodes, head, nodes, D, D_PAD, SECOND
         )
-        first = node_logits(q, mean, size, scale_bits)
-        score = first + energy[:, None] * spread[None, :]
+        score = node_logits(q, mean, size, scale_bits) + energy[:, None] * variances[None, :]
         score += tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
         high, mass, _, _ = fold_mass(high, mass, score)
-        at = (z * ROWS + row).to(tl.int64)[:, None] * nodes + node[None, :]
-        tl.store(logits + at, first, mask=exists[:, None] & live[None, :])
     at = (z * splits + split) * ROWS + row
-    tl.store(norm_highs + at, high, mask=exists & coarsest)
-    tl.store(norm_masses + at, mass, mask=exists & coarsest)
-
-
-@triton.jit
-def write_owners(
-    owner, child_offsets, head, split, nodes, children, splits, N: tl.constexpr, WRITE: tl.constexpr
-):
-    """Write which node every child of one share of the nodes belongs to, `[Hkv, children]`."""
-    for start in range(split * N, nodes, splits * N):
-        node = start + tl.arange(0, N)
-        live = node < nodes
-        at = child_offsets + head * (nodes + 1) + node
-        first = tl.load(at, mask=live, other=0)
-        count = tl.load(at + 1, mask=live, other=0) - first
-        for done in range(0, tl.max(count), WRITE):
-            index = done + tl.arange(0, WRITE)
-            target = owner + head * children + first[:, None] + index[None, :]
-            written = tl.broadcast_to(node[:, None], target.shape)
-            tl.store(target, written, mask=index[None, :] < count[:, None])
+    tl.store(norm_highs + at, high, mask=exists)
+    tl.store(norm_masses + at, mass, mask=exists)
 
 
 @triton.jit
@@ -150,34 +125,30 @@ def attend_recent(
 @triton.jit
 def open_kernel(
     query, keys, values, centroids, variance, key_offsets, alpha,
-    fine_centroids, fine_variance, fine_offsets, fine_logits, child_offsets, owner,
     suffix_keys, suffix_values, suffix_mask,
-    logits, norm_highs, norm_masses, sums, highs, masses, counters, read_counts, keys_read,
+    norm_highs, norm_masses, sums, highs, masses, counters, read_counts, keys_read,
     query_stride_batch, query_stride_head, suffix_stride_batch, suffix_stride_head,
     suffix_stride_row, mask_stride_batch, mask_stride_row,
-    batch, context_tokens, pinned, suffix, nodes, splits, fine_nodes, fine_splits,
-    pinned_chunks, suffix_chunks, fixed_base, scale_bits,
+    batch, context_tokens, pinned, suffix, nodes, splits, pinned_chunks, suffix_chunks,
+    fixed_base, scale_bits,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     M: tl.constexpr, M_ONE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr,
-    CHUNK: tl.constexpr, COUNTERS: tl.constexpr, SCORED: tl.constexpr, SECOND: tl.constexpr,
-    MASKED: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, COUNTERS: tl.constexpr, SECOND: tl.constexpr, MASKED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(problems, pinned_chunks + splits + fine_splits + TILE_BATCH * suffix_chunks)`.
-
-    With SCORED the second level's nodes are scored here too, whether or not their parents are kept.
-    """
+    """Grid `(problems, pinned_chunks + splits + TILE_BATCH * suffix_chunks)`."""
     z, part = tl.program_id(0), tl.program_id(1)
     head, tile = problem(z, TILES)
     if PDL:
         gdc_launch_dependents()
-    if part == 0:  # counters that the later kernels add to
+    if part == 0:  # what later kernels add to
         for index in tl.static_range(COUNTERS):
             tl.store(counters + z * COUNTERS + index, 0)
         for index in range(TILE_BATCH):
             tl.store(read_counts + z * TILE_BATCH + index, 0)
             if (head == 0) & (tile * TILE_BATCH + index < batch):
                 tl.store(keys_read + tile * TILE_BATCH + index, 0)
-    shared_parts = pinned_chunks + splits + fine_splits
+    shared_parts = pinned_chunks + splits
     slot = fixed_base + z * (pinned_chunks + suffix_chunks)
     if part < shared_parts:
         row = tl.arange(0, M)
@@ -196,20 +167,10 @@ def open_kernel(
                 sums, highs, masses, slot + part, row, exists, high, mass, total, ROWS, D, D_PAD
             )
         else:
-            split = part - pinned_chunks
-            coarsest = split < splits
-            if SCORED:
-                if coarsest & (tile == 0):
-                    write_owners(owner, child_offsets, head, split, nodes, fine_nodes, splits, N, 8)
-                if not coarsest:
-                    split -= splits
-                    centroids, variance, key_offsets = fine_centroids, fine_variance, fine_offsets
-                    logits, nodes, splits = fine_logits, fine_nodes, fine_splits
-            energy = energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND)
-            score_nodes(
-                q, exists, row, z, head, split, centroids, variance, key_offsets, energy, nodes,
-                scale_bits, logits, norm_highs, norm_masses, splits, coarsest,
-                ROWS, M, D, D_PAD, N, SECOND,
+            weigh_nodes(
+                q, exists, row, z, head, part - pinned_chunks, centroids, variance, key_offsets,
+                energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND), nodes, scale_bits,
+                norm_highs, norm_masses, splits, ROWS, M, D, D_PAD, N, SECOND,
             )  # fmt: skip
     else:
         chunk = (part - shared_parts) % suffix_chunks

@@ -1,13 +1,11 @@
-"""Parts of the selection kernel: which requests keep a node, and what becomes of it.
-
-A kept node goes to a list, as a range of rows (leaves) or by its index (levels above). A dropped
-node joins the far field.
-"""
+"""Parts of a walk down the tree: which requests keep a node, and where the kept ones lie."""
 
 import triton
 import triton.language as tl
 
-from squeezed.ops.triton.tile import fold, fold_mass
+RUN = tl.constexpr(4)
+"""Rows of one entry of the list of kept rows; an entry holds its first row times RUN, plus the
+number of its rows less one, in 32 bits."""
 
 
 @triton.jit
@@ -32,49 +30,75 @@ def spread(bits, row, GROUP: tl.constexpr):
 
 @triton.jit
 def members(first, begin, end, N: tl.constexpr):
-    """Positions `[N]` in the concatenation of ranges, and whose each one is, `[N, ranges]`."""
+    """Positions `[N]` in the concatenation of ranges, and whose each one is, `[ranges, N]`."""
     index = first + tl.arange(0, N)
-    return index, (begin[None, :] <= index[:, None]) & (index[:, None] < end[None, :])
+    return index, (begin[:, None] <= index[None, :]) & (index[None, :] < end[:, None])
 
 
 @triton.jit
 def pick(member, values):
     """The value of the range that holds each position, `[N]`; zero behind the last range."""
-    return tl.sum(tl.where(member, values[None, :], 0), 1)
+    return tl.sum(tl.where(member, values[:, None], 0), 0)
 
 
 @triton.jit
-def append(rows, row_bits, counter, bits, start, length, WRITE: tl.constexpr, SHARED: tl.constexpr):
-    """Append the ranges `[start, start + length)` of the kept nodes to a list; returns how much."""
-    length = tl.where(bits != 0, length, 0)
-    total = tl.sum(length)
+def append(nodes, node_bits, counter, bits, node, SHARED: tl.constexpr):
+    """Append the kept nodes to a list."""
+    kept = (bits != 0).to(tl.int32)
+    total = tl.sum(kept)
     if total > 0:
-        base = tl.atomic_add(counter, total, sem="relaxed")
-        begin = base + tl.cumsum(length, 0) - length
-        for first in range(0, tl.max(length), WRITE):
+        at = tl.atomic_add(counter, total, sem="relaxed") + tl.cumsum(kept, 0) - kept
+        tl.store(nodes + at, node, mask=bits != 0)
+        if SHARED:
+            tl.store(node_bits + at, bits, mask=bits != 0)
+
+
+@triton.jit
+def append_runs(
+    runs, run_bits, counter, bits, start, length, WRITE: tl.constexpr, SHARED: tl.constexpr
+):
+    """Append the rows `[start, start + length)` of the kept nodes to a list; returns how many rows.
+
+    The list holds runs of up to RUN rows.
+    """
+    length = tl.where(bits != 0, length, 0)
+    count = tl.cdiv(length, RUN)
+    total = tl.sum(count)
+    if total > 0:
+        begin = tl.atomic_add(counter, total, sem="relaxed") + tl.cumsum(count, 0) - count
+        for first in range(0, tl.max(count), WRITE):
             index = first + tl.arange(0, WRITE)
-            mask = index[None, :] < length[:, None]
+            mask = index[None, :] < count[:, None]
             at = begin[:, None] + index[None, :]
-            tl.store(rows + at, start[:, None] + index[None, :], mask=mask)
+            done = index[None, :] * RUN
+            run = (start[:, None] + done) * RUN + tl.minimum(length[:, None] - done, RUN) - 1
+            tl.store(runs + at, run, mask=mask)
             if SHARED:
-                tl.store(row_bits + at, tl.broadcast_to(bits[:, None], at.shape), mask=mask)
-    return total
+                tl.store(run_bits + at, tl.broadcast_to(bits[:, None], at.shape), mask=mask)
+    return tl.sum(length)
 
 
 @triton.jit
 def normaliser(
-    norm_highs, norm_masses, z, splits, row, exists,
-    ROWS: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr,
+    norm_highs, norm_masses, z, splits, row,
+    ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Log of the estimated softmax denominator over the context, in bits, `[M]`."""
-    slot = tl.arange(0, SLOTS)
-    at = (z * splits + slot)[None, :] * ROWS + row[:, None]
-    mask = exists[:, None] & (slot < splits)[None, :]
-    high = tl.load(norm_highs + at, mask=mask, other=float("-inf"))
-    mass = tl.load(norm_masses + at, mask=mask, other=0.0)
-    top = tl.max(high, 1)
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    return top + tl.log2(tl.sum(mass * tl.exp2(high - safe[:, None]), 1))
+    line = tl.arange(0, ROWS_PAD)  # rows without the padding that products of matrices need
+    top = tl.full([ROWS_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS_PAD], tl.float32)
+    for start in tl.static_range(0, SLOTS, STEP):
+        slot = start + tl.arange(0, STEP)
+        at = (z * splits + slot)[:, None] * ROWS + line[None, :]
+        mask = (slot < splits)[:, None] & (line < ROWS)[None, :]
+        high = tl.load(norm_highs + at, mask=mask, other=float("-inf"))
+        mass = tl.load(norm_masses + at, mask=mask, other=0.0)
+        new = tl.maximum(top, tl.max(high, 0))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp2(top - safe) + tl.sum(mass * tl.exp2(high - safe[None, :]), 0)
+        top = new
+    norm = top + tl.log2(total)
+    return tl.sum(tl.where(row[:, None] == line[None, :], norm[None, :], 0.0), 1)
 
 
 @triton.jit
@@ -90,69 +114,3 @@ def attends_to_any(highs, slot, chunks, row, exists, ROWS: tl.constexpr, SLOTS: 
 def log_mass(first, size):
     """Estimated log mass of nodes in bits, `[M, N]`, from first-order logits and sizes."""
     return first + tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
-
-
-@triton.jit
-def load_parents(
-    index, limit, z, head, row, exists, logits, listed, listed_bits, offsets, child_offsets,
-    variance, parents, BITS: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, TOP: tl.constexpr,
-    FLAT: tl.constexpr, SHARED: tl.constexpr, SECOND: tl.constexpr,
-):  # fmt: skip
-    """What one block of parents needs: from the coarsest logits (TOP) or from a list of kept ones.
-
-    Returns node, bits of the requests that kept it, first row and size, first child and number of
-    children, first-order logits `[M, N]`, variance.
-    """
-    inside = index < limit
-    node, bits = index, inside.to(BITS)
-    start = tl.zeros(index.shape, tl.int32)
-    size, first_child, children = start, start, start
-    first = tl.zeros([M, index.shape[0]], tl.float32)
-    spread = tl.zeros(index.shape, tl.float32)
-    if not TOP:
-        node = tl.load(listed + index, mask=inside, other=0)
-        if SHARED:
-            bits = tl.load(listed_bits + index, mask=inside, other=0)
-    at = head * (parents + 1) + node
-    if TOP:
-        start = tl.load(offsets + at, mask=inside, other=0)
-        size = tl.load(offsets + at + 1, mask=inside, other=0) - start
-        line = (z * ROWS + row).to(tl.int64) * parents
-        mask = exists[:, None] & inside[None, :]
-        first = tl.load(logits + line[:, None] + node[None, :], mask=mask, other=float("-inf"))
-        if SECOND:
-            spread = tl.load(variance + head * parents + node, mask=inside, other=0.0)
-    if not FLAT:
-        first_child = tl.load(child_offsets + at, mask=inside, other=0)
-        children = tl.load(child_offsets + at + 1, mask=inside, other=0) - first_child
-    return node, bits, start, size, first_child, children, first, spread
-
-
-@triton.jit
-def settle(
-    high, mass, total, estimate_high, estimate, read,
-    first, node, start, size, bits, listed, alive, value, found, found_bits, counter, row, exists,
-    SINK: tl.constexpr, LEAVES: tl.constexpr, FAR: tl.constexpr, CALIBRATED: tl.constexpr,
-    GROUP: tl.constexpr, WRITE: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
-    """Send `listed` nodes to the list, and those alive but not kept (`bits`) to the far field."""
-    if FAR:
-        dropped = spread(alive & ~bits, row, GROUP) & exists[:, None]
-        logits = tl.where(dropped, log_mass(first, size), float("-inf"))
-        high, mass, total = fold(high, mass, total, logits, value)
-    if SINK:
-        if LEAVES:
-            found_rows = append(found, found_bits, counter, listed, start, size, WRITE, SHARED)
-            if SHARED:
-                kept = spread(listed, row, GROUP)
-                read += tl.sum(tl.where(kept, size[None, :], 0), 1)
-            else:
-                read += found_rows
-            if CALIBRATED:
-                kept = spread(listed, row, GROUP)
-                logits = tl.where(kept, log_mass(first, size), float("-inf"))
-                estimate_high, estimate, _, _ = fold_mass(estimate_high, estimate, logits)
-        else:
-            once = tl.full(size.shape, 1, tl.int32)
-            append(found, found_bits, counter, listed, node, once, WRITE, SHARED)
-    return high, mass, total, estimate_high, estimate, read

@@ -8,46 +8,48 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from squeezed.ops.triton.selection import RUN
+
 MAX_ROWS = 64
 """Query rows of one tile: requests that share a context times the heads of a group."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Block sizes. `None` lets `plan` choose by the shape.
+    """Block sizes, as measured best for a shape.
 
     Attributes:
         score_tile: coarsest nodes, pinned or recent rows per step of the first kernel.
         chunk: pinned or recent rows per program.
-        parents, children: nodes per step of the selection kernel.
-        write: rows of each kept leaf that one store of the selection kernel appends.
-        select: nodes per program, where the second level is scored in the first kernel.
-        score_bytes: most bytes of second-level centroids that are scored whatever their parents;
-            0, since only the other way has been measured.
+        share: parents per program of the walk.
+        children: nodes that a program of the walk scores at once.
+        eager: score children before it is known whose parents are kept: more bytes, less waiting.
+        write: runs of each kept leaf that one store of the walk appends.
+        registers: most registers per thread of the walk; `None` for no limit.
+        list_programs: programs per multiprocessor where parents come from a list.
         tile: kept rows per step of the attention kernel.
         stages: of the attention kernel's pipeline: indices, loads in flight, arithmetic.
         programs: programs of the attention kernel per multiprocessor.
-        warps: of the first, the selection and the attention kernel.
-        select_programs: programs of the selection kernel per multiprocessor.
-        select_registers: most registers per thread of the selection kernel; `None` for no limit.
-        merge_slots, merge_warps: partial sums per step of the last kernel, and its warps.
+        warps: of the first, the walking and the attention kernel.
+        merge_slots, merge_dims, merge_warps: partial sums and dimensions per step of the last
+            kernel, and its warps.
         overlap: start each kernel while its predecessor drains (programmatic dependent launch).
     """
 
     score_tile: int = 64
-    chunk: int = 256
-    parents: int = 16
-    children: int = 32
-    write: int = 32
-    select: int = 64
-    score_bytes: int = 0
+    chunk: int = 64
+    share: int = 16
+    children: int = 64
+    eager: bool = False
+    write: int = 8
+    registers: int | None = None
+    list_programs: int = 8
     tile: int = 64
     stages: int = 5
     programs: int = 3
     warps: tuple[int, int, int] = (4, 4, 4)
-    select_programs: int = 8
-    select_registers: int | None = None
-    merge_slots: int = 64
+    merge_slots: int = 128
+    merge_dims: int = 32
     merge_warps: int = 4
     overlap: bool = True
 
@@ -65,12 +67,14 @@ class Shape:
     recent: int
     nodes: tuple[int, ...]
     far: bool
+    calibrated: bool
     multiprocessors: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Grids and scratch sizes of one shape. `problems` = KV heads x tiles of requests."""
+    """Grids and scratch sizes of one shape. `problems` = KV heads x tiles of requests; `parts` has
+    the programs per problem of every launch of the walk."""
 
     group: int
     tile_batch: int
@@ -79,7 +83,6 @@ class Plan:
     row_pad: int
     problems: int
     splits: int
-    fine_splits: int
     pinned_chunks: int
     recent_chunks: int
     parts: tuple[int, ...]
@@ -105,13 +108,6 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def scored_at_once(shape: Shape, tuning: Tuning) -> bool:
-    """Whether the second level is scored in the first kernel, whatever the parents."""
-    if len(shape.nodes) < 2:
-        return False
-    return 2 * shape.nodes[1] * shape.kv_heads * shape.dim <= tuning.score_bytes
-
-
 @lru_cache(maxsize=256)
 def plan(shape: Shape, tuning: Tuning) -> Plan:
     """Cut the work of one decode step."""
@@ -119,22 +115,18 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
     tiles = ceil_div(shape.batch, max(1, MAX_ROWS // group))
     tile_batch = ceil_div(shape.batch, tiles)
     problems = shape.kv_heads * tiles
-    levels = len(shape.nodes)
-    share = ceil_div(tuning.select_programs * shape.multiprocessors, problems)
-    walked = shape.nodes[: max(levels - 1, 1)]  # levels whose kept nodes a launch expands
-    parts = tuple(min(ceil_div(n, tuning.parents), share) for n in walked)
-    scored = scored_at_once(shape, tuning)
-    if scored:
-        blocks = ceil_div(shape.nodes[1], tuning.select)
-        blocks += ceil_div(shape.nodes[0], tuning.select) if shape.far else 0
-        parts = (blocks, *parts[1:])
-    most = ceil_div(8 * shape.multiprocessors, problems)  # enough programs to hide latency
-    splits = min(ceil_div(shape.nodes[0], tuning.score_tile), most) if levels else 0
-    fine_splits = min(ceil_div(shape.nodes[1], tuning.score_tile), most) if scored else 0
-    programs = tuning.programs * shape.multiprocessors if levels else 0
+    nodes = shape.nodes
+    most = ceil_div(tuning.list_programs * shape.multiprocessors, problems)
+    if len(nodes) == 1:
+        parts: tuple[int, ...] = (ceil_div(nodes[0], tuning.children),)
+    else:
+        parts = tuple(ceil_div(n, tuning.share) for n in nodes[:-1])
+        parts = parts[:1] + tuple(min(n, most) for n in parts[1:])
+    splits = min(ceil_div(nodes[0], tuning.score_tile), most) if nodes else 0
     pinned_chunks = ceil_div(shape.pinned, tuning.chunk)
     recent_chunks = ceil_div(shape.recent, tuning.chunk)
-    fixed_base = programs + problems if levels else 0
+    programs = tuning.programs * shape.multiprocessors if nodes else 0
+    fixed_base = programs + problems if nodes else 0
     far_base = fixed_base + problems * (pinned_chunks + recent_chunks)
     return Plan(
         group=group,
@@ -144,7 +136,6 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
         row_pad=max(16, power_of_two(tile_batch * group)),
         problems=problems,
         splits=splits,
-        fine_splits=fine_splits,
         pinned_chunks=pinned_chunks,
         recent_chunks=recent_chunks,
         parts=parts,
@@ -160,21 +151,16 @@ class Workspace:
     """Scratch of one decode step; nothing in it outlives the step or needs clearing before.
 
     Attributes:
-        logits: `[Z, rows, C]` first-order logits of the coarsest nodes, in bits.
-        fine_logits: `[Z, rows, C]` the same of the second level, where it is scored at once.
-        owner: `[Hkv, C]` int32, the parent of every node of the second level, likewise.
         norm_highs, norm_masses: `[Z, splits, rows]` parts of the normaliser.
-        counters: `[Z, levels]` int32: kept rows, then kept nodes of every level between.
+        counters: `[Z, levels]` int32: kept runs of rows, then kept nodes of every level between.
         read_counts: `[Z, tile_batch]` int32, rows that every request reads.
-        kept: per list (rows, then the levels between) `[Z, capacity]` int32.
+        kept: lists `[Z, capacity]` int32: runs of rows, then nodes per level between.
         kept_bits: the same, which requests; as small as possible when there is one request.
-        sums, highs, masses: `[slots, rows, D]`, `[slots, rows]` unnormalised softmax sums.
+        sums, highs, masses: `[slots, rows, D]`, `[slots, rows]` unnormalised softmax sums: of kept
+            rows, of pinned and recent rows, of the far field.
         estimate_highs, estimate_masses: `[Z, parts, rows]` estimated mass of the kept leaves.
     """
 
-    logits: Tensor
-    fine_logits: Tensor
-    owner: Tensor
     norm_highs: Tensor
     norm_masses: Tensor
     counters: Tensor
@@ -191,19 +177,16 @@ class Workspace:
     def allocate(shape: Shape, cut: Plan, device: torch.device) -> Workspace:
         """Take scratch from PyTorch's allocator, which a CUDA graph keeps for its replays."""
         z, rows, levels = cut.problems, cut.rows, len(shape.nodes)
-        shared = cut.tile_batch > 1
 
         def new(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(size, dtype=dtype, device=device)
 
-        capacities = (shape.tokens - shape.pinned, *shape.nodes[1:-1]) if levels else ()
-        masks = [(z, n) if shared else (1, 1) for n in capacities]
+        runs = ceil_div(shape.tokens - shape.pinned, RUN.value) + shape.nodes[-1] if levels else 1
+        capacities = (runs, *shape.nodes[1:-1])
+        masks = [(z, n) if cut.tile_batch > 1 else (1, 1) for n in capacities]
         parts = cut.parts[-1] if levels else 1
-        fine = shape.nodes[1] if cut.fine_splits else 1
+        known = (z, parts, rows) if shape.calibrated else (1, 1, 1)
         return Workspace(
-            logits=new(z, rows, shape.nodes[0] if levels else 1),
-            fine_logits=new(z, rows, fine),
-            owner=new(shape.kv_heads, fine, dtype=torch.int32),
             norm_highs=new(z, max(cut.splits, 1), rows),
             norm_masses=new(z, max(cut.splits, 1), rows),
             counters=new(z, max(levels, 1), dtype=torch.int32),
@@ -213,6 +196,6 @@ class Workspace:
             sums=new(cut.slots, rows, shape.dim),
             highs=new(cut.slots, rows),
             masses=new(cut.slots, rows),
-            estimate_highs=new(z, parts, rows),
-            estimate_masses=new(z, parts, rows),
+            estimate_highs=new(*known),
+            estimate_masses=new(*known),
         )
