@@ -24,7 +24,6 @@ from squeezed.ops.reference.lookup import (
     log_normaliser,
     node_logits,
     owners,
-    query_blocks,
 )
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer, Level
@@ -162,14 +161,13 @@ def _block_scores(seen: ObservedLayer, alpha: Tensor | None, block: int, last: i
     """Log scores of the observed queries at levels `0..last`, each `[1, Hkv, N, C]`."""
     layer = seen.layer
     query = grouped(seen.queries[None], layer.keys.shape[0])
-    blocks = query_blocks(query.shape[3], block, query.device)
     normaliser, scores = None, []
     for depth, level in enumerate(layer.levels[: last + 1]):
         weight = None if alpha is None else alpha[depth]
         _, selecting = node_logits(query, level, weight, seen.scale)
         if normaliser is None:
             normaliser = log_normaliser(selecting, level.sizes)
-        scores.append(block_scores(selecting - normaliser, blocks, None))
+        scores.append(block_scores(selecting - normaliser, block, None))
     return scores
 
 

@@ -46,7 +46,7 @@ def traffic(context: FixedContext, cache: SqueezedCache) -> Traffic:
         exact += layer.pinned * layer.keys.shape[0] * per_key
         exact += float(entry.keys_read) / max(1, int(entry.queries_answered)) * per_key
         if cache.budget < 1:
-            index += entry.context.index_bytes(query, scale) / query.shape[2]
+            index += float(entry.context.index_bytes(query, scale)) / query.shape[2]
     windows = sum(x.kv_bytes() for x in context.layers if not isinstance(x, ClusteredLayer))
     return Traffic(context.kv_bytes(), exact + windows, index)
 

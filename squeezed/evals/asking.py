@@ -73,7 +73,8 @@ def forced_logits(
     """Logits of every answer token given the true tokens before it, `[T, V]` float32 per question.
 
     The question selects as in `generate()`; answer tokens select alone, as in decoding. One forward
-    pass each. Shorter answers are filled up on the right; causal masks keep that without effect.
+    pass each. Shorter answers are filled up on the right with masked tokens, which attend to
+    nothing and are not measured.
 
     Args:
         parts: ids of each question `[S]` and of its answer `[T]`, `T >= 1`.
@@ -81,10 +82,13 @@ def forced_logits(
     filler = filler_id(tokenizer)
     ids, mask = (x.to(model.device) for x in left_padded([q for q, _ in parts], filler))
     width = max(len(answer) for _, answer in parts)
-    answers = torch.full((len(parts), width), filler, device=model.device)
+    answers = torch.full((len(parts), width), filler)
+    given = torch.zeros_like(answers)
     for i, (_, answer) in enumerate(parts):
-        answers[i, : len(answer)] = answer.to(model.device)
-    everything = torch.cat([mask, torch.ones_like(answers)], 1)
+        answers[i, : len(answer)] = answer
+        given[i, : len(answer) - 1] = 1  # nothing follows an answer's last token
+    answers, given = answers.to(model.device), given.to(model.device)
+    everything = torch.cat([mask, given], 1)
     positions = (len(context.tokens) + everything.cumsum(1) - 1).clamp(min=0)
     split = ids.shape[1]
     with using_attention(model):

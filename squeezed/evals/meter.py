@@ -18,8 +18,8 @@ from squeezed.methods.base import ContextAttention
 from squeezed.methods.dense import DenseLayer
 from squeezed.tree import ClusteredLayer
 
-SAMPLED_ROWS = 16
-"""Query rows of a call whose index bytes are measured; the others are taken to be like them."""
+SAMPLED_TOKENS = 16
+"""Tokens of a request whose index bytes are measured; the others are taken to be like them."""
 
 BINS_PER_DECADE = 20
 LOWEST, HIGHEST = -6, 3  # decades of relative error
@@ -31,16 +31,22 @@ class Meter:
     """Sums over layers and calls; `errors` holds one histogram per layer if wanted.
 
     Attributes:
+        enabled: whether calls count.
         keys_read, keys: clustered keys read, and there to read.
         bytes_read, bytes: of the context, by the method and by dense attention.
+
+    What is read is added up on the device: waiting for it in every layer would leave a GPU idle.
     """
 
     measure_errors: bool = False
-    keys_read: float = 0.0
+    enabled: bool = True
+    keys_read: Tensor | float = 0.0
     keys: float = 0.0
-    bytes_read: float = 0.0
+    bytes_read: Tensor | float = 0.0
     bytes: float = 0.0
     errors: list[ErrorHistogram] = field(default_factory=list)
+    _mask: Tensor | None = field(default=None, repr=False)
+    _answering: Tensor | None = field(default=None, repr=False)
 
     def wrap(self, layers: list[ContextAttention]) -> list[MeteredLayer]:
         self.errors = [ErrorHistogram() for _ in layers]
@@ -49,52 +55,66 @@ class Meter:
     def spent(self) -> dict[str, float]:
         """Shares of keys and bytes; 1.0 where nothing was counted."""
         return {
-            "keys_share": self.keys_read / self.keys if self.keys else 1.0,
-            "bytes_share": self.bytes_read / self.bytes if self.bytes else 1.0,
+            "keys_share": float(self.keys_read) / self.keys if self.keys else 1.0,
+            "bytes_share": float(self.bytes_read) / self.bytes if self.bytes else 1.0,
         }
+
+    def answering(self, query: Tensor, mask: Tensor | None) -> Tensor:
+        """Which of the `B * Q` tokens of a call are real, as indices; the rest is padding.
+
+        All layers get the same mask, so it is looked at once per call of the model.
+        """
+        batch, rows = query.shape[0], query.shape[2]
+        if mask is None:
+            return torch.arange(batch * rows, device=query.device)
+        if self._mask is not mask or self._answering is None:
+            valid = mask.any(-1)[:, 0].expand(batch, rows)
+            self._mask, self._answering = mask, valid.flatten().nonzero()[:, 0]
+        return self._answering
 
 
 @dataclass
 class ErrorHistogram:
-    """Relative errors by logarithm, their sum and count."""
+    """Relative errors by logarithm, their sum and count; on the device that the errors are on."""
 
-    counts: list[int] = field(default_factory=lambda: [0] * BINS)
-    total: float = 0.0
+    counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.int64))
+    total: Tensor | float = 0.0
     number: int = 0
 
     def add(self, errors: Tensor) -> None:
         errors = errors.double().flatten()
         places = (errors.clamp(min=10.0**LOWEST).log10() - LOWEST) * BINS_PER_DECADE
         bins = places.long().clamp(0, BINS - 1)
-        found = torch.bincount(bins, minlength=BINS).tolist()
-        self.counts = [a + b for a, b in zip(self.counts, found, strict=True)]
-        self.total += float(errors.sum())
+        found = torch.zeros(BINS, dtype=torch.int64, device=errors.device)
+        found.scatter_add_(0, bins, torch.ones_like(bins))
+        self.counts = self.counts.to(errors.device) + found
+        self.total = self.total + errors.sum()
         self.number += errors.numel()
 
     def merge(self, other: ErrorHistogram) -> None:
-        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        self.counts = self.counts.to(other.counts.device) + other.counts
         self.total, self.number = self.total + other.total, self.number + other.number
 
     @property
     def mean(self) -> float:
-        return self.total / self.number if self.number else math.nan
+        return float(self.total) / self.number if self.number else math.nan
 
     def quantile(self, share: float) -> float:
         """Upper edge of the bin that holds the quantile: at most an eighth too high."""
         if not self.number:
             return math.nan
-        upto = itertools.accumulate(self.counts)
+        upto = itertools.accumulate(self.counts.tolist())
         place = next(i for i, seen in enumerate(upto) if seen >= share * self.number)
         return 10.0 ** (LOWEST + (place + 1) / BINS_PER_DECADE)
 
     def record(self) -> dict:
         """Sparse form for a result file."""
-        bins = {str(i): count for i, count in enumerate(self.counts) if count}
-        return {"bins": bins, "total": self.total, "number": self.number}
+        bins = {str(i): count for i, count in enumerate(self.counts.tolist()) if count}
+        return {"bins": bins, "total": float(self.total), "number": self.number}
 
     @classmethod
     def of(cls, record: dict) -> ErrorHistogram:
-        counts = [record["bins"].get(str(i), 0) for i in range(BINS)]
+        counts = torch.tensor([record["bins"].get(str(i), 0) for i in range(BINS)])
         return cls(counts, record["total"], record["number"])
 
 
@@ -121,29 +141,37 @@ class MeteredLayer:
     def tensors(self) -> list[Tensor]:
         return self.inner.tensors()
 
-    def index_bytes(self, query: Tensor, scale: float) -> float:
+    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
         return self.inner.index_bytes(query, scale)
 
     def attend(self, query, suffix_keys, suffix_values, suffix_mask, scale, per_token):
         rest = (suffix_keys, suffix_values, suffix_mask, scale, per_token)
         output, read = self.inner.attend(query, *rest)
-        if per_token:
-            self._count(query, read, scale)
+        if per_token and self.meter.enabled:
+            tokens = self.meter.answering(query, suffix_mask)
+            self._count(tokens_of(query, tokens), query.shape[0], read, scale)
             if self.meter.measure_errors:
                 dense, _ = DenseLayer(self.layer).attend(query, *rest)
-                away = (output.float() - dense.float()).norm(dim=-1)
-                self.meter.errors[self.index].add(away / dense.float().norm(dim=-1).clamp(1e-12))
+                ours, theirs = (tokens_of(x, tokens).float() for x in (output, dense))
+                away = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(1e-12)
+                self.meter.errors[self.index].add(away)
         return output, read
 
-    def _count(self, query: Tensor, read: Tensor, scale: float) -> None:
+    def _count(self, query: Tensor, requests: int, read: Tensor, scale: float) -> None:
+        """Add what `read` and the index cost the tokens of `query [1, Hq, n, D]`."""
         layer, meter = self.layer, self.meter
-        queries, heads = query.shape[0] * query.shape[2], layer.keys.shape[0]
+        queries, heads = query.shape[2], layer.keys.shape[0]
         row_bytes = layer.kv_bytes() / (layer.tokens * heads)
-        keys_read = float(read.sum())
-        meter.keys_read += keys_read
+        keys_read = read.sum().double()
+        meter.keys_read = meter.keys_read + keys_read
         meter.keys += queries * self.selectable_keys
-        meter.bytes_read += (queries * layer.pinned * heads + keys_read) * row_bytes
-        sample = query[:, :, :: -(-query.shape[2] // SAMPLED_ROWS)]
-        index_bytes = self.index_bytes(sample, scale) * query.shape[2] / sample.shape[2]
-        meter.bytes_read += index_bytes
+        sample = query[:, :, :: max(1, -(-queries // (requests * SAMPLED_TOKENS)))]
+        index_bytes = self.index_bytes(sample, scale) * (queries / max(1, sample.shape[2]))
+        pinned_and_kept = (queries * layer.pinned * heads + keys_read) * row_bytes
+        meter.bytes_read = meter.bytes_read + pinned_and_kept + index_bytes
         meter.bytes += queries * layer.kv_bytes()
+
+
+def tokens_of(x: Tensor, tokens: Tensor) -> Tensor:
+    """The chosen tokens of a batch as one request, `[B, Hq, Q, D]` -> `[1, Hq, n, D]`."""
+    return x.transpose(1, 2).flatten(0, 1)[tokens].transpose(0, 1)[None]

@@ -10,7 +10,7 @@ import numpy as np
 
 from squeezed.errors import SqueezedError
 from squeezed.evals.meter import ErrorHistogram
-from squeezed.evals.results import read_rows
+from squeezed.evals.results import key_of, read_rows
 
 RESAMPLES = 2000
 MARKERS = "osv^D*PX<>dh"
@@ -58,8 +58,12 @@ Table = dict[tuple[str, float], Cell]
 
 
 def collect(files: Iterable[Path]) -> dict[tuple[str, str], Table]:
-    """Suite and task -> method and budget -> cell; several tasks also give the task `all`."""
+    """Suite and task -> method and budget -> cell; several tasks also give the task `all`.
+
+    Files of one suite add up, as when methods ran apart; an answer in two of them counts once.
+    """
     tables: dict[tuple[str, str], Table] = {}
+    seen: set[tuple] = set()
     for file in files:
         suite = None
         for row in read_rows(file):
@@ -67,7 +71,11 @@ def collect(files: Iterable[Path]) -> dict[tuple[str, str], Table]:
                 suite = f"{row['suite']}, {row['model']}, {row['context_tokens']:,} tokens"
             elif row["kind"] in ("answer", "layers"):
                 cell = _cell(tables, suite, row)
-                cell.add(row) if row["kind"] == "answer" else cell.add_errors(row)
+                if row["kind"] == "layers":
+                    cell.add_errors(row)
+                elif (suite, *key_of(row)) not in seen:
+                    seen.add((suite, *key_of(row)))
+                    cell.add(row)
     if not tables:
         raise SqueezedError("results: expected finished answers, found none; run eval first")
     return tables

@@ -167,6 +167,7 @@ class Runner:
             for total, part in zip(errors, meter.errors, strict=True):
                 total.merge(part)
             meter.measure_errors = False
+            meter.enabled = not meter.keys  # all methods are measured on the same tokens
         if spoken := [q for q in questions if q.metrics and self.options.generate]:
             cache = metered_cache(asked.context, layers, meter, budget)
             predictions = self._generate(asked, spoken, cache)

@@ -52,11 +52,12 @@ class ContextAttention(Protocol):
         """
         ...
 
-    def index_bytes(self, query: Tensor, scale: float) -> float:
+    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
         """Bytes read beside keys and values by a decoding step of each token of `query`, in sum.
 
         Centroids, page bounds, links of a graph, mean values: whatever the method must read to
-        choose keys, or puts in place of those it drops. Only evaluations call this.
+        choose keys, or puts in place of those it drops. Only evaluations call this. A scalar
+        tensor is on the context's device, so that nobody need wait for it.
         """
         ...
 

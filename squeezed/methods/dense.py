@@ -29,7 +29,7 @@ class DenseLayer:
     def tensors(self) -> list[Tensor]:
         return self.layer.tensors()
 
-    def index_bytes(self, query: Tensor, scale: float) -> float:
+    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
         return 0.0
 
     def attend(

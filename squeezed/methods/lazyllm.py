@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from squeezed.config import BEST
 from squeezed.context import FixedContext
 from squeezed.methods.masked import MaskedLayer, Queries, document_rank, top_rows
 from squeezed.ops.reference.lookup import NEG_INF
@@ -29,7 +30,7 @@ class LazyLayer(MaskedLayer):
     survivors: Survivors = field(compare=False)
 
     def keep(self, queries: Queries) -> Tensor:
-        batch, blocks = queries.q.shape[0], int(queries.blocks[-1]) + 1
+        batch, blocks = queries.q.shape[0], queries.count
         place = self.place[None, :, None].expand(batch, -1, blocks, -1)
         if self.first:
             shape = (batch, blocks, self.layer.clustered)
@@ -46,7 +47,7 @@ class LazyLayer(MaskedLayer):
 
     def _choose(self, queries: Queries, keep: Tensor, place: Tensor, alive: Tensor) -> Tensor:
         """The tokens with the most attention, over all heads, from each block's last token."""
-        last = _last_rows(queries.blocks)
+        last = _last_rows(queries)
         logits = queries.logits(self.layer.keys)[:, :, :, last]  # [B, Hkv, G, N, P]
         logits[..., self.layer.pinned :].masked_fill_(~keep.unsqueeze(2), NEG_INF)
         weights = logits.softmax(-1)[..., self.layer.pinned :].mean(2)
@@ -54,10 +55,12 @@ class LazyLayer(MaskedLayer):
         return top_rows(in_document.masked_fill(~alive, NEG_INF), self.next_keys)
 
 
-def _last_rows(blocks: Tensor) -> Tensor:
+def _last_rows(queries: Queries) -> Tensor:
     """Index of the last row of every block."""
-    ends = torch.nn.functional.pad(blocks.diff(), (0, 1), value=1)
-    return ends.nonzero()[:, 0]
+    device, blocks = queries.q.device, queries.count - queries.single
+    back = torch.arange(blocks - 1, -1, -1, device=device) * BEST.query_block
+    alone = torch.arange(queries.early, queries.early + queries.single, device=device)
+    return torch.cat([queries.early - 1 - back, alone])
 
 
 def shares(budget: float, layers: int) -> list[float]:

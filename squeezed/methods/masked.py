@@ -10,13 +10,20 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from squeezed.config import BEST
-from squeezed.ops.reference.lookup import NEG_INF, block_scores, grouped, query_blocks
+from squeezed.ops.reference.lookup import (
+    NEG_INF,
+    block_count,
+    block_scores,
+    grouped,
+    query_blocks,
+)
 from squeezed.ops.suffix import causal_mask
 from squeezed.tree import ClusteredLayer
 
@@ -31,14 +38,31 @@ class Queries:
     Attributes:
         q: `[B, Hkv, G, Q, D]` float32 or float64.
         valid: `[B, Q]` bool, False for padding.
-        blocks: `[Q]`, the block of every row; `N` blocks select separately.
+        single: the last rows, which select alone; those before select in blocks.
         scale: softmax scale.
     """
 
     q: Tensor
     valid: Tensor
-    blocks: Tensor
+    single: int
     scale: float
+
+    @property
+    def early(self) -> int:
+        """Rows that select in blocks."""
+        return self.q.shape[3] - self.single
+
+    @property
+    def count(self) -> int:
+        """Blocks and single rows, `N`; each selects separately."""
+        return block_count(self.early, BEST.query_block) + self.single
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """Which of the `N` every row belongs to, `[Q]`."""
+        device = self.q.device
+        early = query_blocks(self.early, BEST.query_block, device)
+        return torch.cat([early, torch.arange(self.count - self.single, self.count, device=device)])
 
     def logits(self, keys: Tensor) -> Tensor:
         """Scaled scores of `keys [Hkv, K, D]`, `[B, Hkv, G, Q, K]`."""
@@ -46,10 +70,13 @@ class Queries:
 
     def shared(self, log_weights: Tensor) -> Tensor:
         """Mean over each block, largest over the group: `[B, Hkv, G, Q, K] -> [B, Hkv, N, K]`."""
-        if int(self.blocks[-1]) + 1 == len(self.blocks):  # every row selects alone
-            best = log_weights.amax(2)
-            return best.masked_fill(~self.valid[:, None, :, None], NEG_INF)
-        return block_scores(log_weights, self.blocks, self.valid)
+        early, valid = self.early, self.valid
+        alone = log_weights[..., early:, :].amax(2)
+        alone = alone.masked_fill(~valid[:, None, early:, None], NEG_INF)
+        if not early:
+            return alone
+        blocks = block_scores(log_weights[..., :early, :], BEST.query_block, valid[:, :early])
+        return torch.cat([blocks, alone], 2)
 
 
 @dataclass(frozen=True)
@@ -83,7 +110,7 @@ class MaskedLayer(abc.ABC):
     def tensors(self) -> list[Tensor]:
         return self.layer.tensors()
 
-    def index_bytes(self, query: Tensor, scale: float) -> float:
+    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
         return 0.0
 
     def attend(
@@ -100,7 +127,7 @@ class MaskedLayer(abc.ABC):
         queries = Queries(
             q=grouped(query, self.layer.keys.shape[0]),
             valid=mask.any(-1)[:, 0].expand(query.shape[0], rows),
-            blocks=selection_blocks(rows, per_token, query.device),
+            single=rows if per_token else min(rows, BEST.single_tokens),
             scale=scale,
         )
         keep = self._keep_all_blocks(queries)
@@ -115,18 +142,10 @@ class MaskedLayer(abc.ABC):
 
     def _keep_all_blocks(self, queries: Queries) -> Tensor:
         batch, heads = queries.q.shape[:2]
-        shape = (batch, heads, int(queries.blocks[-1]) + 1, self.layer.clustered)
+        shape = (batch, heads, queries.count, self.layer.clustered)
         if not self.layer.clustered:
             return torch.zeros(shape, dtype=torch.bool, device=queries.q.device)
         return self.keep(queries).expand(shape)
-
-
-def selection_blocks(rows: int, per_token: bool, device: torch.device) -> Tensor:
-    """Block of every row: as in squeezed attention, the last rows of an input select alone."""
-    single = rows if per_token else min(rows, BEST.single_tokens)
-    early = query_blocks(rows - single, BEST.query_block, device)
-    first = int(early[-1]) + 1 if len(early) else 0
-    return torch.cat([early, torch.arange(first, first + single, device=device)])
 
 
 def causal(mask: Tensor | None, rows: int, suffix: int, device: torch.device) -> Tensor:

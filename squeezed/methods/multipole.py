@@ -17,7 +17,6 @@ from squeezed.ops.reference.lookup import (
     log_sizes,
     node_logits,
     owners,
-    query_blocks,
 )
 
 
@@ -54,12 +53,12 @@ class MultipoleLayer(MaskedLayer):
         valid = queries.valid[:, None, None, :, None]
         return found.far_logits.masked_fill(~valid, NEG_INF), found.far_values
 
-    def index_bytes(self, query: Tensor, scale: float) -> float:
+    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
         if not self.layer.levels:
             return 0.0
         q = grouped(query, self.layer.keys.shape[0])
         valid = torch.ones(q.shape[0], q.shape[3], dtype=torch.bool, device=q.device)
-        queries = Queries(q, valid, query_blocks(q.shape[3], 1, q.device), scale)
+        queries = Queries(q, valid, q.shape[3], scale)
         return tree_bytes(self.layer, self.descend(queries), variance=False, far_field=True)
 
 

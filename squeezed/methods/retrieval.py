@@ -69,20 +69,20 @@ class RetrievalLayer(MaskedLayer):
 
     def keep(self, queries: Queries) -> Tensor:
         shape = (*queries.q.shape[:-1], self.layer.clustered + 1)  # the last column takes misses
-        found = torch.full(shape, NEG_INF)
+        found = queries.q.new_full(shape, NEG_INF)
         for head, index in enumerate(self.indexes):
             flat = queries.q[:, head].flatten(0, 2)
-            scores, rows = _search(index, flat, self.budget_keys)
+            scores, rows = (x.to(flat.device) for x in _search(index, flat, self.budget_keys))
             misses = rows < 0
             rows = rows.masked_fill(misses, self.layer.clustered)
-            scores = (queries.scale * scores).masked_fill(misses, NEG_INF)
-            slot = torch.full((flat.shape[0], shape[-1]), NEG_INF).scatter(1, rows, scores)
+            scores = (queries.scale * scores).masked_fill(misses, NEG_INF).to(found.dtype)
+            slot = found.new_full((flat.shape[0], shape[-1]), NEG_INF).scatter(1, rows, scores)
             found[:, head] = slot.view(shape[0], *shape[2:])
-        logits = found[..., :-1].to(queries.q.device)
+        logits = found[..., :-1]
         scores = queries.shared(logits - logits.logsumexp(-1, keepdim=True))
         return top_rows(scores.nan_to_num(NEG_INF, NEG_INF, NEG_INF), self.budget_keys)
 
-    def index_bytes(self, query: Tensor, scale: float) -> float:
+    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
         if not self.layer.clustered or not self.budget_keys:
             return 0.0
         q = grouped(query, self.layer.keys.shape[0])

@@ -25,12 +25,12 @@ class RoutingLayer(MaskedLayer):
         kept = fill(queries.shared(cosines), leaves.sizes, self.budget_keys)
         return rows_of(kept, owners(leaves.key_offsets, self.tokens)[:, self.layer.pinned :])
 
-    def index_bytes(self, query: Tensor, scale: float) -> float:
+    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
         if not self.layer.levels:
             return 0.0
         leaves = self.layer.levels[-1]
         row = leaves.centroids.shape[-1] * leaves.centroids.element_size()
-        return query.shape[0] * query.shape[2] * int((leaves.sizes > 0).sum()) * row
+        return query.shape[0] * query.shape[2] * (leaves.sizes > 0).sum() * row
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class SqueezedLayer:
             keys_read = keys_read + read
         return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0], keys_read
 
-    def index_bytes(self, query: Tensor, scale: float) -> float:
+    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
         if not self.layer.levels:
             return 0.0
         return tree_bytes(

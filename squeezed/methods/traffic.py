@@ -33,13 +33,13 @@ def _parents(level: Level, children: Tensor) -> Tensor:
     return counts.scatter_add(3, index, children.float()) > 0
 
 
-def tree_bytes(layer: ClusteredLayer, found: Lookup, variance: bool, far_field: bool) -> float:
-    """Bytes of centroids, offsets, variances and far mean values read, over all query rows."""
-    total = 0.0
+def tree_bytes(layer: ClusteredLayer, found: Lookup, variance: bool, far_field: bool) -> Tensor:
+    """Bytes of centroids, offsets, variances and far mean values read by all query rows, `[]`."""
+    total = torch.zeros((), dtype=torch.float64, device=layer.keys.device)
     for level, (scored, dropped) in zip(layer.levels, visited(layer, found), strict=True):
         row = level.centroids.shape[-1] * level.centroids.element_size()
         entry = row + OFFSET_BYTES + (VARIANCE_BYTES if variance else 0)
-        total += float(scored.sum()) * entry
+        total += scored.sum() * entry
         if far_field:
-            total += float(dropped.sum()) * row
+            total += dropped.sum() * row
     return total

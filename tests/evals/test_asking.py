@@ -39,6 +39,27 @@ def test_meter_counts_bytes_of_kept_and_pinned_rows():
     assert abs(meter.spent()["bytes_share"] - (pinned + kept) / tokens) < 1e-9
 
 
+def test_meter_measures_no_token_that_only_fills_up_a_batch():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    context = engine.index(model, tokenizer, document(500), template=PromptTemplate.plain())
+    parts = [(torch.arange(40, 43), torch.arange(60, 60 + t)) for t in (3, 9)]
+
+    def measured(some):
+        meter = Meter(measure_errors=True)
+        layers = create("best", implementation="reference").prepare(context, 0.1)
+        forced_logits(model, tokenizer, context, metered_cache(context, layers, meter, 0.1), some)
+        return meter
+
+    together, alone = measured(parts), [measured([part]) for part in parts]
+    assert [layer.number for layer in together.errors] == [
+        model.config.num_attention_heads * (2 + 8)
+    ] * len(together.errors)
+    assert together.keys == sum(meter.keys for meter in alone)
+    for name in ("keys_read", "bytes_read"):
+        expected = sum(float(getattr(meter, name)) for meter in alone)
+        assert abs(float(getattr(together, name)) - expected) < 1e-3 * expected, name
+
+
 def test_compare_gives_divergence_agreement_and_nll():
     dense = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0]])
     ours = torch.tensor([[0.0, 2.0, 1.0], [0.0, 3.0, 0.0]])
@@ -58,7 +79,7 @@ def test_error_histogram_keeps_mean_and_quantiles():
         other = ErrorHistogram()
         other.add(part)
         halves.merge(ErrorHistogram.of(other.record()))
-    assert halves.counts == whole.counts
+    assert torch.equal(halves.counts, whole.counts)
     assert abs(whole.mean - float(errors.mean())) < 1e-3
     for share in (0.5, 0.99):
         true = float(errors.quantile(share))

@@ -36,6 +36,15 @@ def test_report_has_a_row_for_every_method_and_budget(results):
     assert "error, p99 of the worst layer" in text and "tiny, 600 tokens" in text
 
 
+def test_report_counts_an_answer_in_two_files_once(results, tmp_path):
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(results.read_bytes())
+    (once,), (both,) = (report.collect(files).values() for files in ([results], [results, copy]))
+    assert {key: cell.scores for key, cell in once.items()} == {
+        key: cell.scores for key, cell in both.items()
+    }
+
+
 def test_report_merges_files_of_several_tasks(results, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(results.read_text().replace('"task": "made"', '"task": "second"'))

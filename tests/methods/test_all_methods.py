@@ -1,9 +1,11 @@
 """Claims that hold for every method of the registry."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from methods.contexts import BUDGETS, random_call, random_context
+from methods.contexts import BUDGETS, Call, random_call, random_context
 from squeezed.errors import SqueezedError
 from squeezed.methods import ALIASES, METHODS, create
 
@@ -109,3 +111,21 @@ def test_method_names_its_paper(name):
 def test_create_lists_the_known_methods_for_an_unknown_one():
     with pytest.raises(SqueezedError, match=r"method: expected one of .*quest.*best.*'attend'"):
         create("attend")
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "retrieval"])
+def test_method_stays_on_its_device_and_never_waits_for_it(name, per_token):
+    """Tensors on `meta` refuse both another device's tensors and every look at a value."""
+    context, call = random_context(), random_call(rows=100, suffix=103)
+    context.clustered_layers = [layer.to("meta") for layer in context.clustered_layers]
+    context.observed = [queries.to("meta") for queries in context.observed]
+    context.calibrations = {
+        preset: replace(found, alpha=tuple(a if a is None else a.to("meta") for a in found.alpha))
+        for preset, found in context.calibrations.items()
+    }
+    call = Call(*(x.to("meta") for x in (call.query, call.keys, call.values)))
+    for layer in create(name, implementation="reference").prepare(context, 0.1):
+        output, read = call.attend(layer, per_token)
+        assert output.device.type == read.device.type == "meta"
+        layer.index_bytes(call.query, 0.3)

@@ -11,13 +11,13 @@ from squeezed.methods import create
 from squeezed.methods.lazyllm import shares
 from squeezed.methods.masked import Queries, fill
 from squeezed.methods.snapkv import votes
-from squeezed.ops.reference.lookup import grouped, query_blocks
+from squeezed.ops.reference.lookup import grouped
 
 
 def queries_of(query, per_token=True):
     q = grouped(query, KV_HEADS)
     valid = torch.ones(q.shape[0], q.shape[3], dtype=torch.bool)
-    return Queries(q, valid, query_blocks(q.shape[3], 1 if per_token else 64, q.device), SCALE)
+    return Queries(q, valid, q.shape[3] if per_token else 0, SCALE)
 
 
 def kept(name, budget, call, context=None, **settings):
@@ -226,6 +226,17 @@ def test_fill_stops_where_the_keys_come_nearest_to_the_budget():
         [True, True, False, False],
         [True, True, False, True],
     ]
+
+
+def test_early_tokens_of_a_long_question_select_by_the_mean_of_their_block():
+    query = random_call(batch=1, rows=170).query
+    queries = Queries(grouped(query, KV_HEADS), torch.ones(1, 170, dtype=torch.bool), 64, SCALE)
+    weights = torch.randn(1, KV_HEADS, GROUP, 170, 9).log_softmax(-1)
+    blocks = [weights[:, :, :, rows] for rows in (slice(0, 42), slice(42, 106))]
+    means = [block.exp().mean(3, keepdim=True).log() for block in blocks]
+    expected = torch.cat([*means, weights[:, :, :, 106:]], 3).amax(2)
+    torch.testing.assert_close(queries.shared(weights), expected)
+    assert queries.blocks.tolist() == [0] * 42 + [1] * 64 + list(range(2, 66))
 
 
 def test_group_heads_share_every_key_that_one_of_them_wants():

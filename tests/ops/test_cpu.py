@@ -66,8 +66,7 @@ def _scores(layer, query, rule, depth):
     _, coarse = lookup.node_logits(q, layer.levels[0], alphas[0], SCALE)
     _, logits = lookup.node_logits(q, layer.levels[depth], alphas[depth], SCALE)
     normaliser = lookup.log_normaliser(coarse, layer.levels[0].sizes)
-    blocks = lookup.query_blocks(q.shape[3], rule.query_block, q.device)
-    scores = lookup.block_scores(logits - normaliser, blocks, None).flatten()
+    scores = lookup.block_scores(logits - normaliser, rule.query_block, None).flatten()
     return scores[scores.isfinite()].sort().values
 
 

@@ -83,11 +83,17 @@ def query_blocks(rows: int, block: int, device: torch.device) -> Tensor:
     return from_end[0] - from_end if rows else from_end
 
 
-def block_scores(log_scores: Tensor, blocks: Tensor, valid: Tensor | None) -> Tensor:
+def block_count(rows: int, block: int) -> int:
+    """How many blocks `query_blocks` numbers, without a look at the device."""
+    return -(-rows // block)
+
+
+def block_scores(log_scores: Tensor, block: int, valid: Tensor | None) -> Tensor:
     """Mean over each block of queries, largest over the group: `[B, Hkv, N, C]` in logarithms."""
-    rows = log_scores.shape[3]
-    count, block = int(blocks[-1]) + 1, int((blocks == blocks[-1]).sum())
-    inside = torch.ones(1, rows, dtype=torch.bool, device=blocks.device) if valid is None else valid
+    rows, device = log_scores.shape[3], log_scores.device
+    block = min(block, rows)
+    count = block_count(rows, block)
+    inside = torch.ones(1, rows, dtype=torch.bool, device=device) if valid is None else valid
     log_scores = log_scores.masked_fill(~inside[:, None, None, :, None], NEG_INF)
     missing = count * block - rows  # the first block may be shorter
     log_scores = pad(log_scores, (0, 0, missing, 0), value=NEG_INF).unflatten(3, (count, block))
@@ -120,8 +126,8 @@ def lookup(
         if normaliser is None:
             normaliser = log_normaliser(selecting, level.sizes)
             alive = torch.ones_like(first[:, :, 0, :1, :], dtype=torch.bool)
-            alive = alive.expand(-1, -1, int(blocks[-1]) + 1, -1)
-        scores = block_scores(selecting - normaliser, blocks, valid)
+            alive = alive.expand(-1, -1, block_count(q.shape[3], rule.query_block), -1)
+        scores = block_scores(selecting - normaliser, rule.query_block, valid)
         alive = alive & (level.sizes > 0)[None, :, None, :]
         kept = alive & (scores > rule.log_thresholds[depth])
         mass = first + log_sizes(level.sizes, first)
