@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from squeezed.calibration import ObservedLayer, calibrate
+from squeezed.calibration import calibrate
 from squeezed.clustering import cluster_layer
 from squeezed.config import BEST, IndexConfig
 from squeezed.context import FixedContext
 from squeezed.hf.capture import CapturedLayer
 from squeezed.prompt import PromptTemplate
+from squeezed.thresholds import ObservedLayer
 
 
 def random_model(layers: int, device: str, small: bool = False) -> LlamaForCausalLM:

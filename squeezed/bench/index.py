@@ -16,9 +16,10 @@ import typer
 
 from squeezed.bench.common import print_table, require_gpu, write_record
 from squeezed.bench.synthetic import Parts
-from squeezed.calibration import ObservedLayer, calibrate
+from squeezed.calibration import calibrate
 from squeezed.clustering import cluster_layer
 from squeezed.config import PRESETS, IndexConfig
+from squeezed.thresholds import ObservedLayer
 
 
 @dataclass(frozen=True)
