@@ -25,12 +25,13 @@ class ClusteringConfig:
     """How a document's keys become a tree of clusters.
 
     `levels` holds the number of clusters of each level as a share of the clustered tokens, coarse
-    to fine: `(0.01, 0.05)` is the nested default, `(0.05,)` is the flat clustering of
-    arXiv 2411.09688, and any depth works.
+    to fine: `(0.01, 0.05)` is the nested default, and any depth works. `levels=(0.05,)` with
+    `query_space=False` is the flat clustering of arXiv 2411.09688.
     """
 
     levels: tuple[float, ...] = (0.01, 0.05)
     iterations: int = 3  # from even seeds as good as ten from k-means++
+    query_space: bool = True  # compare keys as the probe's queries see them, not by cosine
     pinned_first: int = 16  # tokens; attention sinks, always read exactly
     pinned_last: int = 100  # tokens; what a question follows, always read exactly
 

@@ -109,7 +109,8 @@ def _cluster(
         if layer.queries is None:
             layers.append(WindowLayer(layer.keys, layer.values, tokens))
         else:
-            layers.append(cluster_layer(layer.keys, layer.values, config.clustering))
+            queries = layer.queries if config.clustering.query_space else None
+            layers.append(cluster_layer(layer.keys, layer.values, config.clustering, queries))
             seen.append(ObservedLayer(layers[-1], layer.queries, layer.scale))
         progress("cluster", len(layers), total)
     return layers, seen

@@ -54,7 +54,7 @@ def context_of(model, seeds: list[CapturedLayer], tokens: int, budget: float) ->
     layers, seen = [], []
     for seed in seeds:
         keys, values = stretched(seed.keys, tokens), stretched(seed.values, tokens)
-        layers.append(cluster_layer(keys, values, config.clustering))
+        layers.append(cluster_layer(keys, values, config.clustering, seed.queries))
         seen.append(ObservedLayer(layers[-1], seed.queries, seed.scale))
     return FixedContext(
         tokens=torch.zeros(tokens, dtype=torch.long),

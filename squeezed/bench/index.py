@@ -48,7 +48,7 @@ def cluster_layers(
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        layer = cluster_layer(keys, values, config.clustering)
+        layer = cluster_layer(keys, values, config.clustering, queries[0])
         torch.cuda.synchronize()
         seconds += time.perf_counter() - started
         peak = max(peak, torch.cuda.max_memory_allocated() - before)
