@@ -61,8 +61,8 @@ class Preset:
             rescaled by the ratio of exact to estimated mass of the clusters that were read.
         coarse_share: a level above one that keeps a share `b` of the keys keeps
             `min(1, coarse_share * sqrt(b))`; `None` prunes nothing, so that every leaf is scored.
-        per_layer: thresholds of their own for every layer, so that none gets less of the budget
-            than first-order scores would give it; otherwise one for all, as in the paper.
+        per_layer: thresholds of their own for every layer, which give it the part of the budget
+            that first-order scores under one threshold would; otherwise one for all (the paper).
         single_tokens: the last tokens of an input that select alone; earlier ones select in blocks.
         query_block: query tokens that select together in a block.
     """

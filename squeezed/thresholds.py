@@ -86,18 +86,12 @@ def fit_layer_thresholds(
 ) -> Tensor:
     """Log thresholds of every layer, `[layers, budgets, L]` float64, for its share of each budget.
 
-    Under one threshold the second order moves keys away from layers whose clusters vary little:
-    layer 0 of a model then lost half of what the first order gives it, and its worst outputs went
-    wrong. So a layer's share follows the larger of the two, scaled so that the sum is the budget.
+    The shares are those of first-order scores under one threshold. The second order ranks clusters
+    better within a layer, but under one threshold it moves keys away from layers whose clusters
+    vary little: layer 0 of a model lost two thirds of its keys, and its worst outputs went wrong.
     """
-    first_order = [None] * len(layers)
     unpruned = replace(preset, coarse_share=None)
-    wish = torch.maximum(
-        spent_shares(layers, alpha, preset, budgets, block),
-        spent_shares(layers, first_order, unpruned, budgets, block),
-    )
-    scale = torch.tensor(budgets, dtype=wish.dtype) / wish.mean(0).clamp(min=1e-12)
-    shares = (wish * scale).clamp(max=1.0).cummax(1).values  # more budget, never less for a layer
+    shares = spent_shares(layers, [None] * len(layers), unpruned, budgets, block)
     return torch.stack(
         [
             fit_thresholds([seen], [weight], preset, tuple(row), block)
