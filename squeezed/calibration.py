@@ -1,10 +1,8 @@
 """Observed queries + budget -> thresholds, and the weight of the second-order term.
 
-One threshold per level holds for all layers and heads, so a head that needs more keys gets more
-(arXiv 2411.09688, section 3.2). It is the quantile, weighted by cluster size, of the scores that
-a probe's queries give, a question-like text after the document; a KV head's cluster counts as
-wanted if any head of the group wants it. Scores go into histograms layer by layer, so memory does
-not grow with depth.
+In the paper one threshold per level holds for all layers and heads, so a head that needs more keys
+gets more (arXiv 2411.09688, section 3.2). A preset may give every layer its own thresholds instead
+(`squeezed.thresholds`); a layer's heads always share them.
 """
 
 from __future__ import annotations
@@ -17,29 +15,13 @@ import torch
 from torch import Tensor
 
 from squeezed.config import Preset, check_budget
-from squeezed.ops.reference.lookup import (
-    NEG_INF,
-    block_scores,
-    grouped,
-    log_normaliser,
-    node_logits,
-    owners,
-)
+from squeezed.ops.reference.lookup import NEG_INF
 from squeezed.rule import SelectionRule
+from squeezed.thresholds import ObservedLayer, fit_layer_thresholds, fit_thresholds
 from squeezed.tree import ClusteredLayer, Level
 
-LOWEST, HIGHEST, BINS = -60.0, 4.0, 6400  # nats: a bin is 0.01 wide
 ALPHA_QUERIES = 24  # observed queries per layer that fit alpha; more changed nothing measurable
 ALPHA_RANGE = (0.0, 4.0)
-
-
-@dataclass(frozen=True)
-class ObservedLayer:
-    """A clustered layer and the probe's queries there: `queries [Hq, W, D]`."""
-
-    layer: ClusteredLayer
-    queries: Tensor
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -48,7 +30,7 @@ class Calibration:
 
     Attributes:
         budgets: increasing shares of the clustered keys.
-        per_token: `[budgets, L]` float64 log thresholds for queries that select alone.
+        per_token: `[layers, budgets, L]` float64 log thresholds, for queries that select alone.
         per_block: the same for blocks of `preset.query_block` queries.
         alpha: per full-attention layer `[L, Hq]` float32, or `None` to first order.
     """
@@ -63,7 +45,7 @@ class Calibration:
         """Rule of the `index`-th full-attention layer at `budget`, for a block or for one token."""
         grid = self.per_block if block else self.per_token
         return SelectionRule(
-            log_thresholds=interpolate(self.budgets, grid, check_budget(budget)),
+            log_thresholds=interpolate(self.budgets, grid[index], check_budget(budget)),
             alpha=self.alpha[index],
             far_field=self.preset.far_field,
             query_block=self.preset.query_block if block else 1,
@@ -96,97 +78,24 @@ def calibrate(
     return Calibration(
         preset=preset,
         budgets=budgets,
-        per_token=fit_thresholds(layers, alpha, preset, budgets, 1),
-        per_block=fit_thresholds(layers, alpha, preset, budgets, preset.query_block),
+        per_token=_fit(layers, alpha, preset, budgets, 1),
+        per_block=_fit(layers, alpha, preset, budgets, preset.query_block),
         alpha=alpha,
     )
 
 
-def keep_shares(preset: Preset, budget: float, levels: int) -> list[float]:
-    """Share of the keys that each level may keep, coarse to fine; the last is the budget."""
-    shares = [budget]
-    for _ in range(levels - 1):
-        wider = 1.0 if preset.coarse_share is None else preset.coarse_share * math.sqrt(shares[0])
-        shares.insert(0, min(1.0, wider))
-    return shares
-
-
-def fit_thresholds(
+def _fit(
     layers: Sequence[ObservedLayer],
     alpha: Sequence[Tensor | None],
     preset: Preset,
     budgets: tuple[float, ...],
     block: int,
 ) -> Tensor:
-    """Log thresholds `[budgets, L]` float64, level by level from the coarsest."""
-    depth = max((len(seen.layer.levels) for seen in layers), default=0)
-    found = torch.full((len(budgets), depth), NEG_INF, dtype=torch.float64)
-    shares = [keep_shares(preset, budget, depth) for budget in budgets]
-    for level in range(depth):
-        histogram = torch.zeros(len(budgets), BINS, dtype=torch.float64)
-        total = 0.0
-        for seen, weights in zip(layers, alpha, strict=True):
-            if seen.layer.levels:
-                counts, weight = _score_histograms(seen, weights, block, level, found)
-                histogram = histogram.to(counts.device) + counts
-                total += weight
-        histogram = histogram.cpu()
-        for row, share in enumerate(shares):
-            if share[level] < 1.0:
-                found[row, level] = _upper_quantile(histogram[row], share[level] * total)
-    return found
-
-
-def _score_histograms(
-    seen: ObservedLayer, alpha: Tensor | None, block: int, level: int, found: Tensor
-) -> tuple[Tensor, int]:
-    """Keys by log score at `level` of nodes whose ancestors are kept, `[budgets, BINS]`."""
-    scores = _block_scores(seen, alpha, block, level)
-    sizes = seen.layer.levels[level].sizes.double()[None, :, None].expand(scores[-1].shape)
-    bins = ((scores[level] - LOWEST) * (BINS / (HIGHEST - LOWEST))).long().clamp(0, BINS - 1)
-    budgets = len(found)
-    first = torch.zeros_like(bins)  # the smallest budget that keeps all ancestors
-    for above in range(level):
-        falling = found[:, above].to(first.device, scores[above].dtype)
-        needed = budgets - torch.searchsorted(falling.flip(0), scores[above].contiguous())
-        first = torch.maximum(first, _inherit(needed, seen.layer, above, level))
-    counts = torch.bincount(
-        (first * BINS + bins).flatten(), sizes.flatten(), (budgets + 1) * BINS
-    ).view(budgets + 1, BINS)
-    keys = seen.layer.clustered * sizes.shape[1] * sizes.shape[2]
-    return counts[:budgets].cumsum(0), keys
-
-
-def _block_scores(seen: ObservedLayer, alpha: Tensor | None, block: int, last: int) -> list[Tensor]:
-    """Log scores of the observed queries at levels `0..last`, each `[1, Hkv, N, C]`."""
-    layer = seen.layer
-    query = grouped(seen.queries[None], layer.keys.shape[0])
-    normaliser, scores = None, []
-    for depth, level in enumerate(layer.levels[: last + 1]):
-        weight = None if alpha is None else alpha[depth]
-        _, selecting = node_logits(query, level, weight, seen.scale)
-        if normaliser is None:
-            normaliser = log_normaliser(selecting, level.sizes)
-        scores.append(block_scores(selecting - normaliser, block, None))
-    return scores
-
-
-def _inherit(of_nodes: Tensor, layer: ClusteredLayer, above: int, level: int) -> Tensor:
-    """Spread a number per node of level `above` to its descendants at `level`."""
-    for depth in range(above, level):
-        parent = owners(layer.levels[depth].child_offsets, layer.levels[depth + 1].nodes)
-        parent = parent[None, :, None, :].expand(-1, -1, of_nodes.shape[2], -1)
-        of_nodes = of_nodes.gather(3, parent)
-    return of_nodes
-
-
-def _upper_quantile(histogram: Tensor, wanted: float) -> float:
-    """Score above which `wanted` keys lie; `-inf` if there are not as many."""
-    above = histogram.flip(0).cumsum(0)
-    if float(above[-1]) <= wanted:
-        return NEG_INF
-    index = BINS - 1 - int(torch.searchsorted(above, torch.tensor(wanted, dtype=above.dtype)))
-    return LOWEST + (index + 0.5) * (HIGHEST - LOWEST) / BINS
+    """Thresholds `[layers, budgets, L]`: a layer's own, or the same for all."""
+    if preset.per_layer:
+        return fit_layer_thresholds(layers, alpha, preset, budgets, block)
+    common = fit_thresholds(layers, alpha, preset, budgets, block)
+    return common.expand(len(layers), *common.shape)
 
 
 def fit_alpha(seen: ObservedLayer) -> Tensor:

@@ -1,19 +1,23 @@
 """Keys -> a tree of clusters, laid out in order: spherical k-means, nested to any depth.
 
-Level 1 clusters all keys of a head; every finer level clusters the keys of each node of the level
-above. Keys and values are then sorted by leaf, so a node of any level is one contiguous run of rows
-(arXiv 2411.09688, section 3.1; the stored centroid is the mean of the raw, un-normalised keys).
+Keys are compared by the cosine of the raw ones, as in the paper, or, given queries of a probe, in
+their space (`squeezed.metric`). Level 1 clusters all keys of a head; every finer level clusters the
+keys of each node of the level above. Keys and values are then sorted by leaf, so a node of any
+level is one contiguous run of rows (arXiv 2411.09688, section 3.1; the stored centroid is the mean
+of the raw, un-normalised keys).
 """
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from squeezed.config import ClusteringConfig
+from squeezed.metric import query_space
 from squeezed.tree import ClusteredLayer, Level
 
 CHUNK_SCORES = 1 << 22
@@ -23,11 +27,15 @@ CHUNK_POINTS = 1 << 17
 """Most padded points that the k-means problems of one batch may hold together."""
 
 
-def cluster_layer(keys: Tensor, values: Tensor, config: ClusteringConfig) -> ClusteredLayer:
+def cluster_layer(
+    keys: Tensor, values: Tensor, config: ClusteringConfig, queries: Tensor | None = None
+) -> ClusteredLayer:
     """Cluster one layer's context.
 
     Args:
         keys, values: `[Hkv, P, D]` in document order, keys after rotary embedding.
+        queries: `[Hq, W, D]`, those of a probe, in whose space keys are compared and the variances
+            of the nodes measured; `None` compares raw keys.
 
     Returns:
         The layer with its rows sorted; without levels if fewer than two clusters would be left.
@@ -39,7 +47,10 @@ def cluster_layer(keys: Tensor, values: Tensor, config: ClusteringConfig) -> Clu
     if counts[-1] < 2:
         positions = torch.arange(tokens, device=keys.device, dtype=torch.int32).repeat(heads, 1)
         return ClusteredLayer(keys.contiguous(), values.contiguous(), positions, tokens, ())
-    points = torch.nn.functional.normalize(keys[:, order[pinned:]].float(), dim=-1)
+    compared = keys[:, order[pinned:]].float()
+    if queries is not None:
+        compared = query_space(compared, queries)
+    points = torch.nn.functional.normalize(compared, dim=-1)
     rows, offsets, children = build_tree(points, counts, config)
     positions = torch.cat([order[:pinned].expand(heads, -1), order[pinned:][rows]], 1)
     pick = positions[..., None].expand(-1, -1, keys.shape[-1])
@@ -50,7 +61,17 @@ def cluster_layer(keys: Tensor, values: Tensor, config: ClusteringConfig) -> Clu
         )
         for level_offsets, level_children in zip(offsets, children, strict=True)
     )
+    if queries is not None:
+        compared = compared.gather(1, rows[..., None].expand_as(compared))
+        levels = tuple(_with_variance_of(compared, level, pinned) for level in levels)
     return ClusteredLayer(sorted_keys, sorted_values, positions.int(), pinned, levels)
+
+
+def _with_variance_of(compared: Tensor, level: Level, pinned: int) -> Level:
+    """The level with the variance of `compared [Hkv, n, D]`, the keys as queries see them."""
+    offsets = level.key_offsets.long() - pinned
+    described = steps_on(compared.device).describe_level(compared, compared, offsets, None)
+    return replace(level, variance=described.variance)
 
 
 def steps_on(device: torch.device) -> ModuleType:

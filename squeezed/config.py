@@ -25,12 +25,13 @@ class ClusteringConfig:
     """How a document's keys become a tree of clusters.
 
     `levels` holds the number of clusters of each level as a share of the clustered tokens, coarse
-    to fine: `(0.01, 0.05)` is the nested default, `(0.05,)` is the flat clustering of
-    arXiv 2411.09688, and any depth works.
+    to fine: `(0.01, 0.05)` is the nested default, and any depth works. `levels=(0.05,)` with
+    `query_space=False` is the flat clustering of arXiv 2411.09688.
     """
 
     levels: tuple[float, ...] = (0.01, 0.05)
     iterations: int = 3  # from even seeds as good as ten from k-means++
+    query_space: bool = True  # compare keys as the probe's queries see them, not by cosine
     pinned_first: int = 16  # tokens; attention sinks, always read exactly
     pinned_last: int = 100  # tokens; what a question follows, always read exactly
 
@@ -60,6 +61,8 @@ class Preset:
             rescaled by the ratio of exact to estimated mass of the clusters that were read.
         coarse_share: a level above one that keeps a share `b` of the keys keeps
             `min(1, coarse_share * sqrt(b))`; `None` prunes nothing, so that every leaf is scored.
+        per_layer: thresholds of their own for every layer, which give it the part of the budget
+            that first-order scores under one threshold would; otherwise one for all (the paper).
         single_tokens: the last tokens of an input that select alone; earlier ones select in blocks.
         query_block: query tokens that select together in a block.
     """
@@ -68,6 +71,7 @@ class Preset:
     second_order: bool
     far_field: FarField
     coarse_share: float | None
+    per_layer: bool = False
     single_tokens: int = 64
     query_block: int = 64
 
@@ -83,7 +87,7 @@ class Preset:
 
 
 PAPER = Preset("paper", second_order=False, far_field="none", coarse_share=None)
-BEST = Preset("best", second_order=True, far_field="first_order", coarse_share=1.25)
+BEST = Preset("best", second_order=True, far_field="first_order", coarse_share=1.25, per_layer=True)
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (PAPER, BEST)}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from squeezed import storage
-from squeezed.calibration import ObservedLayer, calibrate
+from squeezed.calibration import calibrate
 from squeezed.clustering import cluster_layer
 from squeezed.config import BEST, DEFAULT_BUDGET, DEFAULT_NEW_TOKENS, IndexConfig
 from squeezed.context import FixedContext
@@ -21,6 +21,7 @@ from squeezed.hf.capture import CapturedLayer, capture
 from squeezed.hf.support import layer_kinds, text_config, using_attention
 from squeezed.memory import check_memory
 from squeezed.prompt import PromptTemplate, probe_question
+from squeezed.thresholds import ObservedLayer
 from squeezed.tree import ClusteredLayer, WindowLayer
 
 Progress = Callable[[str, int, int], None]
@@ -108,7 +109,8 @@ def _cluster(
         if layer.queries is None:
             layers.append(WindowLayer(layer.keys, layer.values, tokens))
         else:
-            layers.append(cluster_layer(layer.keys, layer.values, config.clustering))
+            queries = layer.queries if config.clustering.query_space else None
+            layers.append(cluster_layer(layer.keys, layer.values, config.clustering, queries))
             seen.append(ObservedLayer(layers[-1], layer.queries, layer.scale))
         progress("cluster", len(layers), total)
     return layers, seen

@@ -99,11 +99,11 @@ def _level_summary(layers: list[ClusteredLayer], depth: int) -> dict:
 
 
 def _thresholds(calibration) -> dict:
-    """Log thresholds in nats, coarse to fine, by budget; `None` keeps every node."""
+    """Log thresholds in nats, coarse to fine, by layer and budget; `None` keeps every node."""
     return {
         "budgets": list(calibration.budgets),
-        "per_token": _finite(calibration.per_token),
-        "per_block": _finite(calibration.per_block),
+        "per_token": [_finite(grid) for grid in calibration.per_token],
+        "per_block": [_finite(grid) for grid in calibration.per_block],
     }
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-from squeezed.calibration import keep_shares
 from squeezed.config import ClusteringConfig, Preset, check_budget
 from squeezed.errors import SqueezedError
+from squeezed.thresholds import keep_shares
 
 OFFSET_BYTES = VARIANCE_BYTES = POSITION_BYTES = 4
 

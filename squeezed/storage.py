@@ -27,7 +27,7 @@ from squeezed.errors import ContextFileError
 from squeezed.prompt import PromptTemplate
 from squeezed.tree import ClusteredLayer, Level, WindowLayer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "context.json"
 OBSERVED = "observed_queries.safetensors"
 
@@ -204,8 +204,8 @@ def _manifest(context: FixedContext, files: dict[str, dict]) -> dict:
             name: {
                 "preset": asdict(calibration.preset),
                 "budgets": list(calibration.budgets),
-                "per_token": _numbers(calibration.per_token),
-                "per_block": _numbers(calibration.per_block),
+                "per_token": [_numbers(grid) for grid in calibration.per_token],
+                "per_block": [_numbers(grid) for grid in calibration.per_block],
                 "alpha": [None if a is None else _numbers(a) for a in calibration.alpha],
             }
             for name, calibration in context.calibrations.items()
@@ -220,8 +220,8 @@ def _calibration(saved: dict, device) -> Calibration:
     return Calibration(
         preset=Preset(**saved["preset"]),
         budgets=tuple(saved["budgets"]),
-        per_token=_grid(saved["per_token"], len(saved["budgets"])),
-        per_block=_grid(saved["per_block"], len(saved["budgets"])),
+        per_token=_grids(saved["per_token"]),
+        per_block=_grids(saved["per_block"]),
         alpha=tuple(
             None if a is None else torch.tensor(a, dtype=torch.float32, device=device)
             for a in saved["alpha"]
@@ -235,9 +235,9 @@ def _numbers(tensor: Tensor) -> list:
     return [[None if x == float("-inf") else x for x in row] for row in rows]
 
 
-def _grid(rows: list, budgets: int) -> Tensor:
-    values = [[float("-inf") if x is None else x for x in row] for row in rows]
-    return torch.tensor(values, dtype=torch.float64).reshape(budgets, -1)
+def _grids(layers: list) -> Tensor:
+    values = [[[float("-inf") if x is None else x for x in row] for row in grid] for grid in layers]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _tuples(record: dict) -> dict:

@@ -18,7 +18,8 @@ class Level:
     Attributes:
         centroids: `[Hkv, C, D]`, mean of the raw keys of each node, in the dtype of the keys.
         mean_values: `[Hkv, C, D]`, mean of the values of each node.
-        variance: `[Hkv, C]` float32, the keys' variance, mean over dimensions.
+        variance: `[Hkv, C]` float32, the keys' variance, mean over dimensions: of the raw keys, or
+            of the keys in the space in which they were clustered (`squeezed.metric`).
         key_offsets: `[Hkv, C + 1]` int32, rows of the layer's sorted keys. Empty nodes are allowed.
         child_offsets: `[Hkv, C + 1]` int32, nodes of the next finer level; `None` for the leaves.
     """

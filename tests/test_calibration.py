@@ -4,15 +4,10 @@ import pytest
 import torch
 from trees import level_of, random_layer
 
-from squeezed.calibration import (
-    ObservedLayer,
-    calibrate,
-    fit_alpha,
-    interpolate,
-    keep_shares,
-)
+from squeezed.calibration import calibrate, fit_alpha, interpolate
 from squeezed.config import BEST, PAPER
 from squeezed.ops.reference.lookup import lookup
+from squeezed.thresholds import ObservedLayer, keep_shares, spent_shares
 from squeezed.tree import ClusteredLayer
 
 BUDGETS = (0.05, 0.1, 0.3)
@@ -42,6 +37,12 @@ def spent(seen, calibration, budget, block):
     return read / total
 
 
+def share_kept(found, seen):
+    sizes = seen.layer.levels[-1].sizes
+    read = float(torch.einsum("bhnc,hc->", found.kept.double(), sizes.double()))
+    return read / (found.kept.shape[2] * seen.layer.clustered * sizes.shape[0])
+
+
 @pytest.mark.parametrize("preset", [PAPER, BEST], ids=lambda preset: preset.name)
 @pytest.mark.parametrize("block", [False, True])
 def test_thresholds_spend_the_budget_on_what_they_observed(preset, block):
@@ -66,6 +67,30 @@ def test_one_threshold_lets_a_sharp_layer_read_less():
     assert first == last
     shares = [spent(seen[i : i + 1], calibration, 0.1, False) for i in (0, 2)]
     assert shares[0] != pytest.approx(shares[1], rel=0.05)
+
+
+def test_a_layer_of_best_gets_the_part_that_the_first_order_gives_it():
+    seen = observed()
+    own = calibrate(seen, BEST, BUDGETS)
+    first = spent_shares(seen, [None] * 3, PAPER, BUDGETS, 1)
+    second = spent_shares(seen, own.alpha, BEST, BUDGETS, 1)
+    assert (second[2] < 0.8 * first[2]).any()  # else this test shows nothing
+    for column, budget in enumerate(BUDGETS):
+        wanted = first[:, column]
+        assert float(wanted.mean()) == pytest.approx(budget, rel=0.05)
+        for index, layer in enumerate(seen):
+            rule = own.rule(index, budget, False)
+            found = lookup(layer.queries[None], layer.layer, rule, SCALE)
+            assert share_kept(found, layer) == pytest.approx(float(wanted[index]), rel=0.1)
+
+
+def test_shares_of_layers_under_one_threshold_are_what_a_lookup_reads():
+    seen = observed()
+    calibration = calibrate(seen, PAPER, BUDGETS)
+    shares = spent_shares(seen, calibration.alpha, PAPER, BUDGETS, 1)
+    for index, layer in enumerate(seen):
+        found = lookup(layer.queries[None], layer.layer, calibration.rule(index, 0.1, False), SCALE)
+        assert share_kept(found, layer) == pytest.approx(float(shares[index, 1]), rel=0.05)
 
 
 def test_alpha_is_one_for_gaussian_clusters():

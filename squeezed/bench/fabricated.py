@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from squeezed.calibration import ObservedLayer, calibrate
+from squeezed.calibration import calibrate
 from squeezed.clustering import cluster_layer
 from squeezed.config import BEST, IndexConfig
 from squeezed.context import FixedContext
 from squeezed.hf.capture import CapturedLayer
 from squeezed.prompt import PromptTemplate
+from squeezed.thresholds import ObservedLayer
 
 
 def random_model(layers: int, device: str, small: bool = False) -> LlamaForCausalLM:
@@ -53,7 +54,7 @@ def context_of(model, seeds: list[CapturedLayer], tokens: int, budget: float) ->
     layers, seen = [], []
     for seed in seeds:
         keys, values = stretched(seed.keys, tokens), stretched(seed.values, tokens)
-        layers.append(cluster_layer(keys, values, config.clustering))
+        layers.append(cluster_layer(keys, values, config.clustering, seed.queries))
         seen.append(ObservedLayer(layers[-1], seed.queries, seed.scale))
     return FixedContext(
         tokens=torch.zeros(tokens, dtype=torch.long),

@@ -16,9 +16,10 @@ import typer
 
 from squeezed.bench.common import print_table, require_gpu, write_record
 from squeezed.bench.synthetic import Parts
-from squeezed.calibration import ObservedLayer, calibrate
+from squeezed.calibration import calibrate
 from squeezed.clustering import cluster_layer
 from squeezed.config import PRESETS, IndexConfig
+from squeezed.thresholds import ObservedLayer
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def cluster_layers(
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        layer = cluster_layer(keys, values, config.clustering)
+        layer = cluster_layer(keys, values, config.clustering, queries[0])
         torch.cuda.synchronize()
         seconds += time.perf_counter() - started
         peak = max(peak, torch.cuda.max_memory_allocated() - before)

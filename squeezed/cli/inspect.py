@@ -63,6 +63,18 @@ def _plot(
     return [[round(share, 4) for share in row] for row in budgets.tolist()]
 
 
+def _span(thresholds: tuple[float | None, ...]) -> str:
+    """One level's thresholds over the layers: one number, or from the lowest to the highest."""
+    low, high = ("keep all" if x is None else f"{x:.2f}" for x in _lowest_and_highest(thresholds))
+    return low if low == high else f"{low} to {high}"
+
+
+def _lowest_and_highest(thresholds: tuple[float | None, ...]) -> tuple[float | None, float | None]:
+    known = [x for x in thresholds if x is not None]
+    low = None if len(known) < len(thresholds) else min(known)
+    return low, max(known, default=None)
+
+
 def _show(record: dict, preset: str) -> None:
     print(
         f"{record['context']}: {record['tokens']:,} tokens, {record['clustered_layers']} of "
@@ -83,8 +95,8 @@ def _show(record: dict, preset: str) -> None:
     rules = record["presets"].get(preset)
     if rules:
         print(f"log thresholds of one token, preset {preset}, coarse to fine:")
-        for budget, row in zip(rules["budgets"], rules["per_token"], strict=True):
-            values = ", ".join("keep all" if x is None else f"{x:.2f}" for x in row)
+        for budget, *layers in zip(rules["budgets"], *rules["per_token"], strict=True):
+            values = ", ".join(_span(level) for level in zip(*layers, strict=True))
             print(f"  budget {budget:.1%}: {values}")
     print("made in " + ", ".join(f"{name} {s:.1f} s" for name, s in record["seconds"].items()))
     if "plot" in record:
