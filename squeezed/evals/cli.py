@@ -13,7 +13,7 @@ import torch
 import typer
 
 from squeezed.bench.common import commit
-from squeezed.config import check_budget
+from squeezed.config import ClusteringConfig, IndexConfig, check_budget
 from squeezed.errors import SqueezedError
 from squeezed.evals import report as reporting
 from squeezed.evals.examples import SuiteOptions
@@ -55,6 +55,9 @@ def run(
     batch: Annotated[int, typer.Option(help="questions asked together")] = 16,
     errors: Annotated[bool, typer.Option(help="measure each layer's output error")] = False,
     generate: Annotated[bool, typer.Option(help="let every method write answers")] = True,
+    plain_clusters: Annotated[
+        bool, typer.Option(help="cluster by the keys alone, as the paper does")
+    ] = False,
     seed: int = 0,
     device: Annotated[str, typer.Option(help="auto is the first GPU, else the CPU")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto is the checkpoint's")] = "auto",
@@ -72,6 +75,7 @@ def run(
             batch=batch,
             measure_errors=errors,
             generate=generate,
+            index=IndexConfig(ClusteringConfig(query_space=not plain_clusters)),
         )
         wanted = SuiteOptions(data, context_tokens, documents, questions, split(tasks), seed)
         if not model:
