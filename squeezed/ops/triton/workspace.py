@@ -20,6 +20,7 @@ class Tuning:
 
     Attributes:
         score_tile: coarsest nodes, pinned or recent rows per step of the first kernel.
+        score_programs: programs per multiprocessor that score the coarsest nodes.
         chunk: pinned or recent rows per program.
         share: parents per program of the walk.
         children: nodes that a program of the walk scores at once.
@@ -30,13 +31,15 @@ class Tuning:
         tile: kept rows per step of the attention kernel.
         stages: of the attention kernel's pipeline: indices, loads in flight, arithmetic.
         programs: programs of the attention kernel per multiprocessor.
-        warps: of the first, the walking and the attention kernel.
+        warps: of the first, the walking and the attention kernel. Eight in the walk fault with
+            64 query rows and 32 children (Triton 3.6).
         merge_slots, merge_dims, merge_warps: partial sums and dimensions per step of the last
             kernel, and its warps.
         overlap: start each kernel while its predecessor drains (programmatic dependent launch).
     """
 
     score_tile: int = 64
+    score_programs: int = 4
     chunk: int = 64
     share: int = 16
     children: int = 64
@@ -45,7 +48,7 @@ class Tuning:
     registers: int | None = None
     list_programs: int = 8
     tile: int = 64
-    stages: int = 5
+    stages: int = 4
     programs: int = 3
     warps: tuple[int, int, int] = (4, 4, 4)
     merge_slots: int = 128
@@ -122,7 +125,8 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
     else:
         parts = tuple(ceil_div(n, tuning.share) for n in nodes[:-1])
         parts = parts[:1] + tuple(min(n, most) for n in parts[1:])
-    splits = min(ceil_div(nodes[0], tuning.score_tile), most) if nodes else 0
+    scorers = ceil_div(tuning.score_programs * shape.multiprocessors, problems)
+    splits = min(ceil_div(nodes[0], tuning.score_tile), scorers) if nodes else 0
     pinned_chunks = ceil_div(shape.pinned, tuning.chunk)
     recent_chunks = ceil_div(shape.recent, tuning.chunk)
     programs = tuning.programs * shape.multiprocessors if nodes else 0
