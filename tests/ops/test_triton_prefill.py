@@ -1,8 +1,7 @@
 """Prefill kernels against the reference: tiny under Triton's interpreter, larger on a GPU."""
 
-from dataclasses import replace
-
 import math
+from dataclasses import replace
 
 import interpreter
 import pytest
