@@ -42,18 +42,14 @@ def nth_children(child, first_child, count, N: tl.constexpr):
 
 @triton.jit
 def score_nodes(
-    q, node, live, centroids, key_offsets, variance, means, head, nodes, scale_bits,
-    D: tl.constexpr, D_PAD: tl.constexpr, SECOND: tl.constexpr, FAR: tl.constexpr,
+    q, node, live, centroids, key_offsets, variance, head, nodes, scale_bits,
+    D: tl.constexpr, D_PAD: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
-    """First row, size and variance of nodes `[N]`, their first-order logits `[M, N]`, and their
-    mean values `[N, D_PAD]` if FAR: loaded before it is known which of them are needed."""
+    """First row, size and variance of nodes `[N]`, and their first-order logits `[M, N]`."""
     mean, start, size, variances = load_nodes(
         centroids, key_offsets, variance, node, live, head, nodes, D, D_PAD, SECOND
     )
-    value = mean
-    if FAR:
-        value = load_rows(means, node, live, D, D, D_PAD)
-    return start, size, variances, node_logits(q, mean, size, scale_bits), value
+    return start, size, variances, node_logits(q, mean, size, scale_bits)
 
 
 @triton.jit
@@ -131,9 +127,9 @@ def descend_kernel(
                 value = load_rows(base, index, inside, D, D, D_PAD)
         if EAGER:
             live = node < stop_child
-            start, length, variances, logit, child_value = score_nodes(
-                q, node, live, centroids, key_offsets, variance, means, head, nodes, scale_bits,
-                D, D_PAD, SECOND, FAR,
+            start, length, variances, logit = score_nodes(
+                q, node, live, centroids, key_offsets, variance, head, nodes, scale_bits,
+                D, D_PAD, SECOND,
             )  # fmt: skip
         if not FLAT:
             first = node_logits(q, mean, size, scale_bits)
@@ -182,9 +178,9 @@ def descend_kernel(
             if not EAGER:
                 count = tl.where(bits != 0, children, 0)
                 node, live = nth_children(0, first_child, count, N)
-                start, length, variances, logit, child_value = score_nodes(
-                    q, node, live, centroids, key_offsets, variance, means, head, nodes, scale_bits,
-                    D, D_PAD, SECOND, FAR,
+                start, length, variances, logit = score_nodes(
+                    q, node, live, centroids, key_offsets, variance, head, nodes, scale_bits,
+                    D, D_PAD, SECOND,
                 )  # fmt: skip
             candidates = tl.sum(count)
         for child in range(0, candidates, N):
@@ -194,9 +190,9 @@ def descend_kernel(
                     live = node < stop_child
                 else:
                     node, live = nth_children(child, first_child, count, N)
-                start, length, variances, logit, child_value = score_nodes(
-                    q, node, live, centroids, key_offsets, variance, means, head, nodes, scale_bits,
-                    D, D_PAD, SECOND, FAR,
+                start, length, variances, logit = score_nodes(
+                    q, node, live, centroids, key_offsets, variance, head, nodes, scale_bits,
+                    D, D_PAD, SECOND,
                 )  # fmt: skip
             inherited = tl.where(live, -1 if SHARED else 1, 0).to(BITS)
             if (SHARED or EAGER) and not FLAT:
@@ -207,6 +203,9 @@ def descend_kernel(
                 logit + energy[:, None] * variances[None, :] - norm[:, None],
                 threshold, selects, row, GROUP, TILE_BATCH, BITS,
             )  # fmt: skip
+            if FAR:  # asked for now, needed after the rows
+                gone = (inherited & ~kept) != 0
+                child_value = load_rows(means, node, gone, D, D, D_PAD)
             if LEAVES:
                 rows = append_runs(found, found_bits, counter, kept, start, length, WRITE, SHARED)
                 if SHARED:
