@@ -26,12 +26,13 @@ DECODE_COLUMNS = (
     "context",
     "query / KV heads",
     "requests",
-    "far field",
     "best dense, µs",
-    "squeezed, µs",
+    "squeezed, µs (10th–90th percentile)",
     "speed-up",
     "limit, µs",
+    "share of the limit",
 )
+DECODE = ("decode-8x4", "decode-32", "decode-shared")
 
 
 def stored(name):
@@ -76,21 +77,25 @@ def demo_table(record):
     return "\n".join([*lines, "", notes])
 
 
-def decode_table(record):
-    names = (
-        "context|query / KV heads|requests|far field|best dense, µs|squeezed, µs|speed-up|limit, µs"
-    )
-    lines = ["| " + names.replace("|", " | ") + " |", "|---:|---|---:|---|---:|---:|---:|---:|"]
-    for row in record["rows"]:
+def decode_table(records):
+    """One line per case of several records, without far field."""
+    lines = ["| " + " | ".join(DECODE_COLUMNS) + " |", "|---:|---|---:|---|---|---:|---:|---:|"]
+    seen = set()
+    for row in (row for record in records for row in record["rows"]):
+        case = (row["tokens"], row["kv_heads"], row["batch"])
+        if case in seen:
+            continue
+        seen.add(case)
+        ours = row["methods"]["squeezed, far field none"]
         cells = (
             f"{row['tokens']:,}",
             f"{row['heads']} / {row['kv_heads']}",
             f"{row['batch']}",
-            row["far_field"].replace("_", " "),
             f"{row['best_dense_us']:.0f} ({row['best_dense']})",
-            f"{row['squeezed_us']:.0f}",
+            f"{ours['median_us']:.1f} ({ours['low_us']:.1f}–{ours['high_us']:.1f})",
             f"{row['speed_up']:.2f}",
-            f"{row['physical_us']:.0f}",
+            f"{row['physical_us']:.1f}",
+            f"{row['share_of_limit']:.2f}",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -107,7 +112,7 @@ def main():
     for mark, content in (
         ("claim", claim(demo)),
         ("table", demo_table(demo)),
-        ("decode", decode_table(stored("decode-h200.json"))),
+        ("decode", decode_table([stored(f"h200/{name}.json") for name in DECODE])),
     ):
         text = fill(text, mark, content)
     README.write_text(text, encoding="utf-8")

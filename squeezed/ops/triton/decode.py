@@ -174,7 +174,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def chosen_tuning(shape: Shape) -> Tuning:
-    """Block sizes by shape, as measured best on an H200 (`benchmarks/decode-h200.json`)."""
+    """Block sizes by shape, as measured best on an H200 (`benchmarks/h200/`)."""
     tuning = Tuning(overlap=shape.multiprocessors != INTERPRETED_MULTIPROCESSORS)
     parents = shape.kv_heads * shape.nodes[-2] if len(shape.nodes) > 1 else 0
     rows = rows_of(shape)

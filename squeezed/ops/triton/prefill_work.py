@@ -38,7 +38,7 @@ class Tile:
 
 
 def choose_tile(query: Tensor, sizes: Geometry, far_field: bool) -> Tile:
-    """The shape measured best on an H200 (benchmarks/prefill-tiles-h200.json)."""
+    """The shape measured best on an H200 (benchmarks/h200/prefill-tiles.json)."""
     rows = max(16, triton.next_power_of_2(sizes.group * sizes.block))
     if query.dtype == torch.float32:
         return Tile(min(rows, 32), 32, warps=4, stages=2, programs=2)
