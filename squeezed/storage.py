@@ -8,11 +8,9 @@ when first used, and checked then.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,15 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from squeezed.calibration import Calibration
-from squeezed.config import ClusteringConfig, IndexConfig, Preset
 from squeezed.context import FixedContext, Layer
 from squeezed.errors import ContextFileError
-from squeezed.prompt import PromptTemplate
+from squeezed.manifest import MANIFEST, described, read_manifest, write_manifest
 from squeezed.tree import ClusteredLayer, Level, WindowLayer
 
-FORMAT_VERSION = 2
-MANIFEST = "context.json"
 OBSERVED = "observed_queries.safetensors"
 
 
@@ -46,8 +40,7 @@ def save(context: FixedContext, path: Path) -> Path:
         queries = {f"layer_{i:03d}": q.contiguous() for i, q in enumerate(context.observed)}
         save_file(queries, partial / OBSERVED)
         files[OBSERVED] = _file_record(partial / OBSERVED)
-        manifest = _manifest(context, files)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        write_manifest(partial, context, files)
         _replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise ContextFileError(
@@ -73,7 +66,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> FixedContext:
     Raises:
         ContextFileError: nothing there, another format version, or a file that was altered or cut.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name, record in manifest["files"].items():
         size = (path / name).stat().st_size if (path / name).exists() else -1
         if size != record["bytes"]:
@@ -82,26 +75,11 @@ def load(path: Path, device: torch.device | str = "cpu") -> FixedContext:
                 f"{path / name}: expected {record['bytes']} bytes, found {found}; the context is "
                 "damaged, index the document again"
             )
-    index = manifest["config"]
+    place = torch.device(device)
     return FixedContext(
-        tokens=torch.tensor(manifest["tokens"], dtype=torch.long),
-        layers=StoredLayers(path, manifest["files"], torch.device(device)),
-        windows=tuple(manifest["windows"]),
-        scales=tuple(manifest["scales"]),
-        calibrations={
-            name: _calibration(saved, device) for name, saved in manifest["calibrations"].items()
-        },
-        config=IndexConfig(
-            clustering=ClusteringConfig(**_tuples(index["clustering"])),
-            presets=tuple(Preset(**preset) for preset in index["presets"]),
-            budgets=tuple(index["budgets"]),
-            prefill_chunk=index["prefill_chunk"],
-        ),
-        template=PromptTemplate(**manifest["template"]),
-        model=manifest["model"],
-        tokenizer=manifest["tokenizer"],
-        seconds=manifest["seconds"],
-        observed=ObservedQueries(path, manifest["files"], torch.device(device)),
+        layers=StoredLayers(path, manifest["files"], place),
+        observed=ObservedQueries(path, manifest["files"], place),
+        **described(manifest, place),
     )
 
 
@@ -188,90 +166,6 @@ def _layer_of(tensors: dict[str, Tensor]) -> Layer:
     return ClusteredLayer(
         tensors["keys"], tensors["values"], tensors["positions"], int(tensors["pinned"]), levels
     )
-
-
-def _manifest(context: FixedContext, files: dict[str, dict]) -> dict:
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "model": context.model,
-        "tokenizer": context.tokenizer,
-        "config": asdict(context.config),
-        "template": asdict(context.template),
-        "windows": list(context.windows),
-        "scales": list(context.scales),
-        "seconds": context.seconds,
-        "calibrations": {
-            name: {
-                "preset": asdict(calibration.preset),
-                "budgets": list(calibration.budgets),
-                "per_token": [_numbers(grid) for grid in calibration.per_token],
-                "per_block": [_numbers(grid) for grid in calibration.per_block],
-                "alpha": [None if a is None else _numbers(a) for a in calibration.alpha],
-            }
-            for name, calibration in context.calibrations.items()
-        },
-        "files": files,
-        "tokens": context.tokens.tolist(),
-    }
-    return manifest | {"checksum": _manifest_checksum(manifest)}
-
-
-def _calibration(saved: dict, device) -> Calibration:
-    return Calibration(
-        preset=Preset(**saved["preset"]),
-        budgets=tuple(saved["budgets"]),
-        per_token=_grids(saved["per_token"]),
-        per_block=_grids(saved["per_block"]),
-        alpha=tuple(
-            None if a is None else torch.tensor(a, dtype=torch.float32, device=device)
-            for a in saved["alpha"]
-        ),
-    )
-
-
-def _numbers(tensor: Tensor) -> list:
-    """Nested lists with `None` for minus infinity, which JSON cannot hold."""
-    rows = tensor.cpu().tolist()
-    return [[None if x == float("-inf") else x for x in row] for row in rows]
-
-
-def _grids(layers: list) -> Tensor:
-    values = [[[float("-inf") if x is None else x for x in row] for row in grid] for grid in layers]
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def _tuples(record: dict) -> dict:
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
-
-
-def _read_manifest(path: Path) -> dict:
-    file = path / MANIFEST
-    if not file.is_file():
-        raise ContextFileError(
-            f"{path}: no saved context there ({MANIFEST} is missing); make one with squeezed index"
-        )
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        version, checksum = manifest["format_version"], manifest.pop("checksum", None)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ContextFileError(
-            f"{file}: not readable as a context's description; the file is damaged, index the "
-            "document again"
-        ) from error
-    if version != FORMAT_VERSION:
-        raise ContextFileError(
-            f"{file}: format version {version}, this release reads version {FORMAT_VERSION}; "
-            "index the document again"
-        )
-    if checksum != _manifest_checksum(manifest):
-        raise ContextFileError(
-            f"{file}: its checksum does not match; the file was altered, index the document again"
-        )
-    return manifest
-
-
-def _manifest_checksum(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _file_record(file: Path) -> dict:
