@@ -182,9 +182,9 @@ def chosen_tuning(shape: Shape) -> Tuning:
         return replace(tuning, share=8, children=32, eager=True, programs=2)
     if shape.batch > 1:
         return replace(tuning, share=32, children=32, tile=32, stages=5)
-    if shape.far:
+    if shape.far and parents >= FEW_PARENTS:
         return replace(tuning, share=32, children=64, warps=(4, 2, 4))
-    if parents < FEW_PARENTS:  # waiting counts, not bytes
+    if parents < FEW_PARENTS and not shape.far:  # waiting counts, not bytes
         return replace(tuning, share=4, children=32, eager=True, warps=(4, 1, 4), programs=4)
     if parents < MANY_PARENTS:
         return replace(tuning, share=16, children=32)
