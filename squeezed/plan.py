@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+import torch
+
 from squeezed.config import ClusteringConfig, Preset, check_budget
 from squeezed.errors import SqueezedError
 from squeezed.thresholds import keep_shares
@@ -199,7 +201,8 @@ def _bytes_per_head(
     read = 2 * rows * shape.row_bytes
     entry = shape.row_bytes + OFFSET_BYTES + (VARIANCE_BYTES if preset.second_order else 0)
     mean_bytes = 0 if preset.far_field == "none" else shape.row_bytes
-    alive, shares = 1.0, keep_shares(preset, budget, len(nodes)) if nodes else []
+    budgets = torch.tensor([budget], dtype=torch.float64)
+    alive, shares = 1.0, keep_shares(preset, budgets, len(nodes))[0].tolist() if nodes else []
     for count, kept in zip(nodes, shares, strict=True):
         read += count * alive * entry + count * max(0.0, alive - kept) * mean_bytes
         alive = kept

@@ -1,5 +1,8 @@
 """Thresholds spend the budget they promise; alpha recovers a variance that explains the mass."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
 from trees import level_of, random_layer
@@ -7,18 +10,19 @@ from trees import level_of, random_layer
 from squeezed.calibration import calibrate, fit_alpha, interpolate
 from squeezed.config import BEST, PAPER
 from squeezed.ops.reference.lookup import lookup
-from squeezed.thresholds import ObservedLayer, keep_shares, spent_shares
+from squeezed.thresholds import ObservedLayer, fit_thresholds, keep_shares, spent_shares
 from squeezed.tree import ClusteredLayer
 
 BUDGETS = (0.05, 0.1, 0.3)
+PRUNED_TOGETHER = replace(BEST, name="pruned together", per_layer=False)
 SCALE = 0.2
 
 
-def observed(layers=3, tokens=1500, heads=4, seed=0):
+def observed(layers=3, tokens=1500, heads=4, nodes=(20, 100), seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
         ObservedLayer(
-            random_layer(tokens=tokens, nodes=(20, 100), seed=seed + i),
+            random_layer(tokens=tokens, nodes=nodes, seed=seed + i),
             torch.randn(heads, 100, 32, generator=generator) * (1 + i),
             SCALE,
         )
@@ -43,10 +47,11 @@ def share_kept(found, seen):
     return read / (found.kept.shape[2] * seen.layer.clustered * sizes.shape[0])
 
 
-@pytest.mark.parametrize("preset", [PAPER, BEST], ids=lambda preset: preset.name)
+@pytest.mark.parametrize("nodes", [(20, 100), (5, 25, 150)], ids=len)
+@pytest.mark.parametrize("preset", [PAPER, BEST, PRUNED_TOGETHER], ids=lambda preset: preset.name)
 @pytest.mark.parametrize("block", [False, True])
-def test_thresholds_spend_the_budget_on_what_they_observed(preset, block):
-    seen = observed()
+def test_thresholds_spend_the_budget_on_what_they_observed(preset, block, nodes):
+    seen = observed(nodes=nodes)
     calibration = calibrate(seen, preset, BUDGETS)
     for budget in BUDGETS:
         assert spent(seen, calibration, budget, block) == pytest.approx(budget, rel=0.08)
@@ -71,10 +76,10 @@ def test_one_threshold_lets_a_sharp_layer_read_less():
 
 def test_a_layer_of_best_gets_the_part_that_the_first_order_gives_it():
     seen = observed()
-    own = calibrate(seen, BEST, BUDGETS)
-    first = spent_shares(seen, [None] * 3, PAPER, BUDGETS, 1)
-    second = spent_shares(seen, own.alpha, BEST, BUDGETS, 1)
-    assert (second[2] < 0.8 * first[2]).any()  # else this test shows nothing
+    own, together = calibrate(seen, BEST, BUDGETS), calibrate(seen, PRUNED_TOGETHER, BUDGETS)
+    first = spent_shares(seen, BUDGETS, (1,))[:, 0]
+    second = [spent(seen[2:], together, budget, False) for budget in BUDGETS]
+    assert (torch.tensor(second) < 0.8 * first[2]).any()  # else this test shows nothing
     for column, budget in enumerate(BUDGETS):
         wanted = first[:, column]
         assert float(wanted.mean()) == pytest.approx(budget, rel=0.05)
@@ -87,10 +92,52 @@ def test_a_layer_of_best_gets_the_part_that_the_first_order_gives_it():
 def test_shares_of_layers_under_one_threshold_are_what_a_lookup_reads():
     seen = observed()
     calibration = calibrate(seen, PAPER, BUDGETS)
-    shares = spent_shares(seen, calibration.alpha, PAPER, BUDGETS, 1)
+    shares = spent_shares(seen, BUDGETS, (1,))[:, 0]
     for index, layer in enumerate(seen):
         found = lookup(layer.queries[None], layer.layer, calibration.rule(index, 0.1, False), SCALE)
         assert share_kept(found, layer) == pytest.approx(float(shares[index, 1]), rel=0.05)
+
+
+@pytest.mark.parametrize("preset", [PAPER, BEST, PRUNED_TOGETHER], ids=lambda preset: preset.name)
+def test_thresholds_of_a_block_size_do_not_depend_on_the_others(preset):
+    seen = observed()
+    alpha = [fit_alpha(layer) for layer in seen]
+    both = fit_thresholds(seen, alpha, preset, BUDGETS, (1, 64))
+    assert not both[:, 0].equal(both[:, 1])
+    for place, block in enumerate((1, 64)):
+        alone = fit_thresholds(seen, alpha, preset, BUDGETS, (block,))
+        assert alone[:, 0].equal(both[:, place])
+
+
+def test_a_document_too_short_to_cluster_has_no_thresholds():
+    seen = [replace(layer, layer=replace(layer.layer, levels=())) for layer in observed()]
+    for preset in (PAPER, BEST):
+        assert calibrate(seen, preset, BUDGETS).rule(2, 0.1, True).log_thresholds == ()
+
+
+def slope(seen, level, query_head):
+    """Alpha of a level and query head straight from its definition, in float64."""
+    head = query_head // (len(seen.queries) // len(seen.layer.keys))
+    keys, offsets = seen.layer.keys[head].double(), level.key_offsets[head].tolist()
+    queries = SCALE * seen.queries[query_head, ::4].double()
+    sizes = level.sizes[head].double()
+    first = level.centroids[head].double() @ queries.T
+    mean = [(keys[a:b] @ queries.T).exp().mean(0) for a, b in pairwise(offsets)]
+    mass = torch.stack(mean).nan_to_num(0.0)
+    term = 0.5 * level.variance[head].double()[:, None] * queries.square().sum(-1)
+    weight = (mass * sizes[:, None] / (mass * sizes[:, None]).sum(0)).sqrt()
+    excess = (mass.log() - first).masked_fill(sizes[:, None] == 0, 0.0)
+    return float((weight * term * excess).sum() / (weight * term * term).sum())
+
+
+@pytest.mark.parametrize("keys_at_once", [1, 1 << 19])
+def test_alpha_of_every_level_is_the_slope_over_its_own_keys(keys_at_once, monkeypatch):
+    monkeypatch.setattr("squeezed.calibration.CHUNK_KEYS", keys_at_once)
+    (seen,) = observed(layers=1, nodes=(5, 20, 100))
+    alpha = fit_alpha(seen)
+    for depth, level in enumerate(seen.layer.levels):
+        for head in range(len(seen.queries)):
+            assert float(alpha[depth, head]) == pytest.approx(slope(seen, level, head), rel=1e-4)
 
 
 def test_alpha_is_one_for_gaussian_clusters():
@@ -106,9 +153,11 @@ def test_alpha_is_one_for_gaussian_clusters():
 
 
 def test_coarser_levels_keep_more_and_paper_prunes_nothing():
-    assert keep_shares(PAPER, 0.1, 3) == [1.0, 1.0, 0.1]
-    shares = keep_shares(BEST, 0.025, 3)
-    assert 1.0 >= shares[0] > shares[1] > shares[2] == 0.025
+    budgets = torch.tensor([0.025, 0.1])
+    assert keep_shares(PAPER, budgets, 3).equal(torch.tensor([[1, 1, 0.025], [1, 1, 0.1]]))
+    coarse, middle, fine = keep_shares(BEST, budgets, 3).unbind(-1)
+    assert (coarse <= 1).all() and (coarse > middle).all() and (middle > fine).all()
+    assert fine.equal(budgets)
 
 
 def test_interpolation_meets_the_grid_and_ends_at_everything():

@@ -91,10 +91,13 @@ def block_count(rows: int, block: int) -> int:
 def block_scores(log_scores: Tensor, block: int, valid: Tensor | None) -> Tensor:
     """Mean over each block of queries, largest over the group: `[B, Hkv, N, C]` in logarithms."""
     rows, device = log_scores.shape[3], log_scores.device
+    if valid is not None:
+        log_scores = log_scores.masked_fill(~valid[:, None, None, :, None], NEG_INF)
+    if block == 1:
+        return log_scores.amax(2)
     block = min(block, rows)
     count = block_count(rows, block)
     inside = torch.ones(1, rows, dtype=torch.bool, device=device) if valid is None else valid
-    log_scores = log_scores.masked_fill(~inside[:, None, None, :, None], NEG_INF)
     missing = count * block - rows  # the first block may be shorter
     log_scores = pad(log_scores, (0, 0, missing, 0), value=NEG_INF).unflatten(3, (count, block))
     members = pad(inside, (missing, 0)).unflatten(1, (count, block)).sum(-1).clamp(min=1)
