@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from squeezed import ClusteringConfig, clustering
+from squeezed import ClusteringConfig, kmeans
 from squeezed.bench.common import commit
+from squeezed.clustering import cluster_layer
 from squeezed.hf.capture import capture
 
 
@@ -49,20 +50,20 @@ def main(directory, gguf, text, tokens=6144):
     started = time.perf_counter()
     layers = capture(model, ids, ids[:100], 1024)
     prefill_s = time.perf_counter() - started
-    even, kmeans, rows = clustering.seeds, clustering.spherical_kmeans, []
+    even, lloyd, rows = kmeans.seeds, kmeans.spherical_kmeans, []
     for seeding in ("even", "k-means++"):
         for iterations in (3, 5, 10):
             generator = torch.Generator().manual_seed(0)
 
             def seeded(points, valid, clusters, count, generator=generator):
-                clustering.seeds = lambda v, c, slot: plus_plus(points, v, slot, generator)
-                return kmeans(points, valid, clusters, count)
+                kmeans.seeds = lambda v, c, slot: plus_plus(points, v, slot, generator)
+                return lloyd(points, valid, clusters, count)
 
-            clustering.seeds = even
-            clustering.spherical_kmeans = kmeans if seeding == "even" else seeded
+            kmeans.seeds = even
+            kmeans.spherical_kmeans = lloyd if seeding == "even" else seeded
             config = ClusteringConfig(iterations=iterations)
             started = time.perf_counter()
-            built = [clustering.cluster_layer(c.keys, c.values, config) for c in layers]
+            built = [cluster_layer(c.keys, c.values, config) for c in layers]
             seconds = time.perf_counter() - started
             rows.append(
                 {

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from squeezed import ClusteringConfig
-from squeezed.clustering import allot, cluster_layer, spherical_kmeans
+from squeezed.clustering import allot, cluster_layer
 from squeezed.errors import SqueezedError
+from squeezed.kmeans import spherical_kmeans
 
 
 def blobs(heads=2, tokens=600, dim=16, centres=12, seed=0):

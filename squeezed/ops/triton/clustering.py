@@ -81,7 +81,7 @@ def nearest(
 
 
 def assign(points: Tensor, centroids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """`squeezed.clustering.assign` without the `[N, n, k]` scores.
+    """`squeezed.kmeans.assign` without the `[N, n, k]` scores.
 
     Args:
         points: `[N, n, D]` unit vectors; centroids: `[N, k, D]`; live: `[N, k]` bool.
@@ -125,7 +125,7 @@ def cluster_segments(
 
 
 def _seeds(sizes: Tensor, clusters: Tensor) -> Tensor:
-    """Points evenly spaced through each run, `[K]`: those of `squeezed.clustering.seeds`."""
+    """Points evenly spaced through each run, `[K]`: those of `squeezed.kmeans.seeds`."""
     run = torch.arange(len(sizes), device=sizes.device).repeat_interleave(clusters)
     slot = torch.arange(len(run), device=sizes.device) - (clusters.cumsum(0) - clusters)[run]
     within = (2 * slot + 1) * sizes[run] // (2 * clusters[run])
@@ -185,3 +185,8 @@ def describe_level(
     )  # fmt: skip
     children = None if child_offsets is None else child_offsets.to(torch.int32)
     return Level(centroids, mean_values, variance, key_offsets, children)
+
+
+def variance_of(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Variance of sorted rows `[H, n, D]` within every node, mean over dimensions, `[H, C]`."""
+    return describe_level(rows, rows, offsets, None).variance

@@ -1,0 +1,153 @@
+"""The steps of clustering in plain PyTorch: k-means inside runs of rows, statistics of nodes.
+
+`squeezed.ops.triton.clustering` has the same for a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from squeezed.config import ClusteringConfig
+from squeezed.tree import Level
+
+CHUNK_SCORES = 1 << 22
+"""Most similarities (points times clusters) held at once."""
+
+CHUNK_POINTS = 1 << 17
+"""Most padded points that the k-means problems of one batch may hold together."""
+
+
+def cluster_segments(
+    flat: Tensor, rows: Tensor, sizes: Tensor, clusters: Tensor, config: ClusteringConfig
+) -> Tensor:
+    """k-means inside every run of rows: label of each row within its run, `[rows]` int64.
+
+    Runs of similar size are padded to the longest and solved as one batch, so memory is bounded
+    and no point is compared with another run's centroids.
+    """
+    labels = torch.zeros_like(rows)
+    starts = sizes.cumsum(0) - sizes
+    by_size = sizes.argsort(descending=True, stable=True)
+    lengths = sizes[by_size].tolist()
+    done = 0
+    while done < len(lengths) and lengths[done] > 0:
+        batch = by_size[done : done + max(1, CHUNK_POINTS // lengths[done])]
+        column = torch.arange(lengths[done], device=rows.device)
+        valid = column < sizes[batch, None]
+        inside = column.minimum(sizes[batch, None] - 1).clamp(min=0)
+        member = (starts[batch, None] + inside).clamp(max=len(rows) - 1)  # an empty run may end it
+        points = flat.index_select(0, rows[member].flatten()).view(*member.shape, -1)
+        points.masked_fill_(~valid[..., None], 0.0)
+        label = spherical_kmeans(points, valid, clusters[batch], config.iterations)
+        labels[member[valid]] = label[valid]
+        done += len(batch)
+    return labels
+
+
+def spherical_kmeans(points: Tensor, valid: Tensor, clusters: Tensor, iterations: int) -> Tensor:
+    """Lloyd's algorithm by cosine for `N` problems at once.
+
+    Args:
+        points: `[N, n, D]` unit vectors, zero where padded.
+        valid: `[N, n]` bool, False where padded.
+        clusters: `[N]` int64, clusters of each problem.
+
+    Returns:
+        Label of every point, `[N, n]` int64.
+    """
+    problems, _, dim = points.shape
+    most = int(clusters.max())
+    slot = torch.arange(most, device=points.device)
+    live = slot < clusters[:, None]
+    first = torch.arange(problems, device=points.device)[:, None] * most
+    centroids = take_rows(points, seeds(valid, clusters, slot))
+    for _ in range(iterations):
+        label, similarity = assign(points, centroids, live)
+        cluster = (label + first).flatten()
+        sums = points.new_zeros(problems * most, dim).index_add_(0, cluster, points.flatten(0, 1))
+        sums = sums.view(problems, most, dim)
+        filled = torch.bincount(cluster, valid.flatten().float(), problems * most)
+        empty = (filled.view(problems, most) == 0) & live
+        centroids = torch.nn.functional.normalize(sums, dim=-1)
+        centroids = refill(centroids, empty, points, similarity.masked_fill(~valid, 2.0))
+    return assign(points, centroids, live)[0]
+
+
+def seeds(valid: Tensor, clusters: Tensor, slot: Tensor) -> Tensor:
+    """Points evenly spaced through each run, `[N, k]`.
+
+    Measured as good as k-means++ at a fraction of its cost (benchmarks/README.md): neighbours in a
+    document have similar keys, so even spacing spreads the seeds. It needs no random numbers.
+    """
+    spaced = (2 * slot + 1) * valid.sum(-1, keepdim=True) // (2 * clusters[:, None].clamp(min=1))
+    return spaced.minimum(valid.sum(-1, keepdim=True) - 1).clamp(min=0)
+
+
+def assign(points: Tensor, centroids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest live centroid of every point and the cosine to it, `[N, n]`, in bounded memory."""
+    per_row = centroids.shape[0] * centroids.shape[1]
+    labels, similarities, all_live = [], [], bool(live.all())
+    for chunk in points.split(max(1, CHUNK_SCORES // per_row), dim=1):
+        scores = torch.bmm(chunk, centroids.mT)
+        if not all_live:
+            scores.masked_fill_(~live[:, None], -2.0)
+        similarity, label = scores.max(-1)
+        labels.append(label)
+        similarities.append(similarity)
+    return torch.cat(labels, 1), torch.cat(similarities, 1)
+
+
+def refill(centroids: Tensor, empty: Tensor, points: Tensor, similarity: Tensor) -> Tensor:
+    """Move the centroids of empty clusters to the points that fit their own cluster worst."""
+    worst = min(int(empty.sum(-1).max()), points.shape[1])
+    if worst == 0:
+        return centroids
+    candidates = similarity.topk(worst, dim=-1, largest=False).indices
+    rank = (empty.long().cumsum(-1) - 1).clamp(0, worst - 1)
+    moved = points.gather(1, candidates.gather(1, rank)[..., None].expand_as(centroids))
+    return torch.where(empty[..., None], moved, centroids)
+
+
+def describe_level(
+    keys: Tensor, values: Tensor, key_offsets: Tensor, child_offsets: Tensor | None
+) -> Level:
+    """Mean key, mean value and key variance of every node, in float32, from sorted rows."""
+    sizes = key_offsets.diff(dim=-1)
+    start = int(key_offsets[0, 0])
+    rows_keys, rows_values = keys[:, start:].float(), values[:, start:].float()
+    centroids = _segment_mean(rows_keys, sizes)
+    return Level(
+        centroids.to(keys.dtype),
+        _segment_mean(rows_values, sizes).to(values.dtype),
+        _variance(rows_keys, centroids, sizes),
+        key_offsets.to(torch.int32),
+        None if child_offsets is None else child_offsets.to(torch.int32),
+    )
+
+
+def variance_of(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Variance of sorted rows `[H, n, D]` within every node, mean over dimensions, `[H, C]`."""
+    sizes = offsets.diff(dim=-1)
+    return _variance(rows, _segment_mean(rows, sizes), sizes)
+
+
+def _variance(rows: Tensor, means: Tensor, sizes: Tensor) -> Tensor:
+    energy = _segment_mean(rows.square().mean(-1, keepdim=True), sizes)[..., 0]
+    return (energy - means.square().mean(-1)).clamp(min=0)
+
+
+def _segment_mean(rows: Tensor, sizes: Tensor) -> Tensor:
+    """Mean of consecutive runs, `[H, n, D]` and `[H, C]` -> `[H, C, D]`; 0 for an empty run."""
+    heads, _, dim = rows.shape
+    flat = torch.segment_reduce(
+        rows.reshape(-1, dim).contiguous(), "sum", lengths=sizes.reshape(-1), unsafe=True
+    )
+    return flat.view(heads, -1, dim) / sizes.clamp(min=1)[..., None]
+
+
+def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Rows `[H, m]` of `[H, n, D]`, whole rows at a time."""
+    heads, count, dim = tensor.shape
+    first = torch.arange(heads, device=rows.device)[:, None] * count
+    return tensor.flatten(0, 1).index_select(0, (rows + first).flatten()).view(heads, -1, dim)
