@@ -4,7 +4,8 @@ import interpreter
 import pytest
 import torch
 
-from squeezed import clustering as plain
+from squeezed import clustering
+from squeezed import kmeans as plain
 from squeezed.config import ClusteringConfig
 from squeezed.ops.triton import clustering as fused
 
@@ -104,10 +105,11 @@ def test_cluster_layer_through_the_kernels_equals_torch(monkeypatch):
     generator = torch.Generator().manual_seed(6)
     keys, values = (torch.randn(2, 260, 16, generator=generator).to(DEVICE) for _ in "kv")
     config = ClusteringConfig(levels=(0.05, 0.2), iterations=2, pinned_first=3, pinned_last=10)
-    monkeypatch.setattr(plain, "steps_on", lambda device: plain)
-    expected = plain.cluster_layer(keys, values, config)
-    monkeypatch.setattr(plain, "steps_on", lambda device: fused)
-    layer = plain.cluster_layer(keys, values, config)
+    queries = torch.randn(4, 30, 16, generator=generator).to(DEVICE)
+    monkeypatch.setattr(clustering, "steps_on", lambda device: plain)
+    expected = clustering.cluster_layer(keys, values, config, queries)
+    monkeypatch.setattr(clustering, "steps_on", lambda device: fused)
+    layer = clustering.cluster_layer(keys, values, config, queries)
     assert torch.equal(layer.positions.sort().values, expected.positions.sort().values)
     for ours, theirs in zip(layer.levels, expected.levels, strict=True):
         assert ours.nodes == theirs.nodes
