@@ -10,7 +10,6 @@ of the raw, un-normalised keys).
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -49,24 +48,17 @@ def cluster_layer(
     rows, offsets, children = build_tree(points, counts, config)
     positions = torch.cat([order[:pinned].expand(heads, -1), order[pinned:][rows]], 1)
     sorted_keys, sorted_values = take_rows(keys, positions), take_rows(values, positions)
+    compared = None if queries is None else take_rows(compared, rows)
+    describe = steps_on(keys.device).describe_level
     levels = tuple(
-        steps_on(keys.device).describe_level(
-            sorted_keys, sorted_values, level_offsets + pinned, level_children
-        )
+        describe(sorted_keys, sorted_values, level_offsets + pinned, level_children, compared)
         for level_offsets, level_children in zip(offsets, children, strict=True)
     )
-    if queries is not None:
-        compared = take_rows(compared, rows)
-        variance = steps_on(keys.device).variance_of
-        levels = tuple(
-            replace(level, variance=variance(compared, level_offsets))
-            for level, level_offsets in zip(levels, offsets, strict=True)
-        )
     return ClusteredLayer(sorted_keys, sorted_values, positions.int(), pinned, levels)
 
 
 def steps_on(device: torch.device) -> ModuleType:
-    """Where the steps for the device live (`cluster_segments`, `describe_level`, `variance_of`)."""
+    """Where the steps for the device live (`cluster_segments`, `describe_level`)."""
     name = "squeezed.ops.triton.clustering" if device.type == "cuda" else "squeezed.kmeans"
     return importlib.import_module(name)
 

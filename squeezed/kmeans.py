@@ -87,11 +87,12 @@ def seeds(valid: Tensor, clusters: Tensor, slot: Tensor) -> Tensor:
 def assign(points: Tensor, centroids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest live centroid of every point and the cosine to it, `[N, n]`, in bounded memory."""
     per_row = centroids.shape[0] * centroids.shape[1]
-    labels, similarities, all_live = [], [], bool(live.all())
+    labels, similarities = [], []
+    handicap = None if live.all() else torch.where(live, 0.0, -4.0)[:, None].to(points.dtype)
     for chunk in points.split(max(1, CHUNK_SCORES // per_row), dim=1):
         scores = torch.bmm(chunk, centroids.mT)
-        if not all_live:
-            scores.masked_fill_(~live[:, None], -2.0)
+        if handicap is not None:
+            scores.add_(handicap)
         similarity, label = scores.max(-1)
         labels.append(label)
         similarities.append(similarity)
@@ -110,31 +111,34 @@ def refill(centroids: Tensor, empty: Tensor, points: Tensor, similarity: Tensor)
 
 
 def describe_level(
-    keys: Tensor, values: Tensor, key_offsets: Tensor, child_offsets: Tensor | None
+    keys: Tensor,
+    values: Tensor,
+    key_offsets: Tensor,
+    child_offsets: Tensor | None,
+    compared: Tensor | None = None,
 ) -> Level:
-    """Mean key, mean value and key variance of every node, in float32, from sorted rows."""
+    """Mean key, mean value and variance of every node, in float32, from sorted rows.
+
+    Args:
+        keys, values: `[Hkv, P, D]`, sorted by leaf.
+        key_offsets, child_offsets: `[Hkv, C + 1]`.
+        compared: `[Hkv, n, D]`, the clustered rows alone as they were compared; what the variance
+            is measured of, if not of the keys.
+    """
     sizes = key_offsets.diff(dim=-1)
     start = int(key_offsets[0, 0])
-    rows_keys, rows_values = keys[:, start:].float(), values[:, start:].float()
-    centroids = _segment_mean(rows_keys, sizes)
+    rows = keys[:, start:].float()
+    centroids = mean = _segment_mean(rows, sizes)
+    if compared is not None:
+        rows, mean = compared, _segment_mean(compared, sizes)
+    energy = _segment_mean(rows.square().mean(-1, keepdim=True), sizes)[..., 0]
     return Level(
         centroids.to(keys.dtype),
-        _segment_mean(rows_values, sizes).to(values.dtype),
-        _variance(rows_keys, centroids, sizes),
+        _segment_mean(values[:, start:].float(), sizes).to(values.dtype),
+        (energy - mean.square().mean(-1)).clamp(min=0),
         key_offsets.to(torch.int32),
         None if child_offsets is None else child_offsets.to(torch.int32),
     )
-
-
-def variance_of(rows: Tensor, offsets: Tensor) -> Tensor:
-    """Variance of sorted rows `[H, n, D]` within every node, mean over dimensions, `[H, C]`."""
-    sizes = offsets.diff(dim=-1)
-    return _variance(rows, _segment_mean(rows, sizes), sizes)
-
-
-def _variance(rows: Tensor, means: Tensor, sizes: Tensor) -> Tensor:
-    energy = _segment_mean(rows.square().mean(-1, keepdim=True), sizes)[..., 0]
-    return (energy - means.square().mean(-1)).clamp(min=0)
 
 
 def _segment_mean(rows: Tensor, sizes: Tensor) -> Tensor:

@@ -166,14 +166,13 @@ def _refill(
 
 
 def describe_level(
-    keys: Tensor, values: Tensor, key_offsets: Tensor, child_offsets: Tensor | None
+    keys: Tensor,
+    values: Tensor,
+    key_offsets: Tensor,
+    child_offsets: Tensor | None,
+    compared: Tensor | None = None,
 ) -> Level:
-    """Mean key, mean value and key variance of every node, in float32, from sorted rows.
-
-    Args:
-        keys, values: `[Hkv, P, D]`, sorted by leaf.
-        key_offsets, child_offsets: `[Hkv, C + 1]`.
-    """
+    """`squeezed.kmeans.describe_level`: means and variance of every node, in float32."""
     heads, tokens, dim = keys.shape
     nodes = key_offsets.shape[1] - 1
     centroids, mean_values = keys.new_empty(2, heads, nodes, dim)
@@ -183,10 +182,8 @@ def describe_level(
         keys.contiguous(), values.contiguous(), key_offsets, centroids, mean_values, variance,
         tokens, nodes, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_P=16, num_warps=2,
     )  # fmt: skip
+    if compared is not None:
+        offsets = key_offsets - (tokens - compared.shape[1])
+        variance = describe_level(compared, compared, offsets, None).variance
     children = None if child_offsets is None else child_offsets.to(torch.int32)
     return Level(centroids, mean_values, variance, key_offsets, children)
-
-
-def variance_of(rows: Tensor, offsets: Tensor) -> Tensor:
-    """Variance of sorted rows `[H, n, D]` within every node, mean over dimensions, `[H, C]`."""
-    return describe_level(rows, rows, offsets, None).variance
