@@ -21,6 +21,7 @@ from squeezed.hf.capture import CapturedLayer, capture
 from squeezed.hf.support import layer_kinds, text_config, using_attention
 from squeezed.memory import check_memory
 from squeezed.prompt import PromptTemplate, probe_question
+from squeezed.threads import each_in_a_thread
 from squeezed.thresholds import ObservedLayer
 from squeezed.tree import ClusteredLayer, WindowLayer
 
@@ -100,18 +101,24 @@ def _cluster(
     captured: list[CapturedLayer], tokens: int, config: IndexConfig, progress: Progress
 ) -> tuple[list[ClusteredLayer | WindowLayer], list[ObservedLayer]]:
     """Every captured layer as a tree; a layer's unsorted keys are dropped as soon as it is done."""
+
+    @torch.inference_mode()
+    def grow(layer: CapturedLayer) -> tuple[ClusteredLayer | WindowLayer, ObservedLayer | None]:
+        if layer.queries is None:
+            return WindowLayer(layer.keys, layer.values, tokens), None
+        queries = layer.queries if config.clustering.query_space else None
+        tree = cluster_layer(layer.keys, layer.values, config.clustering, queries)
+        return tree, ObservedLayer(tree, layer.queries, layer.scale)
+
     layers: list[ClusteredLayer | WindowLayer] = []
     seen: list[ObservedLayer] = []
-    total = len(captured)
+    total, on_cpu = len(captured), captured[0].keys.device.type == "cpu"
     captured.reverse()
-    while captured:
-        layer = captured.pop()
-        if layer.queries is None:
-            layers.append(WindowLayer(layer.keys, layer.values, tokens))
-        else:
-            queries = layer.queries if config.clustering.query_space else None
-            layers.append(cluster_layer(layer.keys, layer.values, config.clustering, queries))
-            seen.append(ObservedLayer(layers[-1], layer.queries, layer.scale))
+    waiting = (captured.pop() for _ in range(total))
+    for tree, observed in each_in_a_thread(grow, waiting) if on_cpu else map(grow, waiting):
+        layers.append(tree)
+        if observed is not None:
+            seen.append(observed)
         progress("cluster", len(layers), total)
     return layers, seen
 
