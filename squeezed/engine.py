@@ -102,7 +102,6 @@ def _cluster(
 ) -> tuple[list[ClusteredLayer | WindowLayer], list[ObservedLayer]]:
     """Every captured layer as a tree; a layer's unsorted keys are dropped as soon as it is done."""
 
-    @torch.inference_mode()
     def grow(layer: CapturedLayer) -> tuple[ClusteredLayer | WindowLayer, ObservedLayer | None]:
         if layer.queries is None:
             return WindowLayer(layer.keys, layer.values, tokens), None
