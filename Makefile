@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt torch
 	@# a CUDA build of torch brought its own Triton; for a CPU build the tests' interpreter needs one
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install "triton==3.6.0"
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,eval]"
 	touch $@
 
 clean:
