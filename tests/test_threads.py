@@ -1,6 +1,7 @@
 """Layers side by side: in order, one PyTorch thread each, and nothing left changed."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ def test_a_failing_layer_ends_the_others_and_reaches_the_caller():
     def work(number):
         if number == 3:
             raise ValueError("layer 3")
+        time.sleep(0.002)
         done.append(number)
         return number
 
