@@ -1,8 +1,8 @@
 """Observed queries + budget -> thresholds, and the weight of the second-order term.
 
 In the paper one threshold per level holds for all layers and heads, so a head that needs more keys
-gets more (arXiv 2411.09688, section 3.2). A preset may give every layer its own thresholds instead
-(`squeezed.thresholds`); a layer's heads always share them.
+gets more (arXiv 2411.09688, section 3.2). A preset may give every KV head its own thresholds
+instead (`squeezed.thresholds`).
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ class Calibration:
 
     Attributes:
         budgets: increasing shares of the clustered keys.
-        per_token: `[layers, budgets, L]` float64 log thresholds, for queries that select alone.
+        per_token: per full-attention layer `[budgets, L, Hkv]` float64 log thresholds, for queries
+            that select alone.
         per_block: the same for blocks of `preset.query_block` queries.
         alpha: per full-attention layer `[L, Hq]` float32, or `None` to first order.
     """
 
     preset: Preset
     budgets: tuple[float, ...]
-    per_token: Tensor
-    per_block: Tensor
+    per_token: tuple[Tensor, ...]
+    per_block: tuple[Tensor, ...]
     alpha: tuple[Tensor | None, ...]
 
     def rule(self, index: int, budget: float, block: bool) -> SelectionRule:
@@ -54,22 +55,21 @@ class Calibration:
         )
 
 
-def interpolate(budgets: Sequence[float], grid: Tensor, budget: float) -> tuple[float, ...]:
-    """Log thresholds at `budget`, linear in its logarithm; 1.0 keeps every node.
+def interpolate(budgets: Sequence[float], grid: Tensor, budget: float) -> Tensor:
+    """Log thresholds at `budget` from a grid `[budgets, ...]`, float32; 1.0 keeps every node.
 
-    Outside the grid the nearest interval is extended.
+    Linear in the logarithm of the budget; outside the grid the nearest interval is extended.
     """
     if budget >= 1.0:
-        return (NEG_INF,) * grid.shape[1]
+        return torch.full_like(grid[0], NEG_INF, dtype=torch.float32)
     if len(budgets) == 1:
-        return tuple(grid[0].tolist())
+        return grid[0].float()
     upper = min(max(1, sum(b < budget for b in budgets)), len(budgets) - 1)
     low, high = math.log(budgets[upper - 1]), math.log(budgets[upper])
     weight = (math.log(budget) - low) / (high - low)
-    mixed = []
-    for left, right in zip(grid[upper - 1].tolist(), grid[upper].tolist(), strict=True):
-        mixed.append(right if NEG_INF in (left, right) else left + weight * (right - left))
-    return tuple(mixed)
+    left, right = grid[upper - 1], grid[upper]
+    mixed = left + weight * (right - left)
+    return torch.where(left.isinf() | right.isinf(), right, mixed).float()
 
 
 def calibrate(
@@ -78,7 +78,8 @@ def calibrate(
     """Fit alpha of every query head, then the thresholds of every budget."""
     alpha = tuple(fit_alpha(seen) if preset.second_order else None for seen in layers)
     blocks = (1, preset.query_block)
-    per_token, per_block = fit_thresholds(layers, alpha, preset, budgets, blocks).cpu().unbind(1)
+    fitted = fit_thresholds(layers, alpha, preset, budgets, blocks)
+    per_token, per_block = (tuple(grid[kind] for grid in fitted) for kind in range(2))
     return Calibration(preset, budgets, per_token, per_block, alpha)
 
 

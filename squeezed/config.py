@@ -61,7 +61,7 @@ class Preset:
             rescaled by the ratio of exact to estimated mass of the clusters that were read.
         coarse_share: a level above one that keeps a share `b` of the keys keeps
             `min(1, coarse_share * sqrt(b))`; `None` prunes nothing, so that every leaf is scored.
-        per_layer: thresholds of their own for every layer, which give it the part of the budget
+        per_head: thresholds of their own for every KV head, which give it the part of the budget
             that first-order scores under one threshold would; otherwise one for all (the paper).
         single_tokens: the last tokens of an input that select alone; earlier ones select in blocks.
         query_block: query tokens that select together in a block.
@@ -71,7 +71,7 @@ class Preset:
     second_order: bool
     far_field: FarField
     coarse_share: float | None
-    per_layer: bool = False
+    per_head: bool = False
     single_tokens: int = 64
     query_block: int = 64
 
@@ -87,7 +87,7 @@ class Preset:
 
 
 PAPER = Preset("paper", second_order=False, far_field="none", coarse_share=None)
-BEST = Preset("best", second_order=True, far_field="first_order", coarse_share=1.25, per_layer=True)
+BEST = Preset("best", second_order=True, far_field="first_order", coarse_share=1.25, per_head=True)
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (PAPER, BEST)}
 
 

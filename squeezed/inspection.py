@@ -11,6 +11,7 @@ from torch import Tensor
 from squeezed.context import FixedContext
 from squeezed.errors import SqueezedError
 from squeezed.hf.cache import SqueezedCache
+from squeezed.manifest import numbers
 from squeezed.sources import answer_queries, rows_read
 from squeezed.tree import ClusteredLayer
 
@@ -99,16 +100,12 @@ def _level_summary(layers: list[ClusteredLayer], depth: int) -> dict:
 
 
 def _thresholds(calibration) -> dict:
-    """Log thresholds in nats, coarse to fine, by layer and budget; `None` keeps every node."""
+    """Log thresholds in nats by layer, budget, level and KV head; `None` keeps every node."""
     return {
         "budgets": list(calibration.budgets),
-        "per_token": [_finite(grid) for grid in calibration.per_token],
-        "per_block": [_finite(grid) for grid in calibration.per_block],
+        "per_token": [numbers(grid.round(decimals=3)) for grid in calibration.per_token],
+        "per_block": [numbers(grid.round(decimals=3)) for grid in calibration.per_block],
     }
-
-
-def _finite(grid: Tensor) -> list[list[float | None]]:
-    return [[None if x == float("-inf") else round(x, 3) for x in row] for row in grid.tolist()]
 
 
 def budget_by_head(context: FixedContext, cache: SqueezedCache) -> Tensor:

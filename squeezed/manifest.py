@@ -16,7 +16,7 @@ from squeezed.context import FixedContext
 from squeezed.errors import ContextFileError
 from squeezed.prompt import PromptTemplate
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "context.json"
 
 
@@ -35,9 +35,9 @@ def write_manifest(path: Path, context: FixedContext, files: dict[str, dict]) ->
             name: {
                 "preset": asdict(calibration.preset),
                 "budgets": list(calibration.budgets),
-                "per_token": [_numbers(grid) for grid in calibration.per_token],
-                "per_block": [_numbers(grid) for grid in calibration.per_block],
-                "alpha": [None if a is None else _numbers(a) for a in calibration.alpha],
+                "per_token": [numbers(grid) for grid in calibration.per_token],
+                "per_block": [numbers(grid) for grid in calibration.per_block],
+                "alpha": [None if a is None else numbers(a) for a in calibration.alpha],
             }
             for name, calibration in context.calibrations.items()
         },
@@ -102,8 +102,8 @@ def _calibration(saved: dict, device) -> Calibration:
     return Calibration(
         preset=Preset(**saved["preset"]),
         budgets=tuple(saved["budgets"]),
-        per_token=_grids(saved["per_token"]),
-        per_block=_grids(saved["per_block"]),
+        per_token=_grids(saved["per_token"], device),
+        per_block=_grids(saved["per_block"], device),
         alpha=tuple(
             None if a is None else torch.tensor(a, dtype=torch.float32, device=device)
             for a in saved["alpha"]
@@ -111,15 +111,21 @@ def _calibration(saved: dict, device) -> Calibration:
     )
 
 
-def _numbers(tensor: Tensor) -> list:
+def numbers(tensor: Tensor) -> list:
     """Nested lists with `None` for minus infinity, which JSON cannot hold."""
-    rows = tensor.cpu().tolist()
-    return [[None if x == float("-inf") else x for x in row] for row in rows]
+    return _swapped(tensor.tolist(), float("-inf"), None)
 
 
-def _grids(layers: list) -> Tensor:
-    values = [[[float("-inf") if x is None else x for x in row] for row in grid] for grid in layers]
-    return torch.tensor(values, dtype=torch.float64)
+def _grids(layers: list, device: torch.device | str) -> tuple[Tensor, ...]:
+    grids = [_swapped(grid, None, float("-inf")) for grid in layers]
+    return tuple(torch.tensor(grid, dtype=torch.float64, device=device) for grid in grids)
+
+
+def _swapped(nested: list | float | None, old: float | None, new: float | None):
+    """Nested lists with every `old` replaced."""
+    if isinstance(nested, list):
+        return [_swapped(item, old, new) for item in nested]
+    return new if nested == old else nested
 
 
 def _tuples(record: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Scores of observed queries -> thresholds that spend a budget, for all layers or for each.
+"""Scores of observed queries -> thresholds that spend a budget, for all KV heads or for each.
 
 A threshold is the quantile, weighted by cluster size, of the scores that a probe's queries give, a
 question-like text after the document; a KV head's cluster counts as wanted if any head of the
@@ -55,36 +55,42 @@ def fit_thresholds(
     preset: Preset,
     budgets: tuple[float, ...],
     blocks: tuple[int, ...],
-) -> Tensor:
-    """Log thresholds `[layers, blocks, budgets, L]` float64, coarse to fine, on the layers' device.
+) -> list[Tensor]:
+    """Log thresholds of every layer, `[blocks, budgets, L, Hkv]` float64, on the layer's device.
 
     Args:
         layers: those of one document, so all have the same number of levels.
         budgets: increasing shares of the keys.
         blocks: numbers of queries that select together.
     """
+    heads = [seen.layer.keys.shape[0] for seen in layers]
     depth = len(layers[0].layer.levels) if layers else 0
     if depth == 0:
-        return torch.zeros(len(layers), len(blocks), len(budgets), 0, dtype=torch.float64)
-    if preset.per_layer:
-        # The second order ranks clusters better within a layer, but under one threshold it moves
-        # keys away from layers whose clusters vary little: layer 0 of a model lost two thirds of
+        return [torch.zeros(len(blocks), len(budgets), 0, n, dtype=torch.float64) for n in heads]
+    if preset.per_head:
+        # The second order ranks clusters better within a head, but under one threshold it moves
+        # keys away from heads whose clusters vary little: layer 0 of a model lost two thirds of
         # its keys, and its worst outputs went wrong. So first-order scores share the budget out.
-        shares = keep_shares(preset, spent_shares(layers, budgets, blocks), depth)
-        each = zip(layers, alpha, shares, strict=True)
-        return torch.stack([_fit_one(seen, weights, own, blocks) for seen, weights, own in each])
+        spent = spent_shares(layers, budgets, blocks)
+        each = zip(layers, alpha, spent, strict=True)
+        return [_fit_one(seen, a, keep_shares(preset, own, depth), blocks) for seen, a, own in each]
     shares = keep_shares(preset, torch.tensor(budgets, dtype=torch.float64), depth)
-    return _fit_together(layers, alpha, shares, blocks).expand(len(layers), -1, -1, -1)
+    together = _fit_together(layers, alpha, shares, blocks)
+    return [together.repeat(1, 1, 1, n) for n in heads]
 
 
 def _fit_one(
     seen: ObservedLayer, alpha: Tensor | None, shares: Tensor, blocks: tuple[int, ...]
 ) -> Tensor:
-    """Log thresholds of one layer alone, `[blocks, budgets, L]`, like the shares that it keeps."""
+    """Log thresholds of one layer's heads, `[blocks, budgets, L, Hkv]`.
+
+    Args:
+        shares: of its keys that every head keeps, `[blocks, budgets, Hkv, L]`.
+    """
     found: list[Tensor] = []
     for counts in _histograms(seen, alpha, blocks, shares.shape[1], 0, found):
         found.append(_upper_quantiles(counts, shares[..., len(found)]))
-    return torch.stack(found, -1)
+    return torch.stack(found, 2)
 
 
 def _fit_together(
@@ -93,7 +99,7 @@ def _fit_together(
     shares: Tensor,
     blocks: tuple[int, ...],
 ) -> Tensor:
-    """Log thresholds for all layers, `[blocks, budgets, L]`: a pass over them per pruned level.
+    """Log thresholds for all heads, `[blocks, budgets, L, 1]`: a pass over the layers per level.
 
     Args:
         shares: `[budgets, L]` on the CPU.
@@ -104,28 +110,32 @@ def _fit_together(
     found: list[Tensor] = []
     for level in range(unpruned, depth):
         counts = sum(
-            next(_histograms(seen, weights, blocks, budgets, unpruned, found))
+            next(_histograms(seen, weights, blocks, budgets, unpruned, found)).sum(2, keepdim=True)
             for seen, weights in zip(layers, alpha, strict=True)
         )
-        found.append(_upper_quantiles(counts, shares[:, level]))
-    everything = shares.new_full((len(blocks), budgets), NEG_INF)
-    return torch.stack([everything] * unpruned + found, -1)
+        found.append(_upper_quantiles(counts, shares[:, level, None]))
+    everything = shares.new_full((len(blocks), budgets, 1), NEG_INF)
+    return torch.stack([everything] * unpruned + found, 2)
 
 
 def spent_shares(
     layers: Sequence[ObservedLayer], budgets: tuple[float, ...], blocks: tuple[int, ...]
-) -> Tensor:
-    """Share of its keys that each layer spends under one threshold, `[layers, blocks, budgets]`.
+) -> list[Tensor]:
+    """Share of its keys that each KV head spends under one threshold: `[blocks, budgets, Hkv]`.
 
-    Scores are of first order, and nothing is pruned above the leaves.
+    One tensor per layer. Scores are of first order, and nothing is pruned above the leaves.
     """
     shares = torch.tensor(budgets, dtype=torch.float64, device=layers[0].queries.device)
     unpruned = len(layers[0].layer.levels) - 1
     counts = [next(_histograms(seen, None, blocks, 1, unpruned, [])) for seen in layers]
-    thresholds = _upper_quantiles(sum(counts), shares)
-    above = torch.stack(counts)[:, :, 0].flip(-1).cumsum(-1)
-    place = BINS - 1 - bins_of(thresholds)
-    return above.gather(-1, place.expand(len(layers), -1, -1)) / above[..., -1:]
+    together = sum(of_heads.sum(2, keepdim=True) for of_heads in counts)
+    place = BINS - 1 - bins_of(_upper_quantiles(together, shares[:, None]))  # [blocks, budgets, 1]
+    spent = []
+    for of_heads in counts:
+        above = of_heads[:, 0].flip(-1).cumsum(-1)  # [blocks, Hkv, BINS]
+        found = above.gather(-1, place.mT.expand(-1, above.shape[1], -1)) / above[..., -1:]
+        spent.append(found.mT)
+    return spent
 
 
 def bins_of(scores: Tensor) -> Tensor:
@@ -142,13 +152,16 @@ def _histograms(
     unpruned: int,
     found: list[Tensor],
 ) -> Iterator[Tensor]:
-    """Keys by log score of one level after the other, `[blocks, budgets + 1, BINS]`.
+    """Keys by log score of one level after the other, `[blocks, budgets + 1, Hkv, BINS]`.
 
     A budget's row holds the nodes whose ancestors it keeps; the last row holds all. `found` are the
-    thresholds `[blocks, budgets]` of the levels known so far, from level `unpruned` on. The first
-    histograms are those of the next level; append its thresholds before you ask for another.
+    thresholds `[blocks, budgets, Hkv]`, or `[blocks, budgets, 1]` for all heads, of the levels
+    known so far, from level `unpruned` on. The first histograms are those of the next level; append
+    its thresholds before you ask for another.
     """
     layer, known = seen.layer, unpruned + len(found)
+    heads = layer.keys.shape[0]
+    head = torch.arange(heads, device=layer.keys.device)[:, None]
     kind = _block_kinds(seen.queries, blocks)
     base = kind[:, None, None] * (budgets + 1)
     row = base  # where a node counts: that of the smallest budget that keeps all its ancestors
@@ -159,14 +172,15 @@ def _histograms(
         each = [block_scores(logits, block, None)[0].transpose(0, 1) for block in blocks]
         scores = torch.cat(each)  # [N, Hkv, C], blocks of every size
         if depth >= known:
-            place = (row * BINS + bins_of(scores)).flatten()
+            place = ((row * heads + head) * BINS + bins_of(scores)).flatten()
             sizes = level.sizes.double().expand_as(scores).flatten()
-            counts = sizes.new_zeros(len(blocks) * (budgets + 1) * BINS)
+            counts = sizes.new_zeros(len(blocks) * (budgets + 1) * heads * BINS)
             counts.scatter_add_(0, place, sizes)
-            yield counts.view(len(blocks), budgets + 1, BINS).cumsum(1)
+            yield counts.view(len(blocks), budgets + 1, heads, BINS).cumsum(1)
         if level.child_offsets is not None:
-            rising = found[depth - unpruned].to(scores.dtype).flip(-1)[kind]
-            passed = torch.searchsorted(rising, scores.flatten(1)).view_as(scores)
+            rising = found[depth - unpruned].to(scores.dtype).flip(1)[kind].mT
+            rising = rising.expand(-1, heads, -1).contiguous()  # [N, Hkv, budgets]
+            passed = torch.searchsorted(rising, scores.contiguous())
             parent = owners(level.child_offsets, layer.levels[depth + 1].nodes)
             row = torch.maximum(row, base + budgets - passed)
             row = row.gather(2, parent.expand(len(row), -1, -1))
@@ -192,14 +206,19 @@ def _log_scores(seen: ObservedLayer, alpha: Tensor | None) -> Iterator[Tensor]:
 
 
 def _upper_quantiles(counts: Tensor, shares: Tensor) -> Tensor:
-    """Score above which a share of all keys lies, `[blocks, budgets]`; `-inf` if fewer are left.
+    """Score above which a share of a head's keys lies; `-inf` if fewer are left.
+
+    Never above the largest score: a head that spent nothing on the probe may on a question.
 
     Args:
-        counts: as `_histograms` gives them.
-        shares: `[budgets]` or `[blocks, budgets]`.
+        counts: as `_histograms` gives them, or their sum over heads.
+        shares: `[budgets, 1]` or `[blocks, budgets, Hkv]`.
+
+    Returns:
+        `[blocks, budgets, Hkv]`, or `[blocks, budgets, 1]` from a sum over heads.
     """
-    wanted = shares * counts[:, -1].sum(-1, keepdim=True)
-    above = counts[:, :-1].flip(-1).cumsum(-1).expand(*wanted.shape, -1)
-    place = torch.searchsorted(above.contiguous(), wanted[..., None])[..., 0]
+    wanted = shares * counts[:, -1].sum(-1)[:, None]
+    above = counts[:, :-1].flip(-1).cumsum(-1).expand(*wanted.shape, -1).contiguous()
+    place = torch.searchsorted(above, wanted[..., None], right=True)[..., 0]
     scores = LOWEST + ((BINS - 1 - place).double() + 0.5) * (HIGHEST - LOWEST) / BINS
     return scores.masked_fill(above[..., -1] <= wanted, NEG_INF)

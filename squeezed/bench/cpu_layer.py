@@ -101,7 +101,7 @@ def rule_for_budget(
         _quantile(score, level.sizes.expand_as(score), share)
         for score, level, share in zip(scores, layer.levels, shares, strict=True)
     )
-    return SelectionRule(thresholds, alpha, far_field)
+    return SelectionRule.for_all_heads(thresholds, layer, alpha, far_field)
 
 
 def _quantile(scores: Tensor, sizes: Tensor, share: float) -> float:

@@ -43,7 +43,7 @@ def physical_bytes(query: Tensor, layer: ClusteredLayer, rule: SelectionRule, sc
 
     What several requests keep counts once.
     """
-    thresholds = iter(rule.log_thresholds)
+    thresholds = iter(rule.log_thresholds[..., None])
     kept = kept_nodes(query, layer, lambda *_: next(thresholds), scale)
     row = layer.keys.shape[2] * layer.keys.element_size()
     total = layer.levels[0].centroids.numel() * layer.keys.element_size()
@@ -65,6 +65,7 @@ def oracle_error(
         for lv in layer.levels
     )
     part = replace(layer, keys=layer.keys[heads], values=layer.values[heads], levels=levels)
+    rule = replace(rule, log_thresholds=rule.log_thresholds[:, heads])
     inputs = (part, rule, recent[:2, heads].contiguous(), recent[:2, heads].contiguous())
     rows = query[:2, : heads.stop * group].contiguous()
     output, _ = decode.attend(rows, *inputs, None, scale)

@@ -126,16 +126,19 @@ def rule_for_budget(
         return thresholds[-1]
 
     kept_nodes(query, layer, choose, scale)
-    return SelectionRule(tuple(thresholds), None, far_field)
+    return SelectionRule.for_all_heads(thresholds, layer, None, far_field)
 
 
 def kept_nodes(
     query: Tensor,
     layer: ClusteredLayer,
-    choose: Callable[[Tensor, Tensor], float],
+    choose: Callable[[Tensor, Tensor], Tensor | float],
     scale: float,
 ) -> list[Tensor]:
-    """Kept nodes of every level, `[B, Hkv, C]` bool; `choose(score, sizes)` gives its threshold."""
+    """Kept nodes of every level, `[B, Hkv, C]` bool.
+
+    `choose(score, sizes)` gives its threshold, one for all heads or `[Hkv, 1]`.
+    """
     q = query.float().reshape(query.shape[0], layer.keys.shape[0], -1, query.shape[3])
     alive = normaliser = None
     kept = []

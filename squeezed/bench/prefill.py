@@ -46,7 +46,8 @@ def oracle_error(inputs: Inputs, rule: SelectionRule) -> float:
     for index in (0, inputs.layer.keys.shape[0] - 1):
         part = inputs.head(index)
         part = replace(part, query=part.query[:, :, -rows:])
-        expected, _ = reference.attend(*part.arguments(rule))
+        own = replace(rule, log_thresholds=rule.log_thresholds[:, index : index + 1])
+        expected, _ = reference.attend(*part.arguments(own))
         ours = output[:, index * group : (index + 1) * group, -rows:].double()
         worst = max(worst, float((ours - expected).norm() / expected.double().norm()))
     if not worst < ORACLE_TOLERANCE:

@@ -93,8 +93,12 @@ def rule_for(inputs: Inputs, case: Case) -> SelectionRule:
         low, high = -40.0, 5.0
         for _ in range(14):
             middle = (low + high) / 2
-            thresholds = (*found, middle, *[NEG_INF] * (depth - level - 1))
-            read = inputs.share_read(SelectionRule(thresholds, None, "none", case.query_block))
+            rule = _rule(inputs, case, (*found, middle, *[NEG_INF] * (depth - level - 1)))
+            read = inputs.share_read(rule)
             low, high = (middle, high) if read > wanted else (low, middle)
         found.append(high)
-    return SelectionRule(tuple(found), None, "none", case.query_block)
+    return _rule(inputs, case, tuple(found))
+
+
+def _rule(inputs: Inputs, case: Case, thresholds: tuple[float, ...]) -> SelectionRule:
+    return SelectionRule.for_all_heads(thresholds, inputs.layer, None, "none", case.query_block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -64,7 +65,7 @@ def _plot(
 
 
 def _span(thresholds: tuple[float | None, ...]) -> str:
-    """One level's thresholds over the layers: one number, or from the lowest to the highest."""
+    """One level's thresholds over all heads: one number, or from the lowest to the highest."""
     low, high = ("keep all" if x is None else f"{x:.2f}" for x in _lowest_and_highest(thresholds))
     return low if low == high else f"{low} to {high}"
 
@@ -96,7 +97,8 @@ def _show(record: dict, preset: str) -> None:
     if rules:
         print(f"log thresholds of one token, preset {preset}, coarse to fine:")
         for budget, *layers in zip(rules["budgets"], *rules["per_token"], strict=True):
-            values = ", ".join(_span(level) for level in zip(*layers, strict=True))
+            levels = zip(*layers, strict=True)  # of every layer its heads
+            values = ", ".join(_span(tuple(chain(*level))) for level in levels)
             print(f"  budget {budget:.1%}: {values}")
     print("made in " + ", ".join(f"{name} {s:.1f} s" for name, s in record["seconds"].items()))
     if "plot" in record:

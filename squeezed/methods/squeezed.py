@@ -41,8 +41,9 @@ class SqueezedLayer:
         return self.layer.clustered * self.layer.keys.shape[0]
 
     def tensors(self) -> list[Tensor]:
-        alphas = [rule.alpha for rule in (self.token, self.block) if rule.alpha is not None]
-        return [*self.layer.tensors(), *alphas]
+        rules = (self.token, self.block)
+        alphas = [rule.alpha for rule in rules if rule.alpha is not None]
+        return [*self.layer.tensors(), *(rule.log_thresholds for rule in rules), *alphas]
 
     def attend(
         self,

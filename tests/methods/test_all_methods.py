@@ -121,7 +121,12 @@ def test_method_stays_on_its_device_and_never_waits_for_it(name, per_token):
     context.clustered_layers = [layer.to("meta") for layer in context.clustered_layers]
     context.observed = [queries.to("meta") for queries in context.observed]
     context.calibrations = {
-        preset: replace(found, alpha=tuple(a if a is None else a.to("meta") for a in found.alpha))
+        preset: replace(
+            found,
+            per_token=tuple(grid.to("meta") for grid in found.per_token),
+            per_block=tuple(grid.to("meta") for grid in found.per_block),
+            alpha=tuple(a if a is None else a.to("meta") for a in found.alpha),
+        )
         for preset, found in context.calibrations.items()
     }
     call = Call(*(x.to("meta") for x in (call.query, call.keys, call.values)))

@@ -45,29 +45,30 @@ def rule_for(layer, query, far_field="none", block=1, shares=(0.5, 0.3), second_
     """A rule whose thresholds lie in a wide gap between scores: rounding decides nothing."""
     heads = query.shape[1]
     alpha = torch.linspace(0.2, 1.4, len(layer.levels) * heads).view(-1, heads)
-    rule = SelectionRule(
-        (-math.inf,) * len(layer.levels), alpha if second_order else None, far_field, block
-    )
+    everything = (-math.inf,) * len(layer.levels)
+    alpha = alpha if second_order else None
+    rule = SelectionRule.for_all_heads(everything, layer, alpha, far_field, block)
     for depth, share in enumerate(shares[-len(layer.levels) :]):
-        scores = _scores(layer, query, rule, depth)
-        at = int(len(scores) * (1 - share))
-        near = scores[max(0, at - 5) : at + 6]
-        widest = int(near.diff().argmax())
-        middle = float(near[widest] + near[widest + 1]) / 2
-        kept = (*rule.log_thresholds[:depth], middle, *rule.log_thresholds[depth + 1 :])
-        rule = SelectionRule(kept, rule.alpha, far_field, block)
+        if share == 1:
+            continue
+        for head, scores in enumerate(_scores(layer, query, rule, depth)):
+            at = int(len(scores) * (1 - share))
+            near = scores[max(0, at - 5) : at + 6]
+            widest = int(near.diff().argmax())
+            rule.log_thresholds[depth, head] = float(near[widest] + near[widest + 1]) / 2
     return rule
 
 
 def _scores(layer, query, rule, depth):
-    """Block scores of all filled nodes of one level, ascending."""
+    """Block scores of every head's filled nodes of one level, ascending."""
     q = lookup.grouped(query.double(), layer.keys.shape[0])
     alphas = [None] * len(layer.levels) if rule.alpha is None else rule.alpha
     _, coarse = lookup.node_logits(q, layer.levels[0], alphas[0], SCALE)
     _, logits = lookup.node_logits(q, layer.levels[depth], alphas[depth], SCALE)
     normaliser = lookup.log_normaliser(coarse, layer.levels[0].sizes)
-    scores = lookup.block_scores(logits - normaliser, rule.query_block, None).flatten()
-    return scores[scores.isfinite()].sort().values
+    scores = lookup.block_scores(logits - normaliser, rule.query_block, None)
+    each = (head.flatten() for head in scores.unbind(1))
+    return [head[head.isfinite()].sort().values for head in each]
 
 
 def assert_close(got, query, layer, rule, keys, values, mask=None, floor=2e-7):
@@ -127,7 +128,7 @@ def test_cpu_cuts_large_leaves_and_many_rows_into_tasks():
 def test_cpu_everything_kept_equals_dense(rows):
     layer = random_layer()
     query, keys, values = request(layer, rows=rows, suffix=rows)
-    rule = SelectionRule((-math.inf, -math.inf), None, "first_order", 16)
+    rule = SelectionRule.for_all_heads((-math.inf, -math.inf), layer, None, "first_order", 16)
     output, keys_read = cpu.attend(query, layer, rule, keys, values, None, SCALE)
     assert keys_read.tolist() == [layer.keys.shape[0] * layer.clustered * rows] * 2
     batch = query.shape[0]
@@ -143,7 +144,7 @@ def test_cpu_everything_kept_equals_dense(rows):
 def test_cpu_small_budget_differs_from_dense():
     layer = random_layer()
     query, keys, values = request(layer)
-    dense = SelectionRule((-math.inf, -math.inf), None, "none")
+    dense = SelectionRule.for_all_heads((-math.inf, -math.inf), layer, None, "none")
     few = rule_for(layer, query, shares=(0.3, 0.05))
     outputs = [cpu.attend(query, layer, r, keys, values, None, SCALE)[0] for r in (dense, few)]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-2
@@ -173,11 +174,22 @@ def test_cpu_masks_left_padding(rows):
     assert_close((output, read), query, layer, rule, keys, values, mask)
 
 
+@pytest.mark.parametrize("rows", [1, 70])
+def test_cpu_every_head_selects_by_its_own_thresholds(rows):
+    layer = random_layer()
+    query, keys, values = request(layer, rows=rows, suffix=rows)
+    rule = SelectionRule.for_all_heads((-math.inf, -math.inf), layer, None, "first_order", 16)
+    rule.log_thresholds[:, 1:] = math.inf
+    got = cpu.attend(query, layer, rule, keys, values, None, SCALE)
+    assert got[1].tolist() == [layer.clustered * rows] * 2
+    assert_close(got, query, layer, rule, keys, values)
+
+
 def test_cpu_rows_that_attend_to_nothing_are_zero():
     layer = random_layer(pinned=0)
     query, keys, values = request(layer)
     mask = torch.zeros(2, 1, 1, 5, dtype=torch.bool)
-    rule = SelectionRule((-math.inf, -math.inf), None, "none")
+    rule = SelectionRule.for_all_heads((-math.inf, -math.inf), layer, None, "none")
     output, keys_read = cpu.attend(query, layer, rule, keys, values, mask, SCALE)
     assert output.abs().max() == 0 and keys_read.tolist() == [0, 0]
 
@@ -188,7 +200,7 @@ def test_cpu_reads_all_rows_of_a_layer_without_levels(rows, suffix):
     layer = random_layer(tokens=700)
     layer = type(layer)(layer.keys, layer.values, layer.positions, layer.pinned, ())
     query, keys, values = request(layer, rows=rows, suffix=suffix)
-    rule = SelectionRule((), None, "first_order")
+    rule = SelectionRule.for_all_heads((), layer, None, "first_order")
     assert_close(
         cpu.attend(query, layer, rule, keys, values, None, SCALE), query, layer, rule, keys, values
     )
@@ -248,7 +260,7 @@ def test_cpu_refuses_double_precision_keys():
 def test_cpu_of_no_queries_is_empty():
     layer = random_layer()
     query, keys, values = request(layer, rows=0)
-    rule = SelectionRule((-math.inf, -math.inf), None, "none")
+    rule = SelectionRule.for_all_heads((-math.inf, -math.inf), layer, None, "none")
     output, keys_read = cpu.attend(query, layer, rule, keys, values, None, SCALE)
     assert output.shape == query.shape and keys_read.tolist() == [0, 0]
 
@@ -263,7 +275,8 @@ from squeezed.rule import SelectionRule
 torch.set_num_threads(1)
 layer = random_layer()
 query, suffix = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 3, 32)
-cpu.attend(query, layer, SelectionRule((-9.0, -9.0), None, "none"), suffix, suffix, None, 0.2)
+rule = SelectionRule.for_all_heads((-9.0, -9.0), layer, None, "none")
+cpu.attend(query, layer, rule, suffix, suffix, None, 0.2)
 assert torch.get_num_threads() == 1, torch.get_num_threads()
 """
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}

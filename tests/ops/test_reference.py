@@ -43,7 +43,7 @@ def dense(query, layer, keys, values, mask=None):
 def test_attend_with_everything_kept_equals_dense(nodes, far_field):
     layer = random_layer(nodes=nodes)
     query, keys, values = inputs()
-    rule = SelectionRule((-INF,) * len(nodes), None, far_field, 2)
+    rule = SelectionRule.for_all_heads((-INF,) * len(nodes), layer, None, far_field, 2)
     output, keys_read = attend(query, layer, rule, keys, values, None, SCALE)
     torch.testing.assert_close(output, dense(query, layer, keys, values), atol=1e-5, rtol=1e-5)
     assert keys_read.tolist() == [layer.clustered * 2 * 5] * 2
@@ -55,7 +55,7 @@ def test_attend_at_a_high_threshold_is_not_dense_and_far_field_comes_closer():
     expected = dense(query, layer, keys, values)
     errors = {}
     for far_field in ("none", "first_order"):
-        rule = SelectionRule((INF, INF), None, far_field, 1)
+        rule = SelectionRule.for_all_heads((INF, INF), layer, None, far_field)
         output, keys_read = attend(query, layer, rule, keys, values, None, SCALE)
         assert keys_read.tolist() == [0, 0]
         errors[far_field] = (output - expected).norm() / expected.norm()
@@ -80,14 +80,24 @@ def test_kept_leaves_are_those_of_the_formula():
         total = sum(n * math.exp(x) for n, x in zip(sizes, logits, strict=True))
         for i, (n, x) in enumerate(zip(sizes, logits, strict=True)):
             wanted[i] |= n > 0 and math.exp(x) / total > math.exp(threshold)
-    found = lookup(query, layer, SelectionRule((threshold,), alpha, "none", 1), SCALE)
+    rule = SelectionRule.for_all_heads((threshold,), layer, alpha, "none")
+    found = lookup(query, layer, rule, SCALE)
     assert found.kept[0, 0, 0].equal(wanted) and wanted.any() and not wanted.all()
+
+
+def test_every_head_selects_by_its_own_thresholds():
+    layer = random_layer(kv_heads=2)
+    query, _, _ = inputs(kv_heads=2)
+    rule = SelectionRule(torch.tensor([[-INF, -INF], [-INF, INF]]), None, "none")
+    kept = lookup(query, layer, rule, SCALE).kept
+    assert kept[:, 0].all(1).equal((layer.levels[-1].sizes[0] > 0).expand_as(kept[:, 0, 0]))
+    assert not kept[:, 1].any()
 
 
 def test_only_children_of_kept_nodes_are_kept_and_every_key_counts_once():
     layer = random_layer(nodes=(3, 9, 40))
     query, _, _ = inputs()
-    rule = SelectionRule((-5.8, -5.7, -5.6), None, "first_order", 1)
+    rule = SelectionRule.for_all_heads((-5.8, -5.7, -5.6), layer, None, "first_order")
     found = lookup(query, layer, rule, SCALE)
     read = torch.einsum("bhnc,hc->bhn", found.kept.double(), layer.levels[-1].sizes.double())
     dropped = found.far_logits > -INF  # [B, Hkv, G, Q, F]
@@ -124,7 +134,7 @@ def test_order_of_clusters_does_not_matter():
             ),
         ),
     )
-    rule = SelectionRule((-5.6,), None, "first_order", 2)
+    rule = SelectionRule.for_all_heads((-5.6,), layer, None, "first_order", 2)
     first, second = (
         attend(query, each, rule, keys, values, None, SCALE) for each in (layer, shuffled)
     )
@@ -135,7 +145,7 @@ def test_order_of_clusters_does_not_matter():
 def test_neighbours_in_a_batch_and_padding_do_not_matter():
     layer = random_layer()
     query, keys, values = inputs(rows=6, suffix=6)
-    rule = SelectionRule((-5.8, -5.6), None, "first_order", 4)
+    rule = SelectionRule.for_all_heads((-5.8, -5.6), layer, None, "first_order", 4)
     alone = attend(query[1:, :, 2:], layer, rule, keys[1:, :, 2:], values[1:, :, 2:], None, SCALE)
     mask = torch.ones(6, 6, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
     mask[1, :, :, :2] = False  # the second request starts two tokens later
@@ -156,7 +166,7 @@ def test_huge_logits_do_not_overflow(magnitude):
     own = torch.zeros(1, 1, 1, 32)
     for far_field in ("none", "first_order", "self_calibrated"):
         for threshold in (-INF, -5.0, INF):
-            rule = SelectionRule((threshold,) * 2, torch.ones(2, 2), far_field, 1)
+            rule = SelectionRule.for_all_heads((threshold,) * 2, layer, torch.ones(2, 2), far_field)
             output, _ = attend(query, layer, rule, own, own, None, SCALE)
             assert output.isfinite().all()
 
@@ -164,7 +174,7 @@ def test_huge_logits_do_not_overflow(magnitude):
 def test_layer_without_clusters_is_dense():
     layer = replace(random_layer(), levels=(), pinned=300)
     query, keys, values = inputs()
-    rule = SelectionRule((), None, "first_order", 1)
+    rule = SelectionRule.for_all_heads((), layer, None, "first_order")
     output, keys_read = attend(query, layer, rule, keys, values, None, SCALE)
     torch.testing.assert_close(output, dense(query, layer, keys, values), atol=1e-5, rtol=1e-5)
     assert keys_read.tolist() == [0, 0]

@@ -55,7 +55,12 @@ def rule_of(layer, group=1, threshold=None, far_field="none", second_order=False
     thresholds = tuple(middle - 0.3 * (levels - 1 - i) for i in range(levels))
     if threshold is not None:
         thresholds = (threshold,) * levels
-    return SelectionRule(thresholds, alpha if second_order else None, far_field)
+    rule = SelectionRule.for_all_heads(
+        thresholds, layer, alpha if second_order else None, far_field
+    )
+    own = 0.1 * torch.arange(layer.keys.shape[0], device=layer.keys.device)
+    shifted = (rule.log_thresholds + own).to(interpreter.DEVICE)
+    return replace(rule, log_thresholds=shifted)
 
 
 def run(query, layer, rule, keys, values, mask=None, scale=None, tuning=TUNING):
@@ -156,7 +161,8 @@ def test_children_of_dropped_nodes_are_dropped_whatever_their_score(path):
     layer = layer_of()
     query, keys, values = inputs(layer, batch=2, group=2)
     middle = rule_of(layer).log_thresholds[0]
-    rule = SelectionRule((middle + 0.5, KEEP_ALL), None, "first_order")
+    everything = torch.full_like(middle, KEEP_ALL)
+    rule = SelectionRule(torch.stack([middle + 0.5, everything]), None, "first_order")
     read = run(query, layer, rule, keys, values, tuning=PATHS[path])[1]
     assert int(read.min()) > 0 and int(read.max()) < layer.clustered * layer.keys.shape[0]
     assert_equals_reference(query, layer, rule, keys, values, tuning=PATHS[path])
@@ -267,10 +273,20 @@ def _reversed(layer):
     return replace(layer, keys=rows(layer.keys), values=rows(layer.values), levels=(turned,))
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_every_head_selects_by_its_own_thresholds(path):
+    layer = layer_of()
+    rule = rule_of(layer, far_field="first_order")
+    rule.log_thresholds[:, 0], rule.log_thresholds[:, 1:] = KEEP_ALL, KEEP_NONE
+    arguments = _around(layer, rule, inputs(layer, batch=2, group=2))
+    assert run(*arguments, tuning=PATHS[path])[1].tolist() == [layer.clustered] * 2
+    assert_equals_reference(*arguments, tuning=PATHS[path])
+
+
 def test_a_layer_without_levels_is_dense():
     layer = layer_of()
     layer = replace(layer, levels=(), pinned=layer.tokens)
-    rule = SelectionRule((), None, "first_order")
+    rule = rule_of(layer, far_field="first_order")
     assert_equals_reference(*_around(layer, rule, inputs(layer, group=2)))
 
 
@@ -305,7 +321,7 @@ def test_offsets_beyond_31_bits_equal_reference():
     layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,))
     query, recent, values = inputs(layer_of(kv_heads=1, dim=128, dtype=torch.bfloat16))
     query[0, 0, 0] = 2000 * centroids[0, 2]  # only the last cluster, far beyond 2^31 elements
-    rule = SelectionRule((-8.0,), None, "none")
+    rule = SelectionRule.for_all_heads((-8.0,), layer, None, "none")
     output, read = run(query, layer, rule, recent, values)
     rows = torch.cat([keys[:, :16], keys[:, tokens - 1000 :]], 1)[None].float()
     dense = torch.nn.functional.scaled_dot_product_attention(
@@ -355,7 +371,7 @@ def test_operator_is_traced_without_a_graph_break(levels):
     layer = layer if levels else replace(layer, levels=(), pinned=layer.tokens)
     layer = layer.to(interpreter.DEVICE)
     query, keys, values = inputs(layer)
-    rule = rule_of(layer) if levels else SelectionRule((), None, "none")
+    rule = rule_of(layer)
 
     def step(query):
         return operator.attend(2 * query, layer, rule, keys, values, None, 0.1)
@@ -373,7 +389,7 @@ def test_operator_promises_the_shapes_it_returns():
     tensors = [[getattr(level, name) for level in layer.levels] for name in LEVEL_TENSORS]
     arguments = (
         query, layer.keys, layer.values, layer.positions, *tensors[:4], tensors[4][:-1],
-        keys, values, None, None, list(rule_of(layer).log_thresholds), "none", layer.pinned, 0.1,
+        keys, values, None, None, rule_of(layer).log_thresholds, "none", layer.pinned, 0.1,
     )  # fmt: skip
     torch.library.opcheck(
         operator.decode_step, arguments, test_utils=("test_schema", "test_faketensor")

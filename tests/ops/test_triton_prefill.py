@@ -15,6 +15,7 @@ from squeezed.rule import SelectionRule
 
 DEVICE = interpreter.DEVICE
 LARGE = DEVICE == "cuda"
+KV_HEADS = 2
 FAR_FIELDS = ("none", "first_order", "self_calibrated")
 NEG_INF = float("-inf")
 
@@ -29,7 +30,7 @@ def inputs(kv_heads=2, group=1, rows=12, suffix=15, dim=16, batch=1, dtype=torch
 
 def layer_of(**settings):
     settings = {
-        "kv_heads": 2,
+        "kv_heads": KV_HEADS,
         "tokens": 3000 if LARGE else 200,
         "dim": 16,
         "nodes": (6, 24),
@@ -40,7 +41,9 @@ def layer_of(**settings):
 def rule_of(thresholds, far_field="none", block=8, heads=None):
     generator = torch.Generator().manual_seed(2)
     alpha = None if heads is None else torch.rand(len(thresholds), heads, generator=generator)
-    return SelectionRule(thresholds, None if alpha is None else alpha.to(DEVICE), far_field, block)
+    column = torch.tensor(thresholds, device=DEVICE)[:, None]
+    alpha = None if alpha is None else alpha.to(DEVICE)
+    return SelectionRule(column.repeat(1, KV_HEADS), alpha, far_field, block)
 
 
 def mask_of(rows, suffix, padded):
@@ -118,6 +121,15 @@ def test_prefill_second_order_equals_reference(far_field):
     layer = layer_of()
     query, keys, values = inputs(group=2)
     check(layer, rule_of((-7.0, -5.5), far_field, heads=4), query, keys, values)
+
+
+def test_every_head_selects_by_its_own_thresholds():
+    layer = layer_of()
+    query, keys, values = inputs(group=2)
+    rule = rule_of((-7.0, -5.5), "first_order")
+    rule.log_thresholds[:, 0], rule.log_thresholds[:, 1] = NEG_INF, 1e4
+    _, keys_read = check(layer, rule, query, keys, values)
+    assert keys_read.tolist() == [layer.clustered * query.shape[2]]
 
 
 @pytest.mark.parametrize("far_field", FAR_FIELDS)

@@ -167,11 +167,11 @@ def descend(
     """One level for every head and unit.
 
     Reads `q [H, W, D]`, the level (centroids and mean values flat), `energy [H, W]`, the weight of
-    the variance, and `valid [U, block]`: padding moves no mean. Writes `normaliser [H, W]` at the
-    first level, `logits [H, W, C]` if `to_score` (else they are given), `state`, and `below`, the
-    states of the next level, which has no nodes at the leaves; there `keys_read [H, U]` and
-    `estimate [H, W]` are written. The far field is added to the softmax sums `top, mass [H, W]`,
-    `acc [H, W, D]`.
+    the variance, `valid [U, block]`: padding moves no mean, and the log `threshold [H]`. Writes
+    `normaliser [H, W]` at the first level, `logits [H, W, C]` if `to_score` (else they are given),
+    `state`, and `below`, the states of the next level, which has no nodes at the leaves; there
+    `keys_read [H, U]` and `estimate [H, W]` are written. The far field is added to the softmax sums
+    `top, mass [H, W]`, `acc [H, W, D]`.
     """
     units = state.shape[1]
     rows = q.shape[1] // units
@@ -180,7 +180,7 @@ def descend(
         own = slice(u * rows, (u + 1) * rows)
         _visit_unit(
             h, u, q[h, own], centroids, mean_values, variance[h], key_offsets[h],
-            child_offsets[h], energy[h, own], valid[u], threshold, is_first, to_score, with_far,
+            child_offsets[h], energy[h, own], valid[u], threshold[h], is_first, to_score, with_far,
             normaliser[h, own], state[h, u], below[h, u], logits[h, own], keys_read,
             estimate[h, own], top[h, own], mass[h, own], acc[h, own],
         )  # fmt: skip

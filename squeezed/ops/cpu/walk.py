@@ -40,7 +40,7 @@ class Walk:
         self.mass = np.zeros((heads, width), np.float32)
         self.acc = np.zeros((heads, width, dim if in_kernel else 0), np.float32)
 
-    def visit(self, level: Level, below: int, threshold: float, alpha: Tensor | None, far: bool):
+    def visit(self, level: Level, below: int, threshold: Array, alpha: Tensor | None, far: bool):
         """Select on one level; `below` nodes on the next."""
         heads, width, _ = self.q.shape
         self.key_offsets = level.key_offsets.contiguous().numpy()
@@ -72,7 +72,7 @@ def walk(rows: QueryRows, layer: ClusteredLayer, rule: SelectionRule, in_kernel:
     found = Walk(rows, nodes[0], in_kernel)
     for depth, level in enumerate(layer.levels):
         alpha = None if rule.alpha is None else rule.alpha[depth]
-        threshold = float(rule.log_thresholds[depth])
+        threshold = rule.log_thresholds[depth].numpy()
         found.visit(level, nodes[depth + 1], threshold, alpha, rule.far_field != "none")
     return found
 

@@ -7,7 +7,8 @@ Score of node `i` with mean key `c_i`, size `N_i` and key variance `v_i`, for a 
     log S_i = logit_i - log(sum over the coarsest level of N_j exp logit_j)
 
 A node is kept when `log S_i`, as the mean of `S_i` over a block of queries and the largest of the
-heads of a group, exceeds the level's threshold. Only children of kept nodes are scored.
+heads of a group, exceeds the threshold of the level and KV head. Only children of kept nodes are
+scored.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def lookup(
             alive = alive.expand(-1, -1, block_count(q.shape[3], rule.query_block), -1)
         scores = block_scores(selecting - normaliser, rule.query_block, valid)
         alive = alive & (level.sizes > 0)[None, :, None, :]
-        kept = alive & (scores > rule.log_thresholds[depth])
+        kept = alive & (scores > rule.log_thresholds[depth][None, :, None, None])
         mass = first + log_sizes(level.sizes, first)
         dropped = (alive & ~kept)[:, :, blocks].unsqueeze(2)
         far_logits.append(mass.masked_fill(~dropped, NEG_INF))

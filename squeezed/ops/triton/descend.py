@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from squeezed.ops.triton.lookup import energy_of, load_nodes, node_logits
+from squeezed.ops.triton.lookup import LOG2_E, energy_of, load_nodes, node_logits
 from squeezed.ops.triton.selection import (
     append,
     append_runs,
@@ -69,7 +69,7 @@ def descend_kernel(
     estimate_highs, estimate_masses,
     query_stride_batch, query_stride_head, batch, parents, nodes, share,
     listed_capacity, found_capacity, splits, recent_base, recent_stride, recent_chunks,
-    far_base, far_slots, parent_threshold, threshold, scale_bits,
+    far_base, far_slots, parent_thresholds, thresholds, scale_bits,
     LISTED: tl.constexpr, FOUND: tl.constexpr, COUNTERS: tl.constexpr, TOP: tl.constexpr,
     FLAT: tl.constexpr, LEAVES: tl.constexpr, EAGER: tl.constexpr,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
@@ -95,6 +95,8 @@ def descend_kernel(
         GROUP, TILE_BATCH, D, D_PAD,
     )  # fmt: skip
     energy = energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND)
+    parent_threshold = tl.load(parent_thresholds + head) * LOG2_E
+    threshold = tl.load(thresholds + head) * LOG2_E
     found += z.to(tl.int64) * found_capacity
     found_bits += z.to(tl.int64) * found_capacity
     counter = counters + z * COUNTERS + FOUND

@@ -39,7 +39,7 @@ def attend(
         suffix_values,
         suffix_mask,
         rule.alpha,
-        list(rule.log_thresholds),
+        rule.log_thresholds,
         rule.far_field,
         layer.pinned,
         scale,
@@ -61,7 +61,7 @@ def decode_step(
     suffix_values: Tensor,
     suffix_mask: Tensor | None,
     alpha: Tensor | None,
-    log_thresholds: list[float],
+    log_thresholds: Tensor,
     far_field: str,
     pinned: int,
     scale: float,
@@ -71,7 +71,7 @@ def decode_step(
     columns = (centroids, mean_values, variance, key_offsets, children)
     levels = tuple(Level(*parts) for parts in zip(*columns, strict=True))
     layer = ClusteredLayer(keys, values, positions, pinned, levels)
-    rule = SelectionRule(tuple(log_thresholds), alpha, far_field)
+    rule = SelectionRule(log_thresholds, alpha, far_field)
     return decode.attend(query, layer, rule, suffix_keys, suffix_values, suffix_mask, scale)
 
 

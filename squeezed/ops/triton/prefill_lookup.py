@@ -10,7 +10,6 @@ A *tile* is one (request, KV head, block of queries), numbered `(b * Hkv + h) * 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +21,6 @@ from squeezed.ops.triton.prefill_select import normaliser_kernel, select_kernel
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer, Level
 
-LOG2E = 1 / math.log(2)
-LOWEST = -1e30
-"""Stands for a threshold of minus infinity, which would make NaN of padded rows."""
 NODES_PER_PROGRAM = 128
 
 
@@ -202,7 +198,7 @@ class _Step:
             level.variance, level.key_offsets, self.members,
             alpha_of(self.rule, self.depth, query), partial, *_listed(candidates, state), state,
             counts, sizes.rows, level.nodes, sizes.blocks, self.chunks, sizes.tiles, splits, spans,
-            scale, max(self.rule.log_thresholds[self.depth] * LOG2E, LOWEST),
+            scale, self.rule.log_thresholds[self.depth],
             HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
             BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=row_tile(sizes.block, query.dtype),
             BLOCK_C=NODES_PER_PROGRAM, SPLITS=triton.next_power_of_2(splits),

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LOWEST: tl.constexpr = tl.constexpr(-1e30)
+"""Stands for a threshold of minus infinity, which would make NaN of padded rows."""
 
 
 @triton.jit
@@ -135,7 +137,7 @@ def _weights(q, energy, bar, nodes, variance, scale):
 def select_kernel(
     query, q_b, q_h, q_r, valid, centroids, variance, key_offsets, member_offsets, alpha, partial,
     candidates, candidate_count, state, counts,
-    rows, nodes, blocks, chunks, tiles, splits, spans, scale, threshold,
+    rows, nodes, blocks, chunks, tiles, splits, spans, scale, thresholds,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
     SECOND: tl.constexpr, MASKED: tl.constexpr, LISTED: tl.constexpr, FAR: tl.constexpr,
@@ -154,6 +156,7 @@ def select_kernel(
     lead = (b * HEADS_KV + h).to(tl.int64) * GROUP * rows
     first = tile_rows(pid, 0, blocks, rows, BLOCK)
     mine = valid + b.to(tl.int64) * rows
+    threshold = tl.maximum(tl.load(thresholds + h) * LOG2E, LOWEST)
     q, energy, bar, ok = _query_tile(
         q_base, q_r, first, 0, mine, tl.load(alpha + h * GROUP) if SECOND else 0.0, partial, lead,
         rows, splits, scale, threshold, BLOCK, DIM, BLOCK_D, BLOCK_R, SPLITS, SECOND, MASKED,

@@ -77,7 +77,6 @@ class Step:
         parent, child = levels[stage], levels[stage if flat else stage + 1]
         leaves = stage + 1 == len(cut.parts)
         listed, found = stage, 0 if leaves else stage + 1
-        threshold = [t * math.log2(math.e) for t in rule.log_thresholds]
         norm_pad = power_of_two(cut.splits)
         descend.descend_kernel[cut.problems, cut.parts[stage]](
             self.query, self._alpha(stage), self._alpha(stage if flat else stage + 1),
@@ -92,8 +91,9 @@ class Step:
             s.kept[listed].shape[1], s.kept[found].shape[1], cut.splits,
             cut.fixed_base + cut.pinned_chunks, cut.fixed_slots, cut.recent_chunks,
             cut.far_base + sum(cut.parts[:stage]),
-            sum(cut.parts), threshold[stage], threshold[stage if flat else stage + 1],
-            self.scale_bits, LISTED=listed, FOUND=found, COUNTERS=s.counters.shape[1],
+            sum(cut.parts), rule.log_thresholds[stage],
+            rule.log_thresholds[stage if flat else stage + 1], self.scale_bits,
+            LISTED=listed, FOUND=found, COUNTERS=s.counters.shape[1],
             TOP=stage == 0, FLAT=flat, LEAVES=leaves, EAGER=flat or (tuning.eager and stage == 0),
             **self._tile(), M=cut.row_pad, N_PARENT=max(16, power_of_two(tuning.share)),
             N=tuning.children, WRITE=tuning.write, NORM_PAD=norm_pad,
