@@ -66,7 +66,11 @@ def fit_thresholds(
     heads = [seen.layer.keys.shape[0] for seen in layers]
     depth = len(layers[0].layer.levels) if layers else 0
     if depth == 0:
-        return [torch.zeros(len(blocks), len(budgets), 0, n, dtype=torch.float64) for n in heads]
+        grid = (len(blocks), len(budgets), 0)
+        return [
+            seen.queries.new_zeros(*grid, n, dtype=torch.float64)
+            for seen, n in zip(layers, heads, strict=True)
+        ]
     if preset.per_head:
         # The second order ranks clusters better within a head, but under one threshold it moves
         # keys away from heads whose clusters vary little: layer 0 of a model lost two thirds of
