@@ -30,7 +30,7 @@ class ClusteringConfig:
     """
 
     levels: tuple[float, ...] = (0.01, 0.05)
-    iterations: int = 3  # from even seeds as good as ten from k-means++
+    iterations: int = 5  # ten are no better (benchmarks/ACCURACY.md)
     query_space: bool = True  # compare keys as the probe's queries see them, not by cosine
     pinned_first: int = 16  # tokens; attention sinks, always read exactly
     pinned_last: int = 100  # tokens; what a question follows, always read exactly
