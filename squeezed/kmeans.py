@@ -14,8 +14,11 @@ from squeezed.tree import Level
 CHUNK_SCORES = 1 << 22
 """Most similarities (points times clusters) held at once."""
 
-CHUNK_POINTS = 1 << 17
-"""Most padded points that the k-means problems of one batch may hold together."""
+CHUNK_POINTS = 1 << 13
+"""Most padded points that the k-means problems of one batch may hold together.
+
+Small batches hold runs of similar length: the demo's layers took 30 % less than with `1 << 17`.
+"""
 
 
 def cluster_segments(
