@@ -103,7 +103,7 @@ class Step:
             BITS=triton.language.int32 if cut.bits == torch.int32 else triton.language.int64,
             SHARED=cut.tile_batch > 1, SECOND=rule.alpha is not None,
             MASKED=self.mask is not None or shape.recent == 0, FAR=shape.far,
-            CALIBRATED=shape.calibrated, maxnreg=tuning.registers[0],
+            CALIBRATED=shape.calibrated, maxnreg=tuning.registers,
             **self._launch(tuning.warps[1], dependent=True),
         )  # fmt: skip
 
@@ -115,7 +115,7 @@ class Step:
             shape.batch, cut.problems, shape.tokens, s.kept[0].shape[1], s.counters.shape[1],
             self.scale_bits, **self._tile(), M=cut.row_pad, TILE=tuning.tile,
             Z_PAD=power_of_two(cut.problems), SHARED=cut.tile_batch > 1, STAGES=tuning.stages,
-            maxnreg=tuning.registers[1], **self._launch(tuning.warps[2], dependent=True),
+            **self._launch(tuning.warps[2], dependent=True),
         )  # fmt: skip
 
     def combine(self) -> None:
