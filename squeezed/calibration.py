@@ -115,7 +115,8 @@ def _weighted_slope(queries: Tensor, first: Tensor, excess: Tensor, level: Level
     term = energy[:, None] * level.variance[..., None]
     sizes = level.sizes[..., None]
     mass = (first + excess + sizes.clamp(min=1).log()).masked_fill(sizes == 0, NEG_INF)
-    weighted = mass.softmax(1).sqrt() * term
+    weight = (mass - mass.amax(1, keepdim=True)).exp_()  # softmax is slow over this dimension
+    weighted = weight.div_(weight.sum(1, keepdim=True)).sqrt_() * term
     groups = queries.shape[1:3]
     over = (weighted * excess).sum(1).unflatten(1, groups).sum(-1)
     under = (weighted * term).sum(1).unflatten(1, groups).sum(-1)

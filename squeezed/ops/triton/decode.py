@@ -179,13 +179,16 @@ def chosen_tuning(shape: Shape) -> Tuning:
     parents = shape.kv_heads * shape.nodes[-2] if len(shape.nodes) > 1 else 0
     rows = rows_of(shape)
     if rows > 16:  # programs are large: two fit on a multiprocessor
-        return replace(tuning, share=8, children=32, eager=True, programs=2)
+        return replace(tuning, share=16, children=32, eager=True, programs=2, stages=2)
     if shape.batch > 1:
         return replace(tuning, share=32, children=32, tile=32, stages=5)
-    if shape.far and parents >= FEW_PARENTS:
+    if parents < FEW_PARENTS:  # waiting counts, not bytes
+        tuning = replace(tuning, children=32, programs=4)
+        if shape.far:
+            return replace(tuning, share=8)
+        return replace(tuning, share=4, eager=True, warps=(4, 1, 4))
+    if shape.far:
         return replace(tuning, share=32, children=64, warps=(4, 2, 4))
-    if parents < FEW_PARENTS and not shape.far:  # waiting counts, not bytes
-        return replace(tuning, share=4, children=32, eager=True, warps=(4, 1, 4), programs=4)
     if parents < MANY_PARENTS:
         return replace(tuning, share=16, children=32)
     # Throughput counts here: programs of one warp need no barriers.

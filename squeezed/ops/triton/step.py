@@ -103,8 +103,7 @@ class Step:
             BITS=triton.language.int32 if cut.bits == torch.int32 else triton.language.int64,
             SHARED=cut.tile_batch > 1, SECOND=rule.alpha is not None,
             MASKED=self.mask is not None or shape.recent == 0, FAR=shape.far,
-            CALIBRATED=shape.calibrated, maxnreg=tuning.registers,
-            **self._launch(tuning.warps[1], dependent=True),
+            CALIBRATED=shape.calibrated, **self._launch(tuning.warps[1], dependent=True),
         )  # fmt: skip
 
     def attend(self) -> None:

@@ -26,7 +26,6 @@ class Tuning:
         children: nodes that a program of the walk scores at once.
         eager: score children before it is known whose parents are kept: more bytes, less waiting.
         write: runs of each kept leaf that one store of the walk appends.
-        registers: most registers per thread of the walk; `None` for no limit.
         list_programs: programs per multiprocessor where parents come from a list.
         tile: kept rows per step of the attention kernel.
         stages: of the attention kernel's pipeline: indices, loads in flight, arithmetic.
@@ -45,7 +44,6 @@ class Tuning:
     children: int = 64
     eager: bool = False
     write: int = 8
-    registers: int | None = None
     list_programs: int = 8
     tile: int = 64
     stages: int = 4
