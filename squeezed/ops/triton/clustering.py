@@ -19,6 +19,32 @@ from squeezed.tree import Level
 
 
 @dataclass(frozen=True)
+class Owners:
+    """Where the points and centroids of each run lie, seen from one centroid or point, int64.
+
+    Attributes:
+        run_of_point: `[N]`.
+        first_point, points: `[K]`, of a centroid's run.
+        first_node, nodes: `[K]`, the run's centroids.
+    """
+
+    run_of_point: Tensor
+    first_point: Tensor
+    points: Tensor
+    first_node: Tensor
+    nodes: Tensor
+
+    @staticmethod
+    def of(sizes: Tensor, clusters: Tensor, count: int) -> Owners:
+        """From points and clusters per run, `[S]` each; `count` points in all."""
+        run = torch.repeat_interleave(clusters)
+        starts = sizes.cumsum(0) - sizes, sizes, clusters.cumsum(0) - clusters, clusters
+        return Owners(
+            torch.repeat_interleave(sizes, output_size=count), *torch.stack(starts)[:, run]
+        )
+
+
+@dataclass(frozen=True)
 class Runs:
     """Contiguous stretches of points and of centroids, one k-means problem each.
 
@@ -42,10 +68,10 @@ class Runs:
     def of(sizes: Tensor, clusters: Tensor) -> Runs:
         """From points and clusters per run, `[S]` each; an empty run gets no tile."""
         end, last = sizes.cumsum(0), clusters.cumsum(0)
-        most, longest = int(clusters.max()), int(sizes.max())
+        most, longest = torch.stack([clusters.max(), sizes.max()]).tolist()  # one wait
         points = min(128, max(16, triton.next_power_of_2(longest)))
         tiles = (sizes + points - 1) // points
-        run = torch.arange(len(sizes), device=sizes.device).repeat_interleave(tiles)
+        run = torch.repeat_interleave(tiles)
         within = torch.arange(len(run), device=sizes.device) - (tiles.cumsum(0) - tiles)[run]
         start = end - sizes
         return Runs(
@@ -111,25 +137,24 @@ def cluster_segments(
         sizes, clusters: `[S]` int64, points and clusters of each run.
     """
     exact = flat.device.type == "cpu" or flat.dtype != torch.float32
-    points = flat[rows] if exact else flat[rows].half()
-    runs = Runs.of(sizes, clusters)
-    centroids = points[_seeds(sizes, clusters)]
-    shift = runs.first.repeat_interleave(sizes)
+    points = (flat if exact else flat.half()).index_select(0, rows)
+    runs, owners = Runs.of(sizes, clusters), Owners.of(sizes, clusters, len(rows))
+    centroids = points[_seeds(owners)]
+    shift = runs.first[owners.run_of_point]
     for _ in range(config.iterations):
         label, similarity = nearest(points, centroids, runs)
         child, order = (label + shift).sort(stable=True)
         offsets = _offsets_of(child, len(centroids))
         _update(points, order, offsets, centroids)
-        _refill(points, similarity, offsets, sizes, clusters, centroids)
+        _refill(points, similarity, offsets, owners, centroids)
     return nearest(points, centroids, runs)[0].long()
 
 
-def _seeds(sizes: Tensor, clusters: Tensor) -> Tensor:
+def _seeds(owners: Owners) -> Tensor:
     """Points evenly spaced through each run, `[K]`: those of `squeezed.kmeans.seeds`."""
-    run = torch.arange(len(sizes), device=sizes.device).repeat_interleave(clusters)
-    slot = torch.arange(len(run), device=sizes.device) - (clusters.cumsum(0) - clusters)[run]
-    within = (2 * slot + 1) * sizes[run] // (2 * clusters[run])
-    return (sizes.cumsum(0) - sizes)[run] + within.minimum(sizes[run] - 1)
+    slot = torch.arange(len(owners.nodes), device=owners.nodes.device) - owners.first_node
+    within = (2 * slot + 1) * owners.points // (2 * owners.nodes)
+    return owners.first_point + within.minimum(owners.points - 1)
 
 
 def _offsets_of(child: Tensor, nodes: int) -> Tensor:
@@ -148,21 +173,19 @@ def _update(points: Tensor, order: Tensor, offsets: Tensor, centroids: Tensor) -
 
 
 def _refill(
-    points: Tensor, similarity: Tensor, offsets: Tensor, sizes: Tensor, clusters: Tensor,
-    centroids: Tensor,
-) -> None:  # fmt: skip
+    points: Tensor, similarity: Tensor, offsets: Tensor, owners: Owners, centroids: Tensor
+) -> None:
     """Move centroids of empty clusters to the points that fit their own cluster worst, in place."""
     empty = offsets[1:] == offsets[:-1]
     if not empty.any():
         return
-    run_of_point = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
     worst_first = similarity.argsort(stable=True)
-    worst_first = worst_first[run_of_point[worst_first].argsort(stable=True)]
-    run_of_node = torch.arange(len(clusters), device=sizes.device).repeat_interleave(clusters)
-    rank = empty.long().cumsum(0) - 1
-    rank -= (rank + 1 - empty.long())[(clusters.cumsum(0) - clusters)[run_of_node]]
-    source = (sizes.cumsum(0) - sizes)[run_of_node] + rank
-    centroids[empty] = points[worst_first[source[empty]]]
+    worst_first = worst_first[owners.run_of_point[worst_first].argsort(stable=True)]
+    upto = empty.cumsum(0)
+    before = (upto - empty.long())[owners.first_node]  # empty ones in front of the run
+    source = owners.first_point + (upto - before - 1).clamp(min=0)
+    moved = points[worst_first[source.clamp(max=len(points) - 1)]]
+    centroids.copy_(torch.where(empty[:, None], moved, centroids))
 
 
 def describe_level(
