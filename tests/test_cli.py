@@ -3,10 +3,8 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 import zipfile
 
 import pytest
@@ -262,20 +260,32 @@ def test_output_that_is_no_context_is_kept(capsys, place, tmp_path):
     assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
-def test_interrupt_ends_quietly_and_leaves_nothing(place, tmp_path):
+INTERRUPTED_IN = """
+import os, signal, sys
+from squeezed import engine
+from squeezed.cli import main
+step = getattr(engine, sys.argv[1])
+
+def interrupted(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+    return step(*arguments, **options)
+
+setattr(engine, sys.argv[1], interrupted)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("step", ["capture", "cluster_layer"])
+def test_interrupt_ends_quietly_and_leaves_nothing(step, place, tmp_path):
     (tmp_path / "long.txt").write_text(document(4000), encoding="utf-8")
-    words = ["index", str(tmp_path / "long.txt"), "-m", str(place / "model"), "--chunk", "1"]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "squeezed.cli", *words],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+    words = ["index", str(tmp_path / "long.txt"), "-m", str(place / "model")]
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IN, step, *words],
+        capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120,
     )
-    child.stderr.readline()  # "loading ...": the command is running
-    time.sleep(0.5)
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
-    assert child.returncode == 130 and out == ""
-    assert err.splitlines()[-1] == "interrupted" and "Traceback" not in err
+    assert done.returncode == 130 and done.stdout == ""
+    assert done.stderr.splitlines()[-1] == "interrupted" and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
