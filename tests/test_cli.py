@@ -271,6 +271,7 @@ def interrupted(*arguments, **options):
     return step(*arguments, **options)
 
 setattr(engine, sys.argv[1], interrupted)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 sys.exit(main(sys.argv[2:]))
 """
 
