@@ -115,18 +115,24 @@ def versions() -> dict[str, str]:
 def write_record(
     path: Path, settings: dict, rows: list[dict], at_commit: str | None = None
 ) -> None:
-    """Write results as JSON with all that is needed to repeat them."""
+    """Write results as JSON with all that is needed to repeat them, and no directory's name."""
     record = {
-        "command": " ".join(["python", "-m", *_module(), *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", *_module(), *map(_placeless, sys.argv[1:])]),
         "commit": at_commit or commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
         "versions": versions(),
-        "settings": settings,
+        "settings": {name: _placeless(value) for name, value in settings.items()},
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _placeless(value: object) -> object:
+    """The last part of an absolute path, and anything else as it is."""
+    is_path = isinstance(value, str) and Path(value).is_absolute()
+    return Path(value).name if is_path else value
 
 
 def _module() -> list[str]:
