@@ -22,12 +22,15 @@ SIZES = (
     dict(tokens=9000, nodes=(80, 400), pinned=116) if ON_GPU else dict(tokens=300, nodes=(6, 24))
 )
 SMALL = Tuning(
-    score_tile=16, chunk=32, share=3, children=16, write=2, tile=16, stages=3, merge_slots=8,
+    score_tile=16, chunk=32, nodes=16, write=2, tile=16, stages=3, merge_slots=8,
     overlap=False,
 )  # fmt: skip
 TUNING = None if ON_GPU else SMALL
 BASE = Tuning() if ON_GPU else SMALL
-PATHS = {"eager": replace(BASE, eager=True), "after their parents": BASE}
+PATHS = {
+    "one round": replace(BASE, walk_programs=64),
+    "several rounds": replace(BASE, walk_programs=1),
+}
 LEVEL_TENSORS = ("centroids", "mean_values", "variance", "key_offsets", "child_offsets")
 KEEP_ALL, KEEP_NONE = -float("inf"), 1e9
 

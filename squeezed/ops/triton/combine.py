@@ -72,10 +72,10 @@ def merge(
 @triton.jit
 def combine_kernel(
     output, keys_read, counters, read_counts, sums, highs, masses, estimate_highs, estimate_masses,
-    output_stride_batch, batch, problems, counter_stride, programs, fixed_base, fixed_slots,
-    far_base, far_slots, estimate_slots, clamp_bits,
+    output_stride_batch, batch, problems, programs, fixed_base, fixed_slots, far_base,
+    estimate_slots, clamp_bits,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, DIMS: tl.constexpr, TILE: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, DIMS: tl.constexpr,
     Z_PAD: tl.constexpr, SLOTS: tl.constexpr, CLUSTERED: tl.constexpr, CALIBRATED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -84,18 +84,19 @@ def combine_kernel(
     head, tile = problem(z, TILES)
     request = tile * TILE_BATCH + row // GROUP
     d = share * DIMS + tl.arange(0, DIMS)
+    near, near_slots, shift = 0, 0, 0.0
+    if CLUSTERED:  # the kernel before starts this one only when the lists are complete
+        _runs, _dropped, _near, begin, end = stream(counters, problems, Z_PAD)
+        units = tl.cdiv(tl.max(end), programs)  # of a program of `attend_kernel`
+        near = at(begin, z, Z_PAD) // units + z
+        near_slots = (at(end, z, Z_PAD) - 1) // units + z - near + 1
+        if (request < batch) & (row % GROUP == 0) & (share == 0):
+            count = read_counts + z * TILE_BATCH + row // GROUP
+            read = tl.load(count, cache_modifier=".cg").to(tl.int64)
+            tl.atomic_add(keys_read + request, read, sem="relaxed")
     if PDL:
         gdc_wait()
     if request < batch:
-        near, near_slots, shift = 0, 0, 0.0
-        if CLUSTERED:
-            _, begin, end = stream(counters, problems, counter_stride, TILE, Z_PAD)
-            tiles = tl.cdiv(tl.max(end), programs)  # of a program of `attend_kernel`
-            near = at(begin, z, Z_PAD) // tiles + z
-            near_slots = (at(end, z, Z_PAD) - 1) // tiles + z - near + 1
-            if (row % GROUP == 0) & (share == 0):
-                read = tl.load(read_counts + z * TILE_BATCH + row // GROUP)
-                tl.atomic_add(keys_read + request, read.to(tl.int64), sem="relaxed")
         if CALIBRATED:
             shift = calibration(
                 highs, masses, near, near_slots, estimate_highs, estimate_masses,
@@ -103,7 +104,7 @@ def combine_kernel(
             )  # fmt: skip
         mass, value = merge(
             sums, highs, masses, near, near_slots, fixed_base + z * fixed_slots, fixed_slots,
-            far_base + z * far_slots, far_slots, shift, row, d, SLOTS, ROWS, D, DIMS,
+            far_base + near, near_slots if CALIBRATED else 0, shift, row, d, SLOTS, ROWS, D, DIMS,
         )  # fmt: skip
         value = tl.where(mass > 0, value / mass, 0.0)  # a row of padding attends to nothing
         place = request.to(tl.int64) * output_stride_batch + (head * GROUP + row % GROUP) * D

@@ -2,7 +2,8 @@
 
 From query to output without a host synchronisation and with static shapes, so that a CUDA graph can
 hold the step: `open` scores the coarsest level and attends to pinned and recent rows; `descend`,
-one per further level, lists what is kept; `attend` reads those rows; `combine` merges.
+one per further level, lists what is kept and what is dropped; `attend` reads the rows of the one
+and the mean values of the other; `combine` merges.
 """
 
 from __future__ import annotations
@@ -178,21 +179,17 @@ def chosen_tuning(shape: Shape) -> Tuning:
     tuning = Tuning(overlap=shape.multiprocessors != INTERPRETED_MULTIPROCESSORS)
     parents = shape.kv_heads * shape.nodes[-2] if len(shape.nodes) > 1 else 0
     rows = rows_of(shape)
-    if rows > 16:  # programs are large: two fit on a multiprocessor
-        return replace(tuning, share=16, children=32, eager=True, programs=2, stages=2)
+    if rows > 16:  # programs are large: two of the attention kernel fit on a multiprocessor
+        walk = replace(tuning, nodes=64, walk_programs=4, registers=128, warps=(4, 4, 4))
+        return replace(walk, programs=2, stages=3)
     if shape.batch > 1:
-        return replace(tuning, share=32, children=32, tile=32, stages=5)
+        return replace(tuning, nodes=64, walk_programs=4, warps=(4, 4, 4))
     if parents < FEW_PARENTS:  # waiting counts, not bytes
-        tuning = replace(tuning, children=32, programs=4)
-        if shape.far:
-            return replace(tuning, share=8)
-        return replace(tuning, share=4, eager=True, warps=(4, 1, 4))
-    if shape.far:
-        return replace(tuning, share=32, children=64, warps=(4, 2, 4))
-    if parents < MANY_PARENTS:
-        return replace(tuning, share=16, children=32)
-    # Throughput counts here: programs of one warp need no barriers.
-    return replace(tuning, share=16, children=16, warps=(4, 1, 4))
+        tuning = replace(tuning, nodes=16, walk_programs=32)
+        return tuning if shape.far else replace(tuning, programs=4, stages=2)
+    if rows == 1 and parents >= MANY_PARENTS:
+        return replace(tuning, nodes=16, walk_programs=32)
+    return tuning
 
 
 def rows_of(shape: Shape) -> int:

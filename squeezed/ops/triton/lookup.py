@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from squeezed.ops.triton.selection import hand_down, log_size
 from squeezed.ops.triton.tile import (
     fold,
     fold_mass,
     load_query,
     load_rows,
+    nothing,
     problem,
     store_partial,
 )
@@ -49,28 +51,44 @@ def load_nodes(
 
 @triton.jit
 def node_logits(q, mean, size, scale_bits):
-    """First-order logits `[M, N]` of nodes, `-inf` where empty."""
-    return tl.where((size > 0)[None, :], tl.dot(q, tl.trans(mean)) * scale_bits, float("-inf"))
+    """First-order logits `[N, R]` of nodes for query rows `[R, D_PAD]`, `-inf` where empty."""
+    return tl.where((size > 0)[:, None], tl.dot(mean, tl.trans(q)) * scale_bits, float("-inf"))
+
+
+@triton.jit
+def node_scores(first, energy, variances, SECOND: tl.constexpr):
+    """Logits `[N, R]` that select, from those of first order."""
+    scores = first
+    if SECOND:
+        scores += energy[None, :] * variances[:, None]
+    return scores
 
 
 @triton.jit
 def weigh_nodes(
-    q, exists, row, z, head, split, centroids, variance, key_offsets, energy, nodes, scale_bits,
-    norm_highs, norm_masses, splits,
-    ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr,
-    SECOND: tl.constexpr,
+    q, exists, row, z, head, split, centroids, variance, key_offsets, child_offsets, energy, nodes,
+    scale_bits, scores, parents, norm_highs, norm_masses, splits,
+    ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr,
+    SECOND: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """Part of the normaliser: estimated log mass of one share of the coarsest nodes."""
-    high = tl.full([M], float("-inf"), tl.float32)
-    mass = tl.zeros([M], tl.float32)
+    """One share of the coarsest nodes: its part of the normaliser, and what selects below it."""
+    high = tl.full(row.shape, float("-inf"), tl.float32)
+    mass = tl.zeros(row.shape, tl.float32)
     for start in range(split * N, nodes, splits * N):
         node = start + tl.arange(0, N)
+        live = node < nodes
         mean, _, size, variances = load_nodes(
-            centroids, key_offsets, variance, node, node < nodes, head, nodes, D, D_PAD, SECOND
+            centroids, key_offsets, variance, node, live, head, nodes, D, D_PAD, SECOND
         )
-        score = node_logits(q, mean, size, scale_bits) + energy[:, None] * variances[None, :]
-        score += tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
-        high, mass, _, _ = fold_mass(high, mass, score)
+        if NESTED:  # asked for now, needed behind the scores
+            child = tl.load(child_offsets + node, mask=live, other=0)
+            end = tl.load(child_offsets + node + 1, mask=live, other=0)
+        score = node_scores(node_logits(q, mean, size, scale_bits), energy, variances, SECOND)
+        place = (z.to(tl.int64) * nodes + node)[:, None] * ROWS + row[None, :]
+        tl.store(scores + place, score, mask=live[:, None] & exists[None, :])
+        if NESTED:
+            hand_down(parents, child, end, node, 8)
+        high, mass, _, _ = fold_mass(high, mass, score + log_size(size)[:, None], 0)
     at = (z * splits + split) * ROWS + row
     tl.store(norm_highs + at, high, mask=exists)
     tl.store(norm_masses + at, mass, mask=exists)
@@ -82,9 +100,7 @@ def attend_run(
     M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Softmax partial over the rows `[first, stop)` of one matrix of keys."""
-    high = tl.full([M], float("-inf"), tl.float32)
-    mass = tl.zeros([M], tl.float32)
-    total = tl.zeros([M, D_PAD], tl.float32)
+    high, mass, total = nothing(M, D_PAD)
     for start in range(first, stop, N):
         position = start + tl.arange(0, N)
         live = position < stop
@@ -124,17 +140,17 @@ def attend_recent(
 
 @triton.jit
 def open_kernel(
-    query, keys, values, centroids, variance, key_offsets, alpha,
+    query, keys, values, centroids, variance, key_offsets, child_offsets, alpha,
     suffix_keys, suffix_values, suffix_mask,
-    norm_highs, norm_masses, sums, highs, masses, counters, read_counts, keys_read,
+    scores, parents, norm_highs, norm_masses, sums, highs, masses, counters, read_counts, keys_read,
     query_stride_batch, query_stride_head, suffix_stride_batch, suffix_stride_head,
     suffix_stride_row, mask_stride_batch, mask_stride_row,
-    batch, context_tokens, pinned, suffix, nodes, splits, pinned_chunks, suffix_chunks,
+    batch, context_tokens, pinned, suffix, nodes, children, splits, pinned_chunks, suffix_chunks,
     fixed_base, scale_bits,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    M: tl.constexpr, M_ONE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr,
-    CHUNK: tl.constexpr, COUNTERS: tl.constexpr, SECOND: tl.constexpr, MASKED: tl.constexpr,
-    PDL: tl.constexpr,
+    M: tl.constexpr, M_ONE: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    N: tl.constexpr, CHUNK: tl.constexpr, SECOND: tl.constexpr, NESTED: tl.constexpr,
+    MASKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid `(problems, pinned_chunks + splits + TILE_BATCH * suffix_chunks)`."""
     z, part = tl.program_id(0), tl.program_id(1)
@@ -142,36 +158,41 @@ def open_kernel(
     if PDL:
         gdc_launch_dependents()
     if part == 0:  # what later kernels add to
-        for index in tl.static_range(COUNTERS):
-            tl.store(counters + z * COUNTERS + index, 0)
+        tl.store(counters + z, tl.zeros([], tl.int64))
         for index in range(TILE_BATCH):
             tl.store(read_counts + z * TILE_BATCH + index, 0)
             if (head == 0) & (tile * TILE_BATCH + index < batch):
                 tl.store(keys_read + tile * TILE_BATCH + index, 0)
     shared_parts = pinned_chunks + splits
     slot = fixed_base + z * (pinned_chunks + suffix_chunks)
-    if part < shared_parts:
+    if part < pinned_chunks:
         row = tl.arange(0, M)
         q, exists = load_query(
             query, query_stride_batch, query_stride_head, head, tile, row, batch,
             GROUP, TILE_BATCH, D, D_PAD,
         )  # fmt: skip
-        if part < pinned_chunks:
-            base = head.to(tl.int64) * context_tokens * D
-            stop = tl.minimum(pinned, (part + 1) * CHUNK)
-            high, mass, total = attend_run(
-                q, keys + base, values + base, D, part * CHUNK, stop, suffix_mask, 0, scale_bits,
-                M, D, D_PAD, N, False,
-            )  # fmt: skip
-            store_partial(
-                sums, highs, masses, slot + part, row, exists, high, mass, total, ROWS, D, D_PAD
-            )
-        else:
-            weigh_nodes(
-                q, exists, row, z, head, part - pinned_chunks, centroids, variance, key_offsets,
-                energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND), nodes, scale_bits,
-                norm_highs, norm_masses, splits, ROWS, M, D, D_PAD, N, SECOND,
-            )  # fmt: skip
+        base = head.to(tl.int64) * context_tokens * D
+        stop = tl.minimum(pinned, (part + 1) * CHUNK)
+        high, mass, total = attend_run(
+            q, keys + base, values + base, D, part * CHUNK, stop, suffix_mask, 0, scale_bits,
+            M, D, D_PAD, N, False,
+        )  # fmt: skip
+        store_partial(
+            sums, highs, masses, slot + part, row, exists, high, mass, total, ROWS, D, D_PAD
+        )
+    elif part < shared_parts:
+        row = tl.arange(0, R)
+        q, exists = load_query(
+            query, query_stride_batch, query_stride_head, head, tile, row, batch,
+            GROUP, TILE_BATCH, D, D_PAD,
+        )  # fmt: skip
+        weigh_nodes(
+            q, exists, row, z, head, part - pinned_chunks, centroids, variance, key_offsets,
+            child_offsets + head * (nodes + 1),
+            energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND), nodes, scale_bits,
+            scores, parents + z.to(tl.int64) * children, norm_highs, norm_masses, splits,
+            ROWS, D, D_PAD, N, SECOND, NESTED,
+        )  # fmt: skip
     else:
         chunk = (part - shared_parts) % suffix_chunks
         attend_recent(

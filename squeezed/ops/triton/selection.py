@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-RUN = tl.constexpr(4)
+RUN_BITS = tl.constexpr(2)
+RUN = tl.constexpr(1 << RUN_BITS.value)
 """Rows of one entry of the list of kept rows; an entry holds its first row times RUN, plus the
 number of its rows less one, in 32 bits."""
 
@@ -16,66 +17,69 @@ def either(a, b):
 @triton.jit
 def keep_bits(score, threshold, selects, row, GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, BITS):
     """Which requests keep each node `[N]`: bit `b` is set if any head of request `b` keeps it."""
-    kept = ((score > threshold) & selects[:, None]).to(BITS)
+    kept = ((score > threshold) & selects[None, :]).to(BITS)
     if TILE_BATCH == 1:
-        return tl.max(kept, 0)
-    return tl.reduce(kept << (row // GROUP)[:, None], 0, either)
+        return tl.max(kept, 1)
+    return tl.reduce(kept << (row // GROUP)[None, :], 1, either)
 
 
 @triton.jit
-def spread(bits, row, GROUP: tl.constexpr):
-    """Bit masks `[N]` -> which rows they mean, `[M, N]` bool."""
-    return ((bits[None, :] >> (row // GROUP)[:, None]) & 1) != 0
+def spread(bits, row, AXIS: tl.constexpr, GROUP: tl.constexpr):
+    """Bit masks `[N]` -> which rows they mean, bool; the masks lie along `AXIS`."""
+    request = tl.expand_dims(row // GROUP, AXIS)
+    return ((tl.expand_dims(bits, 1 - AXIS) >> request) & 1) != 0
 
 
 @triton.jit
-def members(first, begin, end, N: tl.constexpr):
-    """Positions `[N]` in the concatenation of ranges, and whose each one is, `[ranges, N]`."""
-    index = first + tl.arange(0, N)
-    return index, (begin[:, None] <= index[None, :]) & (index[None, :] < end[:, None])
+def hand_down(target, begin, end, value, WIDTH: tl.constexpr):
+    """Write the value of every node `[N]` to each of its children, `begin` to `end`."""
+    for first in range(0, tl.max(end - begin), WIDTH):
+        child = begin[:, None] + first + tl.arange(0, WIDTH)[None, :]
+        tl.store(target + child, tl.broadcast_to(value[:, None], child.shape), child < end[:, None])
 
 
 @triton.jit
-def pick(member, values):
-    """The value of the range that holds each position, `[N]`; zero behind the last range."""
-    return tl.sum(tl.where(member, values[:, None], 0), 0)
+def reserve(counter, runs, dropped):
+    """Room for more runs of kept rows and more dropped nodes: where each begins.
+
+    Both counts share 64 bits, so that one trip to the memory serves both.
+    """
+    taken = tl.atomic_add(counter, runs.to(tl.int64) + (dropped.to(tl.int64) << 32), sem="relaxed")
+    return unpack(taken)
 
 
 @triton.jit
-def append(nodes, node_bits, counter, bits, node, SHARED: tl.constexpr):
-    """Append the kept nodes to a list."""
-    kept = (bits != 0).to(tl.int32)
-    total = tl.sum(kept)
-    if total > 0:
-        at = tl.atomic_add(counter, total, sem="relaxed") + tl.cumsum(kept, 0) - kept
-        tl.store(nodes + at, node, mask=bits != 0)
-        if SHARED:
-            tl.store(node_bits + at, bits, mask=bits != 0)
+def unpack(counted):
+    """Runs of kept rows and dropped nodes of a counter."""
+    return (counted & 0xFFFFFFFF).to(tl.int32), (counted >> 32).to(tl.int32)
 
 
 @triton.jit
 def append_runs(
-    runs, run_bits, counter, bits, start, length, WRITE: tl.constexpr, SHARED: tl.constexpr
+    runs, run_bits, begin, bits, start, length, count, WRITE: tl.constexpr, SHARED: tl.constexpr
 ):
-    """Append the rows `[start, start + length)` of the kept nodes to a list; returns how many rows.
+    """Write rows `[start, start + length)` of kept nodes as `count` runs each, from `begin` on."""
+    for first in range(0, tl.max(count), WRITE):
+        index = first + tl.arange(0, WRITE)
+        mask = index[None, :] < count[:, None]
+        at = begin[:, None] + index[None, :]
+        done = index[None, :] * RUN
+        run = (start[:, None] + done) * RUN + tl.minimum(length[:, None] - done, RUN) - 1
+        tl.store(runs + at, run, mask=mask)
+        if SHARED:
+            tl.store(run_bits + at, tl.broadcast_to(bits[:, None], at.shape), mask=mask)
 
-    The list holds runs of up to RUN rows.
-    """
-    length = tl.where(bits != 0, length, 0)
-    count = tl.cdiv(length, RUN)
-    total = tl.sum(count)
-    if total > 0:
-        begin = tl.atomic_add(counter, total, sem="relaxed") + tl.cumsum(count, 0) - count
-        for first in range(0, tl.max(count), WRITE):
-            index = first + tl.arange(0, WRITE)
-            mask = index[None, :] < count[:, None]
-            at = begin[:, None] + index[None, :]
-            done = index[None, :] * RUN
-            run = (start[:, None] + done) * RUN + tl.minimum(length[:, None] - done, RUN) - 1
-            tl.store(runs + at, run, mask=mask)
-            if SHARED:
-                tl.store(run_bits + at, tl.broadcast_to(bits[:, None], at.shape), mask=mask)
-    return tl.sum(length)
+
+@triton.jit
+def append_nodes(
+    nodes, masses, node_bits, first, chosen, bits, node, size, SHARED: tl.constexpr
+):  # fmt: skip
+    """Write the chosen nodes, the logarithms of their sizes and whom they concern, from `first`."""
+    at = first + tl.cumsum(chosen, 0) - chosen
+    tl.store(nodes + at, node, mask=chosen != 0)
+    tl.store(masses + at, log_size(size), mask=chosen != 0)
+    if SHARED:
+        tl.store(node_bits + at, bits, mask=chosen != 0)
 
 
 @triton.jit
@@ -111,6 +115,6 @@ def attends_to_any(highs, slot, chunks, row, exists, ROWS: tl.constexpr, SLOTS: 
 
 
 @triton.jit
-def log_mass(first, size):
-    """Estimated log mass of nodes in bits, `[M, N]`, from first-order logits and sizes."""
-    return first + tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
+def log_size(size):
+    """Logarithm of the sizes of nodes, in bits; 0 of empty ones."""
+    return tl.log2(tl.maximum(size, 1).to(tl.float32))

@@ -40,10 +40,14 @@ class Step:
             D=dim, D_PAD=power_of_two(dim),
         )  # fmt: skip
 
-    def _launch(self, warps: int, dependent: bool, stages: int = 1) -> dict:
+    def _launch(
+        self, warps: int, dependent: bool, stages: int = 1, registers: int | None = None
+    ) -> dict:
         """Launch options; a dependent kernel may start while its predecessor drains."""
         overlap = self.tuning.overlap
         options = dict(num_warps=warps, num_stages=stages, PDL=overlap)
+        if overlap and registers:
+            options["maxnreg"] = registers
         return options | dict(launch_pdl=True) if overlap and dependent else options
 
     def _alpha(self, level: int) -> Tensor:
@@ -57,64 +61,67 @@ class Step:
         lookup.open_kernel[cut.problems, programs](
             self.query, self.layer.keys, self.layer.values,
             top.centroids if top else self.query, top.variance if top else self.query,
-            top.key_offsets if top else self.query, self._alpha(0), keys, values,
-            self.query if mask is None else mask, s.norm_highs, s.norm_masses,
-            s.sums, s.highs, s.masses, s.counters, s.read_counts, self.keys_read,
+            top.key_offsets if top else self.query,
+            top.child_offsets if cut.nested else self.query, self._alpha(0), keys, values,
+            self.query if mask is None else mask, s.scores, s.parents_of, s.norm_highs,
+            s.norm_masses, s.sums, s.highs, s.masses, s.counters, s.read_counts, self.keys_read,
             self.query.stride(0), self.query.stride(1), keys.stride(0), keys.stride(1),
             keys.stride(2), 0 if mask is None else mask.stride(0),
             0 if mask is None else mask.stride(3),
             shape.batch, shape.tokens, shape.pinned, shape.recent, top.nodes if top else 0,
-            cut.splits, cut.pinned_chunks, cut.recent_chunks, cut.fixed_base, self.scale_bits,
-            **self._tile(), M=cut.row_pad, M_ONE=16, N=tuning.score_tile, CHUNK=tuning.chunk,
-            COUNTERS=s.counters.shape[1], SECOND=bool(top) and self.rule.alpha is not None,
-            MASKED=mask is not None, **self._launch(tuning.warps[0], dependent=False, stages=2),
+            s.parents_of.shape[1], cut.splits, cut.pinned_chunks, cut.recent_chunks,
+            cut.fixed_base, self.scale_bits,
+            **self._tile(), M=cut.row_pad, M_ONE=16, R=cut.node_row_pad, N=tuning.score_tile,
+            CHUNK=tuning.chunk, SECOND=bool(top) and self.rule.alpha is not None,
+            NESTED=cut.nested, MASKED=mask is not None,
+            **self._launch(tuning.warps[0], dependent=False, stages=2),
         )  # fmt: skip
 
     def descend(self, stage: int) -> None:
         cut, shape, s, tuning, rule = self.cut, self.shape, self.scratch, self.tuning, self.rule
-        levels = self.layer.levels
-        flat = len(levels) == 1
-        parent, child = levels[stage], levels[stage if flat else stage + 1]
-        leaves = stage + 1 == len(cut.parts)
-        listed, found = stage, 0 if leaves else stage + 1
+        levels, flat = self.layer.levels, not cut.nested
+        above, own = (0, 0) if flat else (stage, stage + 1)
+        parent, child = levels[above], levels[own]
+        leaves = child.child_offsets is None
         norm_pad = power_of_two(cut.splits)
         descend.descend_kernel[cut.problems, cut.parts[stage]](
-            self.query, self._alpha(stage), self._alpha(stage if flat else stage + 1),
-            parent.centroids, parent.key_offsets, parent.variance, parent.mean_values,
-            parent.key_offsets if flat else parent.child_offsets,
-            child.centroids, child.key_offsets, child.variance, child.mean_values,
-            s.norm_highs, s.norm_masses, s.kept[listed], s.kept_bits[listed],
-            s.kept[found], s.kept_bits[found], s.counters, s.read_counts,
-            s.sums, s.highs, s.masses, s.estimate_highs, s.estimate_masses,
+            self.query, self._alpha(own), s.scores, s.parents_of, s.states[max(stage - 1, 0)],
+            s.states[0 if leaves else stage],
+            child.key_offsets if leaves else child.child_offsets,
+            parent.key_offsets if flat else parent.child_offsets, parent.key_offsets,
+            child.centroids, child.key_offsets, child.variance, s.norm_highs, s.norm_masses,
+            s.runs, s.run_bits, s.far_nodes, s.far_masses, s.far_bits, s.counters, s.read_counts,
+            s.highs, s.estimate_highs, s.estimate_masses,
             self.query.stride(0), self.query.stride(1), shape.batch,
-            parent.nodes, child.nodes, tuning.children if flat else tuning.share,
-            s.kept[listed].shape[1], s.kept[found].shape[1], cut.splits,
+            parent.nodes, child.nodes, 0 if leaves else levels[own + 1].nodes, cut.bounds[own],
+            cut.bounds[above], s.runs.shape[1], s.far_nodes.shape[1], cut.splits,
             cut.fixed_base + cut.pinned_chunks, cut.fixed_slots, cut.recent_chunks,
-            cut.far_base + sum(cut.parts[:stage]),
-            sum(cut.parts), rule.log_thresholds[stage],
-            rule.log_thresholds[stage if flat else stage + 1], self.scale_bits,
-            LISTED=listed, FOUND=found, COUNTERS=s.counters.shape[1],
-            TOP=stage == 0, FLAT=flat, LEAVES=leaves, EAGER=flat or (tuning.eager and stage == 0),
-            **self._tile(), M=cut.row_pad, N_PARENT=max(16, power_of_two(tuning.share)),
-            N=tuning.children, WRITE=tuning.write, NORM_PAD=norm_pad,
-            ROWS_PAD=power_of_two(cut.rows),
+            rule.log_thresholds[above], rule.log_thresholds[own], self.scale_bits,
+            TOP=stage == 0, FLAT=flat, LEAVES=leaves,
+            **self._tile(), R=cut.node_row_pad, N=tuning.nodes, WRITE=tuning.write,
+            NORM_PAD=norm_pad, ROWS_PAD=power_of_two(cut.rows),
             NORM_STEP=min(norm_pad, max(16, 2048 // power_of_two(cut.rows))),
             RECENT_PAD=power_of_two(max(cut.recent_chunks, 1)),
             BITS=triton.language.int32 if cut.bits == torch.int32 else triton.language.int64,
-            SHARED=cut.tile_batch > 1, SECOND=rule.alpha is not None,
+            EVERYONE=cut.everyone, SHARED=cut.tile_batch > 1, SECOND=rule.alpha is not None,
             MASKED=self.mask is not None or shape.recent == 0, FAR=shape.far,
-            CALIBRATED=shape.calibrated, **self._launch(tuning.warps[1], dependent=True),
+            CALIBRATED=shape.calibrated,
+            **self._launch(tuning.warps[1], dependent=True, registers=tuning.registers),
         )  # fmt: skip
 
     def attend(self) -> None:
         cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
+        levels = self.layer.levels
         attention.attend_kernel[(cut.programs,)](
-            self.query, self.layer.keys, self.layer.values, s.kept[0], s.kept_bits[0], s.counters,
-            s.sums, s.highs, s.masses, self.query.stride(0), self.query.stride(1),
-            shape.batch, cut.problems, shape.tokens, s.kept[0].shape[1], s.counters.shape[1],
-            self.scale_bits, **self._tile(), M=cut.row_pad, TILE=tuning.tile,
-            Z_PAD=power_of_two(cut.problems), SHARED=cut.tile_batch > 1, STAGES=tuning.stages,
-            **self._launch(tuning.warps[2], dependent=True),
+            self.query, self.layer.keys, self.layer.values, s.runs, s.run_bits,
+            tuple(level.centroids for level in levels),
+            tuple(level.mean_values for level in levels), cut.bounds,
+            s.far_nodes, s.far_masses, s.far_bits, s.counters, s.sums, s.highs, s.masses,
+            self.query.stride(0), self.query.stride(1), shape.batch, cut.problems, shape.tokens,
+            s.runs.shape[1], s.far_nodes.shape[1], cut.far_base, self.scale_bits,
+            **self._tile(), M=cut.row_pad, TILE=tuning.tile, Z_PAD=power_of_two(cut.problems),
+            SHARED=cut.tile_batch > 1, FAR=shape.far, CALIBRATED=shape.calibrated,
+            STAGES=tuning.stages, **self._launch(tuning.warps[2], dependent=True),
         )  # fmt: skip
 
     def combine(self) -> None:
@@ -123,10 +130,9 @@ class Step:
         combine.combine_kernel[cut.problems, cut.rows, ceil_div(shape.dim, dims)](
             self.output, self.keys_read, s.counters, s.read_counts, s.sums, s.highs, s.masses,
             s.estimate_highs, s.estimate_masses, self.output.stride(0), shape.batch, cut.problems,
-            s.counters.shape[1], cut.programs, cut.fixed_base, cut.fixed_slots, cut.far_base,
-            sum(cut.parts) if shape.far else 0, s.estimate_highs.shape[1],
-            SELF_CALIBRATION_CLAMP * math.log2(math.e), **self._tile(), DIMS=dims,
-            TILE=tuning.tile, Z_PAD=power_of_two(cut.problems), SLOTS=tuning.merge_slots,
+            cut.programs, cut.fixed_base, cut.fixed_slots, cut.far_base,
+            s.estimate_highs.shape[1], SELF_CALIBRATION_CLAMP * math.log2(math.e),
+            **self._tile(), DIMS=dims, Z_PAD=power_of_two(cut.problems), SLOTS=tuning.merge_slots,
             CLUSTERED=bool(shape.nodes), CALIBRATED=shape.calibrated,
             **self._launch(tuning.merge_warps, dependent=True),
         )  # fmt: skip

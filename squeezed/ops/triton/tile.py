@@ -38,21 +38,28 @@ def load_rows(base, row, live, stride, D: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
-def fold_mass(high, mass, logits):
-    """Fold logits `[M, N]` into a running log-sum-exp, kept as its maximum and scaled sum `[M]`."""
-    new = tl.maximum(high, tl.max(logits, 1))
+def fold_mass(high, mass, logits, AXIS: tl.constexpr):
+    """Fold logits into a running log-sum-exp over `AXIS`, kept as its maximum and scaled sum."""
+    new = tl.maximum(high, tl.max(logits, AXIS))
     safe = tl.where(new == float("-inf"), 0.0, new)  # all masked so far: avoid inf - inf
-    weight = tl.exp2(logits - safe[:, None])
+    weight = tl.exp2(logits - tl.expand_dims(safe, AXIS))
     decay = tl.exp2(high - safe)
-    return new, mass * decay + tl.sum(weight, 1), weight, decay
+    return new, mass * decay + tl.sum(weight, AXIS), weight, decay
 
 
 @triton.jit
 def fold(high, mass, total, logits, values):
     """One step of an online softmax: logits `[M, N]`, values `[N, D_PAD]`, running sum `total`."""
-    high, mass, weight, decay = fold_mass(high, mass, logits)
+    high, mass, weight, decay = fold_mass(high, mass, logits, 1)
     total = tl.dot(weight.to(values.dtype), values, acc=total * decay[:, None])
     return high, mass, total
+
+
+@triton.jit
+def nothing(M: tl.constexpr, D_PAD: tl.constexpr):
+    """An online softmax of no keys: maximum, mass and sum."""
+    high = tl.full([M], float("-inf"), tl.float32)
+    return high, tl.zeros([M], tl.float32), tl.zeros([M, D_PAD], tl.float32)
 
 
 @triton.jit

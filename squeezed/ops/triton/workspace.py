@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,16 +23,14 @@ class Tuning:
         score_tile: coarsest nodes, pinned or recent rows per step of the first kernel.
         score_programs: programs per multiprocessor that score the coarsest nodes.
         chunk: pinned or recent rows per program.
-        share: parents per program of the walk.
-        children: nodes that a program of the walk scores at once.
-        eager: score children before it is known whose parents are kept: more bytes, less waiting.
+        nodes: nodes per program of the walk.
+        walk_programs: most programs per multiprocessor of the walk.
         write: runs of each kept leaf that one store of the walk appends.
-        list_programs: programs per multiprocessor where parents come from a list.
         tile: kept rows per step of the attention kernel.
         stages: of the attention kernel's pipeline: indices, loads in flight, arithmetic.
         programs: programs of the attention kernel per multiprocessor.
-        warps: of the first, the walking and the attention kernel. Eight in the walk fault with
-            64 query rows and 32 children (Triton 3.6).
+        warps: of the first, the walking and the attention kernel.
+        registers: most per thread of the walking kernel; as many as it likes when `None`.
         merge_slots, merge_dims, merge_warps: partial sums and dimensions per step of the last
             kernel, and its warps.
         overlap: start each kernel while its predecessor drains (programmatic dependent launch).
@@ -40,16 +39,15 @@ class Tuning:
     score_tile: int = 64
     score_programs: int = 4
     chunk: int = 64
-    share: int = 16
-    children: int = 64
-    eager: bool = False
+    nodes: int = 32
+    walk_programs: int = 16
     write: int = 8
-    list_programs: int = 8
     tile: int = 64
     stages: int = 4
     programs: int = 3
-    warps: tuple[int, int, int] = (4, 4, 4)
-    merge_slots: int = 128
+    warps: tuple[int, int, int] = (4, 1, 4)
+    registers: int | None = None
+    merge_slots: int = 64
     merge_dims: int = 32
     merge_warps: int = 4
     overlap: bool = True
@@ -75,7 +73,8 @@ class Shape:
 @dataclass(frozen=True)
 class Plan:
     """Grids and scratch sizes of one shape. `problems` = KV heads x tiles of requests; `parts` has
-    the programs per problem of every launch of the walk."""
+    the programs per problem of every launch of the walk; nodes of level `i` are numbered from
+    `bounds[i]` on."""
 
     group: int
     tile_batch: int
@@ -87,6 +86,7 @@ class Plan:
     pinned_chunks: int
     recent_chunks: int
     parts: tuple[int, ...]
+    bounds: tuple[int, ...]
     programs: int
     fixed_base: int
     far_base: int
@@ -95,6 +95,21 @@ class Plan:
     @property
     def fixed_slots(self) -> int:
         return self.pinned_chunks + self.recent_chunks
+
+    @property
+    def node_row_pad(self) -> int:
+        """Rows of a tile in which nodes are scored."""
+        return max(8, power_of_two(self.rows))
+
+    @property
+    def nested(self) -> bool:
+        """Whether nodes of the coarsest level have children."""
+        return len(self.bounds) > 2
+
+    @property
+    def everyone(self) -> int:
+        """All requests of a tile, as bits; a whole word is -1."""
+        return -1 if self.tile_batch in (32, 64) else (1 << self.tile_batch) - 1
 
     @property
     def bits(self) -> torch.dtype:
@@ -117,12 +132,8 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
     tile_batch = ceil_div(shape.batch, tiles)
     problems = shape.kv_heads * tiles
     nodes = shape.nodes
-    most = ceil_div(tuning.list_programs * shape.multiprocessors, problems)
-    if len(nodes) == 1:
-        parts: tuple[int, ...] = (ceil_div(nodes[0], tuning.children),)
-    else:
-        parts = tuple(ceil_div(n, tuning.share) for n in nodes[:-1])
-        parts = parts[:1] + tuple(min(n, most) for n in parts[1:])
+    most = max(1, tuning.walk_programs * shape.multiprocessors // problems)
+    parts = tuple(min(ceil_div(n, tuning.nodes), most) for n in nodes[1:] or nodes)
     scorers = ceil_div(tuning.score_programs * shape.multiprocessors, problems)
     splits = min(ceil_div(nodes[0], tuning.score_tile), scorers) if nodes else 0
     pinned_chunks = ceil_div(shape.pinned, tuning.chunk)
@@ -141,10 +152,11 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
         pinned_chunks=pinned_chunks,
         recent_chunks=recent_chunks,
         parts=parts,
+        bounds=tuple(itertools.accumulate(nodes, initial=0)),
         programs=programs,
         fixed_base=fixed_base,
         far_base=far_base,
-        slots=far_base + (problems * sum(parts) if shape.far else 0),
+        slots=far_base + (fixed_base if shape.calibrated else 0),
     )
 
 
@@ -153,22 +165,34 @@ class Workspace:
     """Scratch of one decode step; nothing in it outlives the step or needs clearing before.
 
     Attributes:
+        scores: `[Z, C, rows]`, selecting scores of the coarsest nodes.
+        parents_of: `[Z, C]` int32, the parent of every node of the second level.
         norm_highs, norm_masses: `[Z, splits, rows]` parts of the normaliser.
-        counters: `[Z, levels]` int32: kept runs of rows, then kept nodes of every level between.
+        counters: `[Z]` int64: kept runs of rows in the lower half, dropped nodes in the upper.
         read_counts: `[Z, tile_batch]` int32, rows that every request reads.
-        kept: lists `[Z, capacity]` int32: runs of rows, then nodes per level between.
-        kept_bits: the same, which requests; as small as possible when there is one request.
+        states: `[Z, C]` per level from the third on: which requests keep a node's parent.
+        runs, run_bits: `[Z, capacity]` int32 kept runs, and which requests keep them; as small as
+            possible when there is one request.
+        far_nodes, far_masses, far_bits: `[Z, nodes]` dropped nodes of all levels, log2 of their
+            sizes, and which requests drop them; as small as possible without a far field.
         sums, highs, masses: `[slots, rows, D]`, `[slots, rows]` unnormalised softmax sums: of kept
-            rows, of pinned and recent rows, of the far field.
+            rows and dropped nodes, of pinned and recent rows, of dropped nodes where they are kept
+            apart because the far field calibrates itself.
         estimate_highs, estimate_masses: `[Z, parts, rows]` estimated mass of the kept leaves.
     """
 
+    scores: Tensor
+    parents_of: Tensor
     norm_highs: Tensor
     norm_masses: Tensor
     counters: Tensor
     read_counts: Tensor
-    kept: tuple[Tensor, ...]
-    kept_bits: tuple[Tensor, ...]
+    states: tuple[Tensor, ...]
+    runs: Tensor
+    run_bits: Tensor
+    far_nodes: Tensor
+    far_masses: Tensor
+    far_bits: Tensor
     sums: Tensor
     highs: Tensor
     masses: Tensor
@@ -179,22 +203,27 @@ class Workspace:
     def allocate(shape: Shape, cut: Plan, device: torch.device) -> Workspace:
         """Take scratch from PyTorch's allocator, which a CUDA graph keeps for its replays."""
         z, rows, levels = cut.problems, cut.rows, len(shape.nodes)
+        shared, unused = cut.tile_batch > 1, (1, 1)
 
         def new(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(size, dtype=dtype, device=device)
 
         runs = ceil_div(shape.tokens - shape.pinned, RUN.value) + shape.nodes[-1] if levels else 1
-        capacities = (runs, *shape.nodes[1:-1])
-        masks = [(z, n) if cut.tile_batch > 1 else (1, 1) for n in capacities]
-        parts = cut.parts[-1] if levels else 1
-        known = (z, parts, rows) if shape.calibrated else (1, 1, 1)
+        far = (z, sum(shape.nodes)) if shape.far else unused
+        known = (z, cut.parts[-1], rows) if shape.calibrated else (1, 1, 1)
         return Workspace(
+            scores=new(z, shape.nodes[0] if levels else 1, rows),
+            parents_of=new(z, shape.nodes[1] if levels > 1 else 1, dtype=torch.int32),
             norm_highs=new(z, max(cut.splits, 1), rows),
             norm_masses=new(z, max(cut.splits, 1), rows),
-            counters=new(z, max(levels, 1), dtype=torch.int32),
+            counters=new(z, dtype=torch.int64),
             read_counts=new(z, cut.tile_batch, dtype=torch.int32),
-            kept=tuple(new(z, n, dtype=torch.int32) for n in capacities),
-            kept_bits=tuple(new(*size, dtype=cut.bits) for size in masks),
+            states=tuple(new(z, n, dtype=cut.bits) for n in shape.nodes[2:] or (1,)),
+            runs=new(z, runs, dtype=torch.int32),
+            run_bits=new(*((z, runs) if shared else unused), dtype=cut.bits),
+            far_nodes=new(*far, dtype=torch.int32),
+            far_masses=new(*far),
+            far_bits=new(*(far if shared else unused), dtype=cut.bits),
             sums=new(cut.slots, rows, shape.dim),
             highs=new(cut.slots, rows),
             masses=new(cut.slots, rows),
