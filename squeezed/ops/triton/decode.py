@@ -175,7 +175,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def chosen_tuning(shape: Shape) -> Tuning:
-    """Block sizes by shape, as measured best on an H200 (`benchmarks/h200/`)."""
+    """Block sizes by shape, as measured best on an H100 (`benchmarks/h200/decode-tried.json`)."""
     tuning = Tuning(overlap=shape.multiprocessors != INTERPRETED_MULTIPROCESSORS)
     parents = shape.kv_heads * shape.nodes[-2] if len(shape.nodes) > 1 else 0
     rows = rows_of(shape)
