@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from squeezed.allotment import FAR_FITTED_AT, SHARES, allot
 from squeezed.config import Preset, check_budget
 from squeezed.ops.reference.lookup import NEG_INF
 from squeezed.rule import SelectionRule
-from squeezed.thresholds import ObservedLayer, fit_thresholds
+from squeezed.thresholds import ObservedLayer, fit_head_thresholds, fit_thresholds
 from squeezed.tree import ClusteredLayer, Level
+from squeezed.trial import Trials, try_out
 
 ALPHA_QUERIES = 24  # observed queries per layer that fit alpha; more changed nothing measurable
 ALPHA_RANGE = (0.0, 4.0)
@@ -36,6 +38,7 @@ class Calibration:
             that select alone.
         per_block: the same for blocks of `preset.query_block` queries.
         alpha: per full-attention layer `[L, Hq]` float32, or `None` to first order.
+        far_alpha: `[Hq]` each, or `None`: the same for the mass of dropped nodes.
     """
 
     preset: Preset
@@ -43,6 +46,7 @@ class Calibration:
     per_token: tuple[Tensor, ...]
     per_block: tuple[Tensor, ...]
     alpha: tuple[Tensor | None, ...]
+    far_alpha: tuple[Tensor | None, ...]
 
     def rule(self, index: int, budget: float, block: bool) -> SelectionRule:
         """Rule of the `index`-th full-attention layer at `budget`, for a block or for one token."""
@@ -52,6 +56,7 @@ class Calibration:
             alpha=self.alpha[index],
             far_field=self.preset.far_field,
             query_block=self.preset.query_block if block else 1,
+            far_alpha=self.far_alpha[index],
         )
 
 
@@ -75,12 +80,41 @@ def interpolate(budgets: Sequence[float], grid: Tensor, budget: float) -> Tensor
 def calibrate(
     layers: Sequence[ObservedLayer], preset: Preset, budgets: tuple[float, ...]
 ) -> Calibration:
-    """Fit alpha of every query head, then the thresholds of every budget."""
+    """Fit alpha of every query head, thresholds for every budget, and the far field."""
     alpha = tuple(fit_alpha(seen) if preset.second_order else None for seen in layers)
     blocks = (1, preset.query_block)
-    fitted = fit_thresholds(layers, alpha, preset, budgets, blocks)
+    if preset.per_head and layers and layers[0].layer.levels:
+        trials = [
+            _try_shares(seen, weight, preset) for seen, weight in zip(layers, alpha, strict=True)
+        ]
+        far_alpha = tuple(trial.far_alpha for trial in trials)
+        shares = allot([trial.errors for trial in trials], budgets)
+        fitted = [
+            fit_head_thresholds(seen, weight, preset, own, blocks)
+            for seen, weight, own in zip(layers, alpha, shares, strict=True)
+        ]
+    else:
+        far_alpha = tuple(_far_alpha(preset, weight) for weight in alpha)
+        fitted = fit_thresholds(layers, alpha, preset, budgets, blocks)
     per_token, per_block = (tuple(grid[kind] for grid in fitted) for kind in range(2))
-    return Calibration(preset, budgets, per_token, per_block, alpha)
+    return Calibration(preset, budgets, per_token, per_block, alpha, far_alpha)
+
+
+def _try_shares(seen: ObservedLayer, alpha: Tensor | None, preset: Preset) -> Trials:
+    """How far the heads of a layer are from dense when all of them keep the same share."""
+    heads, device = seen.layer.keys.shape[0], seen.queries.device
+    shares = torch.tensor(SHARES, dtype=torch.float64, device=device)[:, None].expand(-1, heads)
+    thresholds = fit_head_thresholds(seen, alpha, preset, shares, (1,))[0].float()
+    far_alpha = _far_alpha(preset, alpha)
+    rules = [SelectionRule(t, alpha, preset.far_field, far_alpha=far_alpha) for t in thresholds]
+    return try_out(seen, rules, FAR_FITTED_AT)
+
+
+def _far_alpha(preset: Preset, alpha: Tensor | None) -> Tensor | None:
+    """That of the leaves, before any trial; zero where there is no tree."""
+    if preset.far_field != "second_order" or alpha is None:
+        return None
+    return alpha[-1] if len(alpha) else alpha.new_zeros(alpha.shape[1])
 
 
 def fit_alpha(seen: ObservedLayer) -> Tensor:

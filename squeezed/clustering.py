@@ -1,10 +1,10 @@
 """Keys -> a tree of clusters, laid out in order: spherical k-means, nested to any depth.
 
 Keys are compared by the cosine of the raw ones, as in the paper, or, given queries of a probe, in
-their space (`squeezed.metric`). Level 1 clusters all keys of a head; every finer level clusters the
-keys of each node of the level above. Keys and values are then sorted by leaf, so a node of any
-level is one contiguous run of rows (arXiv 2411.09688, section 3.1; the stored centroid is the mean
-of the raw, un-normalised keys).
+their space and with their values (`squeezed.metric`). Level 1 clusters all keys of a head; every
+finer level clusters the keys of each node of the level above. Keys and values are then sorted by
+leaf, so a node of any level is one contiguous run of rows (arXiv 2411.09688, section 3.1; the
+stored centroid is the mean of the raw, un-normalised keys).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from squeezed.config import ClusteringConfig
 from squeezed.kmeans import take_rows
-from squeezed.metric import query_space
-from squeezed.tree import ClusteredLayer
+from squeezed.metric import beside_values, query_space
+from squeezed.tree import ClusteredLayer, Level
 
 
 def cluster_layer(
@@ -28,23 +28,25 @@ def cluster_layer(
 
     Args:
         keys, values: `[Hkv, P, D]` in document order, keys after rotary embedding.
-        queries: `[Hq, W, D]`, those of a probe, in whose space keys are compared and the variances
-            of the nodes measured; `None` compares raw keys.
+        queries: `[Hq, W, D]`, those of a probe, in whose space keys are compared, with values
+            beside them, and the variances of the nodes measured; `None` compares raw keys.
 
     Returns:
         The layer with its rows sorted; without levels if fewer than two clusters would be left.
     """
-    heads, tokens, _ = keys.shape
+    heads, tokens, dim = keys.shape
     order, pinned = _pinned_first(tokens, config, keys.device)
     clustered = tokens - pinned
     counts = [max(1, round(share * clustered)) for share in config.levels]
     if counts[-1] < 2:
-        positions = torch.arange(tokens, device=keys.device, dtype=torch.int32).repeat(heads, 1)
-        return ClusteredLayer(keys.contiguous(), values.contiguous(), positions, tokens, ())
-    compared = keys[:, order[pinned:]].float()
+        positions = _narrow(torch.arange(tokens, device=keys.device).repeat(heads, 1))
+        flat = keys.new_zeros(heads, dim, dim)
+        return ClusteredLayer(keys.contiguous(), values.contiguous(), positions, tokens, (), flat)
+    compared = points = keys[:, order[pinned:]].float()
     if queries is not None:
         compared = query_space(compared, queries)
-    points = torch.nn.functional.normalize(compared, dim=-1)
+        points = beside_values(compared, values[:, order[pinned:]])
+    points = torch.nn.functional.normalize(points, dim=-1)
     rows, offsets, children = build_tree(points, counts, config)
     positions = torch.cat([order[:pinned].expand(heads, -1), order[pinned:][rows]], 1)
     sorted_keys, sorted_values = take_rows(keys, positions), take_rows(values, positions)
@@ -54,7 +56,48 @@ def cluster_layer(
         describe(sorted_keys, sorted_values, level_offsets + pinned, level_children, compared)
         for level_offsets, level_children in zip(offsets, children, strict=True)
     )
-    return ClusteredLayer(sorted_keys, sorted_values, positions.int(), pinned, levels)
+    slope = value_slope(sorted_keys[:, pinned:], sorted_values[:, pinned:], levels[-1])
+    return ClusteredLayer(
+        sorted_keys, sorted_values, _narrow(positions), pinned, levels, slope.to(keys.dtype)
+    )
+
+
+def value_slope(keys: Tensor, values: Tensor, leaves: Level) -> Tensor:
+    """Covariance of values and keys inside the leaves, over the keys' variance there.
+
+    A query tilts the weights inside a cluster towards the keys it likes: to first order their mean
+    value moves by the covariance times `s q`. One matrix per head, scaled by a node's variance,
+    stands for all of its nodes: the dipole of the far field. What chance alone would give is taken
+    off (positive-part shrinkage), so that few keys give no slope.
+
+    Args:
+        keys, values: `[Hkv, n, D]`, the clustered rows in the order of `leaves`.
+
+    Returns:
+        `[Hkv, D, D]` float32, value by key dimension.
+    """
+    sizes = leaves.sizes.float()[..., None]
+    (k, c), (v, m) = _centred(keys, leaves.centroids), _centred(values, leaves.mean_values)
+    inside = v.mT @ k - (sizes * m).mT @ c
+    k_energy, v_energy = (
+        rows.square().sum((1, 2)) - (sizes * means.square()).sum((1, 2))
+        for rows, means in ((k, c), (v, m))
+    )
+    by_chance = k_energy * v_energy / keys.shape[1]
+    shrink = (1 - by_chance / inside.square().sum((1, 2)).clamp(min=1e-30)).clamp(min=0)
+    variance = (sizes[..., 0] * leaves.variance).sum(-1).clamp(min=1e-20)
+    return inside * (shrink / variance)[:, None, None]
+
+
+def _centred(rows: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and means of nodes around the mean row, float32: sums of products stay precise."""
+    centre = rows.float().mean(1, keepdim=True)
+    return rows.float() - centre, means.float() - centre
+
+
+def _narrow(positions: Tensor) -> Tensor:
+    fits = positions.shape[1] <= torch.iinfo(torch.int16).max
+    return positions.to(torch.int16 if fits else torch.int32)
 
 
 def steps_on(device: torch.device) -> ModuleType:

@@ -7,17 +7,14 @@ from typing import Literal
 
 from squeezed.errors import SqueezedError
 
-FarField = Literal["none", "first_order", "self_calibrated"]
-FAR_FIELDS: tuple[FarField, ...] = ("none", "first_order", "self_calibrated")
+FarField = Literal["none", "first_order", "second_order"]
+FAR_FIELDS: tuple[FarField, ...] = ("none", "first_order", "second_order")
 
 DEFAULT_BUDGET = 0.1
 """Share of the context's clustered keys that a query reads exactly."""
 
 DEFAULT_NEW_TOKENS = 128
 """Longest answer, in tokens, unless asked otherwise."""
-
-SELF_CALIBRATION_CLAMP = 3.0
-"""Largest correction, in nats, that the keys just read may apply to the far field."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class ClusteringConfig:
 
     levels: tuple[float, ...] = (0.01, 0.05)
     iterations: int = 5  # ten are no better (benchmarks/ACCURACY.md)
-    query_space: bool = True  # compare keys as the probe's queries see them, not by cosine
+    query_space: bool = True  # compare keys as queries see them, beside their values (metric.py)
     pinned_first: int = 16  # tokens; attention sinks, always read exactly
     pinned_last: int = 100  # tokens; what a question follows, always read exactly
 
@@ -57,8 +54,9 @@ class Preset:
 
     Attributes:
         second_order: add the calibrated variance term to the score that selects.
-        far_field: what dropped clusters contribute: nothing, their first-order mass, or that mass
-            rescaled by the ratio of exact to estimated mass of the clusters that were read.
+        far_field: what dropped clusters contribute: nothing; their mean value with the mass of
+            their mean key; or, to second order, a mass that knows their keys' variance and a value
+            moved to where the query pulls.
         coarse_share: a level above one that keeps a share `b` of the keys keeps
             `min(1, coarse_share * sqrt(b))`; `None` prunes nothing, so that every leaf is scored.
         per_head: thresholds of their own for every KV head, which give it the part of the budget
@@ -78,6 +76,8 @@ class Preset:
     def __post_init__(self) -> None:
         if self.far_field not in FAR_FIELDS:
             raise SqueezedError(f"far_field: expected one of {FAR_FIELDS}, got {self.far_field!r}")
+        if self.far_field == "second_order" and not self.second_order:
+            raise SqueezedError("far_field: 'second_order' needs second_order=True")
         if self.coarse_share is not None and self.coarse_share < 1:
             raise SqueezedError(f"coarse_share: expected at least 1, got {self.coarse_share}")
         if self.single_tokens < 1:
@@ -87,7 +87,7 @@ class Preset:
 
 
 PAPER = Preset("paper", second_order=False, far_field="none", coarse_share=None)
-BEST = Preset("best", second_order=True, far_field="first_order", coarse_share=1.25, per_head=True)
+BEST = Preset("best", second_order=True, far_field="second_order", coarse_share=1.25, per_head=True)
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (PAPER, BEST)}
 
 

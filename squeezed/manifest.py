@@ -16,7 +16,7 @@ from squeezed.context import FixedContext
 from squeezed.errors import ContextFileError
 from squeezed.prompt import PromptTemplate
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "context.json"
 
 
@@ -38,6 +38,7 @@ def write_manifest(path: Path, context: FixedContext, files: dict[str, dict]) ->
                 "per_token": [numbers(grid) for grid in calibration.per_token],
                 "per_block": [numbers(grid) for grid in calibration.per_block],
                 "alpha": [None if a is None else numbers(a) for a in calibration.alpha],
+                "far_alpha": [None if a is None else numbers(a) for a in calibration.far_alpha],
             }
             for name, calibration in context.calibrations.items()
         },
@@ -104,10 +105,8 @@ def _calibration(saved: dict, device) -> Calibration:
         budgets=tuple(saved["budgets"]),
         per_token=_grids(saved["per_token"], device),
         per_block=_grids(saved["per_block"], device),
-        alpha=tuple(
-            None if a is None else torch.tensor(a, dtype=torch.float32, device=device)
-            for a in saved["alpha"]
-        ),
+        alpha=_weights(saved["alpha"], device),
+        far_alpha=_weights(saved["far_alpha"], device),
     )
 
 
@@ -119,6 +118,12 @@ def numbers(tensor: Tensor) -> list:
 def _grids(layers: list, device: torch.device | str) -> tuple[Tensor, ...]:
     grids = [_swapped(grid, None, float("-inf")) for grid in layers]
     return tuple(torch.tensor(grid, dtype=torch.float64, device=device) for grid in grids)
+
+
+def _weights(layers: list, device: torch.device | str) -> tuple[Tensor | None, ...]:
+    return tuple(
+        None if a is None else torch.tensor(a, dtype=torch.float32, device=device) for a in layers
+    )
 
 
 def _swapped(nested: list | float | None, old: float | None, new: float | None):

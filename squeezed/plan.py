@@ -176,8 +176,11 @@ def level_nodes(tokens: int, clustering: ClusteringConfig) -> list[int]:
 
 
 def _index_bytes_per_head(shape: ModelShape, tokens: int, nodes: list[int]) -> int:
-    """Positions of all rows; means, variance, offsets of all nodes; child links above leaves."""
-    held = tokens * POSITION_BYTES
+    """Positions of all rows; means, variance, offsets of all nodes; child links above leaves;
+    the slope of values."""
+    narrow = tokens <= torch.iinfo(torch.int16).max
+    held = tokens * (POSITION_BYTES // 2 if narrow else POSITION_BYTES)
+    held += shape.head_dim * shape.row_bytes
     for depth, count in enumerate(nodes):
         held += count * (2 * shape.row_bytes + VARIANCE_BYTES) + (count + 1) * OFFSET_BYTES
         held += (count + 1) * OFFSET_BYTES if depth < len(nodes) - 1 else 0
@@ -206,6 +209,8 @@ def _bytes_per_head(
     for count, kept in zip(nodes, shares, strict=True):
         read += count * alive * entry + count * max(0.0, alive - kept) * mean_bytes
         alive = kept
+    if nodes and preset.far_field == "second_order":
+        read += shape.head_dim * shape.row_bytes  # the slope of values
     return read
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from squeezed.config import FarField
+from squeezed.errors import SqueezedError
 from squeezed.tree import ClusteredLayer
 
 
@@ -23,6 +24,8 @@ class SelectionRule:
         alpha: `[L, Hq]` float32, weight of the second-order term per level and query head;
             `None` scores to first order.
         far_field: what dropped nodes contribute.
+        far_alpha: `[Hq]` float32, weight of the second-order term in their mass, at all levels
+            alike, where `far_field` is of second order.
         query_block: query tokens that select together; 1 selects per token.
     """
 
@@ -30,6 +33,19 @@ class SelectionRule:
     alpha: Tensor | None
     far_field: FarField
     query_block: int = 1
+    far_alpha: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.far_field == "second_order") != (self.far_alpha is not None):
+            raise SqueezedError(
+                f"far_alpha: expected a tensor exactly with far_field 'second_order', got "
+                f"{'none' if self.far_alpha is None else 'one'} with {self.far_field!r}"
+            )
+
+    def tensors(self) -> list[Tensor]:
+        """All that a kernel reads: a CUDA graph holds them in place."""
+        held = (self.log_thresholds, self.alpha, self.far_alpha)
+        return [tensor for tensor in held if tensor is not None]
 
     @classmethod
     def for_all_heads(
@@ -39,8 +55,10 @@ class SelectionRule:
         alpha: Tensor | None,
         far_field: FarField,
         query_block: int = 1,
+        far_alpha: Tensor | None = None,
     ) -> SelectionRule:
         """The rule of `layer` whose KV heads share one threshold per level."""
         column = torch.tensor(log_thresholds, dtype=torch.float32, device=layer.keys.device)
         heads = layer.keys.shape[0]
-        return cls(column[:, None].repeat(1, heads), alpha, far_field, query_block)
+        thresholds = column[:, None].repeat(1, heads)
+        return cls(thresholds, alpha, far_field, query_block, far_alpha)

@@ -142,6 +142,7 @@ def _layer_tensors(layer: Layer) -> dict[str, Tensor]:
         tensors["window_tokens"] = torch.tensor(layer.tokens)
     else:
         tensors |= {"positions": layer.positions, "pinned": torch.tensor(layer.pinned)}
+        tensors["value_slope"] = layer.value_slope
         for depth, level in enumerate(layer.levels):
             for name in LEVEL_FIELDS:
                 if getattr(level, name) is not None:
@@ -164,7 +165,9 @@ def _layer_of(tensors: dict[str, Tensor]) -> Layer:
         Level(*(tensors.get(f"level{i}.{name}") for name in LEVEL_FIELDS)) for i in range(depth)
     )
     return ClusteredLayer(
-        tensors["keys"], tensors["values"], tensors["positions"], int(tensors["pinned"]), levels
+        levels=levels,
+        pinned=int(tensors["pinned"]),
+        **{name: tensors[name] for name in ("keys", "values", "positions", "value_slope")},
     )
 
 

@@ -23,6 +23,7 @@ from squeezed.ops.reference.lookup import (
     log_normaliser,
     node_logits,
     owners,
+    second_order,
 )
 from squeezed.tree import ClusteredLayer
 
@@ -56,7 +57,7 @@ def fit_thresholds(
     budgets: tuple[float, ...],
     blocks: tuple[int, ...],
 ) -> list[Tensor]:
-    """Log thresholds of every layer, `[blocks, budgets, L, Hkv]` float64, on the layer's device.
+    """Log thresholds of every layer, the same for all heads: `[blocks, budgets, L, Hkv]` float64.
 
     Args:
         layers: those of one document, so all have the same number of levels.
@@ -71,29 +72,27 @@ def fit_thresholds(
             seen.queries.new_zeros(*grid, n, dtype=torch.float64)
             for seen, n in zip(layers, heads, strict=True)
         ]
-    if preset.per_head:
-        # The second order ranks clusters better within a head, but under one threshold it moves
-        # keys away from heads whose clusters vary little: layer 0 of a model lost two thirds of
-        # its keys, and its worst outputs went wrong. So first-order scores share the budget out.
-        spent = spent_shares(layers, budgets, blocks)
-        each = zip(layers, alpha, spent, strict=True)
-        return [_fit_one(seen, a, keep_shares(preset, own, depth), blocks) for seen, a, own in each]
     shares = keep_shares(preset, torch.tensor(budgets, dtype=torch.float64), depth)
     together = _fit_together(layers, alpha, shares, blocks)
     return [together.repeat(1, 1, 1, n) for n in heads]
 
 
-def _fit_one(
-    seen: ObservedLayer, alpha: Tensor | None, shares: Tensor, blocks: tuple[int, ...]
+def fit_head_thresholds(
+    seen: ObservedLayer,
+    alpha: Tensor | None,
+    preset: Preset,
+    shares: Tensor,
+    blocks: tuple[int, ...],
 ) -> Tensor:
-    """Log thresholds of one layer's heads, `[blocks, budgets, L, Hkv]`.
+    """Log thresholds of one layer's heads, `[blocks, budgets, L, Hkv]` float64.
 
     Args:
-        shares: of its keys that every head keeps, `[blocks, budgets, Hkv, L]`.
+        shares: of its keys that every head keeps, `[budgets, Hkv]` float64.
     """
+    wanted = keep_shares(preset, shares, len(seen.layer.levels))  # [budgets, Hkv, L]
     found: list[Tensor] = []
-    for counts in _histograms(seen, alpha, blocks, shares.shape[1], 0, found):
-        found.append(_upper_quantiles(counts, shares[..., len(found)]))
+    for counts in _histograms(seen, alpha, blocks, len(shares), 0, found):
+        found.append(_upper_quantiles(counts, wanted[..., len(found)]))
     return torch.stack(found, 2)
 
 
@@ -120,26 +119,6 @@ def _fit_together(
         found.append(_upper_quantiles(counts, shares[:, level, None]))
     everything = shares.new_full((len(blocks), budgets, 1), NEG_INF)
     return torch.stack([everything] * unpruned + found, 2)
-
-
-def spent_shares(
-    layers: Sequence[ObservedLayer], budgets: tuple[float, ...], blocks: tuple[int, ...]
-) -> list[Tensor]:
-    """Share of its keys that each KV head spends under one threshold: `[blocks, budgets, Hkv]`.
-
-    One tensor per layer. Scores are of first order, and nothing is pruned above the leaves.
-    """
-    shares = torch.tensor(budgets, dtype=torch.float64, device=layers[0].queries.device)
-    unpruned = len(layers[0].layer.levels) - 1
-    counts = [next(_histograms(seen, None, blocks, 1, unpruned, [])) for seen in layers]
-    together = sum(of_heads.sum(2, keepdim=True) for of_heads in counts)
-    place = BINS - 1 - bins_of(_upper_quantiles(together, shares[:, None]))  # [blocks, budgets, 1]
-    spent = []
-    for of_heads in counts:
-        above = of_heads[:, 0].flip(-1).cumsum(-1)  # [blocks, Hkv, BINS]
-        found = above.gather(-1, place.mT.expand(-1, above.shape[1], -1)) / above[..., -1:]
-        spent.append(found.mT)
-    return spent
 
 
 def bins_of(scores: Tensor) -> Tensor:
@@ -203,7 +182,8 @@ def _log_scores(seen: ObservedLayer, alpha: Tensor | None) -> Iterator[Tensor]:
     normaliser = None
     for depth, level in enumerate(seen.layer.levels):
         weight = None if alpha is None else alpha[depth]
-        _, selecting = node_logits(query, level, weight, seen.scale)
+        first = node_logits(query, level, seen.scale)
+        selecting = second_order(first, query, level, weight, seen.scale)
         if normaliser is None:
             normaliser = log_normaliser(selecting, level.sizes)
         yield selecting - normaliser
@@ -216,7 +196,7 @@ def _upper_quantiles(counts: Tensor, shares: Tensor) -> Tensor:
 
     Args:
         counts: as `_histograms` gives them, or their sum over heads.
-        shares: `[budgets, 1]` or `[blocks, budgets, Hkv]`.
+        shares: `[budgets, 1]` or `[budgets, Hkv]`.
 
     Returns:
         `[blocks, budgets, Hkv]`, or `[blocks, budgets, 1]` from a sum over heads.

@@ -39,6 +39,10 @@ class Level:
         """Keys in each node, `[Hkv, C]` int64."""
         return self.key_offsets.long().diff(dim=-1)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the level, by its name; the first dimension is the KV head."""
+        return _tensors(self)
+
     def to(self, device: torch.device | str) -> Level:
         return _moved(self, device)
 
@@ -50,9 +54,12 @@ class ClusteredLayer:
     Attributes:
         keys, values: `[Hkv, P, D]`. Rows `[0, pinned)` are the pinned tokens, in document order and
             read by every query; the rest lie in the order of the leaves.
-        positions: `[Hkv, P]` int32, the document position of every row.
+        positions: `[Hkv, P]`, the document position of every row; int16 where that holds them.
         pinned: number of pinned rows, the same for all heads.
         levels: coarse to fine; empty if the document is too short to cluster.
+        value_slope: `[Hkv, D, D]` in the dtype of the keys: how values move with their keys inside
+            a leaf, for a variance of 1 (`squeezed.clustering.value_slope`). A query `q` moves the
+            value of a node of variance `v` by `v * value_slope @ (s q)`.
     """
 
     keys: Tensor
@@ -60,6 +67,7 @@ class ClusteredLayer:
     positions: Tensor
     pinned: int
     levels: tuple[Level, ...]
+    value_slope: Tensor
 
     @property
     def tokens(self) -> int:

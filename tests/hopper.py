@@ -48,7 +48,9 @@ def main(dtype, dim, group, block, far_field):
     from squeezed.rule import SelectionRule
 
     dtype, versions = getattr(torch, dtype), []
-    rule = SelectionRule(torch.tensor([[-8.0] * 2, [-6.0] * 2]), None, far_field, int(block))
+    far_alpha = torch.ones(2 * group) if far_field == "second_order" else None
+    thresholds = torch.tensor([[-8.0] * 2, [-6.0] * 2])
+    rule = SelectionRule(thresholds, None, far_field, int(block), far_alpha)
     for rows, suffix, tokens in ((256, 256, 400), (131, 299, 411)):
         layer = random_layer(kv_heads=2, nodes=(7, 24), dim=dim, tokens=tokens, dtype=dtype)
         query = torch.randn(1, 2 * group, rows, dim, dtype=dtype)

@@ -10,7 +10,7 @@ from trees import level_of, random_layer
 from squeezed.calibration import calibrate, fit_alpha, interpolate
 from squeezed.config import BEST, PAPER
 from squeezed.ops.reference.lookup import lookup
-from squeezed.thresholds import ObservedLayer, fit_thresholds, keep_shares, spent_shares
+from squeezed.thresholds import ObservedLayer, fit_thresholds, keep_shares
 from squeezed.tree import ClusteredLayer
 
 BUDGETS = (0.05, 0.1, 0.3)
@@ -75,43 +75,27 @@ def test_one_threshold_lets_a_sharp_layer_read_less():
     assert shares[0] != pytest.approx(shares[1], rel=0.05)
 
 
-def test_a_head_of_best_gets_the_part_that_the_first_order_gives_it():
+def test_a_head_that_errs_more_gets_more_of_the_keys():
     seen = observed()
-    own, together = calibrate(seen, BEST, BUDGETS), calibrate(seen, PRUNED_TOGETHER, BUDGETS)
-    first = torch.stack(spent_shares(seen, BUDGETS, (1,)))[:, 0]  # [layers, budgets, Hkv]
-    second = [spent(seen[2:], together, budget, False) for budget in BUDGETS]
-    assert (torch.tensor(second) < 0.8 * first[2].mean(-1)).any()  # else this test shows nothing
-    for column, budget in enumerate(BUDGETS):
-        wanted = first[:, column]
-        assert float(wanted.mean()) == pytest.approx(budget, rel=0.05)
-        for index, layer in enumerate(seen):
-            rule = own.rule(index, budget, False)
-            found = lookup(layer.queries[None], layer.layer, rule, SCALE)
-            kept = shares_kept(found, layer)
-            assert kept.tolist() == pytest.approx(wanted[index].tolist(), rel=0.1)
+    calm = replace(seen[0], queries=seen[0].queries * 0)  # weighs all keys alike: means suffice
+    calibration = calibrate([calm, seen[2]], BEST, BUDGETS)
+    shares = []
+    for index, layer in enumerate([calm, seen[2]]):
+        rule = calibration.rule(index, 0.1, False)
+        shares.append(shares_kept(lookup(layer.queries[None], layer.layer, rule, SCALE), layer))
+    assert shares[0].max() < 0.5 * shares[1].min()
 
 
 def test_a_head_without_a_share_still_reads_what_beats_all_it_was_asked():
     seen = observed(layers=2)
     quiet = replace(seen[0], queries=seen[0].queries * 0)  # all its clusters score alike
     calibration = calibrate([quiet, seen[1]], BEST, BUDGETS)
-    assert float(spent_shares([quiet, seen[1]], BUDGETS, (1,))[0][0, 0, 0]) == 0
     rule = calibration.rule(0, BUDGETS[0], False)
     found = lookup(10 * seen[0].queries[None], quiet.layer, rule, SCALE)
     assert found.kept.any()
 
 
-def test_shares_of_layers_under_one_threshold_are_what_a_lookup_reads():
-    seen = observed()
-    calibration = calibrate(seen, PAPER, BUDGETS)
-    for index, (layer, shares) in enumerate(
-        zip(seen, spent_shares(seen, BUDGETS, (1,)), strict=True)
-    ):
-        found = lookup(layer.queries[None], layer.layer, calibration.rule(index, 0.1, False), SCALE)
-        assert shares_kept(found, layer).tolist() == pytest.approx(shares[0, 1].tolist(), rel=0.05)
-
-
-@pytest.mark.parametrize("preset", [PAPER, BEST, PRUNED_TOGETHER], ids=lambda preset: preset.name)
+@pytest.mark.parametrize("preset", [PAPER, PRUNED_TOGETHER], ids=lambda preset: preset.name)
 def test_thresholds_of_a_block_size_do_not_depend_on_the_others(preset):
     seen = observed()
     alpha = [fit_alpha(layer) for layer in seen]
@@ -159,7 +143,9 @@ def test_alpha_is_one_for_gaussian_clusters():
     keys = centres + 0.8 * torch.randn(1, 4000, 32, generator=generator)
     offsets = torch.arange(0, 4001, 500, dtype=torch.int32)[None]
     level = level_of(keys, keys, offsets, None)
-    layer = ClusteredLayer(keys, keys, torch.zeros(1, 4000, dtype=torch.int32), 0, (level,))
+    slope = keys.new_zeros(1, keys.shape[2], keys.shape[2])
+    positions = torch.zeros(1, 4000, dtype=torch.int32)
+    layer = ClusteredLayer(keys, keys, positions, 0, (level,), slope)
     queries = torch.randn(2, 100, 32, generator=generator)
     alpha = fit_alpha(ObservedLayer(layer, queries, SCALE))
     torch.testing.assert_close(alpha, torch.ones(1, 2), atol=0.15, rtol=0)

@@ -119,3 +119,46 @@ def test_overhead_is_within_eight_percent():
 def test_bad_settings_are_refused(bad):
     with pytest.raises(SqueezedError, match=next(iter(bad))):
         ClusteringConfig(**bad)
+
+
+def covariance_over_variance(layer, head):
+    """The slope by its definition, in float64, without shrinkage; and what chance would give."""
+    leaves, dim = layer.levels[-1], layer.keys.shape[2]
+    together, spread = torch.zeros(dim, dim, dtype=torch.float64), 0.0
+    energy = torch.zeros(2, dtype=torch.float64)
+    for node in range(leaves.nodes):
+        rows = slice(*leaves.key_offsets[head, node : node + 2].tolist())
+        if rows.stop > rows.start:
+            k, v = (x[head, rows].double() for x in (layer.keys, layer.values))
+            k, v = k - k.mean(0), v - v.mean(0)
+            together += v.T @ k
+            energy += torch.stack([k.square().sum(), v.square().sum()])
+            spread += float(leaves.variance[head, node]) * (rows.stop - rows.start)
+    return together / spread, float(energy.prod() / layer.clustered / together.square().sum())
+
+
+def test_value_slope_is_the_covariance_inside_leaves_over_their_variance():
+    keys, values, _ = blobs(tokens=3000)
+    values = 0.1 * values + keys @ torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+    layer = cluster_layer(keys, values, ClusteringConfig())
+    for head in range(2):
+        expected, chance = covariance_over_variance(layer, head)
+        assert chance < 0.1
+        found = layer.value_slope[head].double()
+        torch.testing.assert_close(found, expected * (1 - chance), atol=1e-3, rtol=1e-2)
+
+
+def test_values_that_do_not_follow_their_keys_have_no_slope():
+    keys, values, _ = blobs(tokens=700)
+    layer = cluster_layer(keys, values, ClusteringConfig())
+    expected, _ = covariance_over_variance(layer, 0)
+    assert layer.value_slope[0].norm() < 0.35 * expected.norm()
+
+
+def test_positions_are_narrow_where_they_fit():
+    keys, values, _ = blobs(tokens=300)
+    assert cluster_layer(keys, values, ClusteringConfig()).positions.dtype == torch.int16
+    keys, values = keys.repeat(1, 120, 1), values.repeat(1, 120, 1)  # 36,000 tokens
+    config = ClusteringConfig(levels=(0.001,), iterations=1)
+    layer = cluster_layer(keys[:1], values[:1], config)
+    assert layer.positions.dtype == torch.int32 and int(layer.positions.max()) == 35_999

@@ -4,7 +4,7 @@ import torch
 
 from squeezed.clustering import cluster_layer
 from squeezed.config import ClusteringConfig
-from squeezed.metric import PLAIN_SHARE, query_space
+from squeezed.metric import PLAIN_SHARE, VALUE_WEIGHT, beside_values, query_space
 
 
 def test_squared_distance_is_the_mean_square_of_what_queries_see():
@@ -74,3 +74,14 @@ def test_nodes_keep_raw_means_and_get_the_variance_that_queries_see():
                     atol=1e-4,
                     rtol=1e-3,
                 )
+
+
+def test_values_beside_keys_have_their_weight_whatever_their_scale():
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 2, 200, 8, generator=generator)
+    for scale in (1.0, 1e3):
+        joined = beside_values(keys, scale * values + 7.0)
+        assert joined[..., :8].equal(keys)
+        of_keys, of_values = (part.var(1, correction=0).sum(-1) for part in joined.split(8, dim=-1))
+        torch.testing.assert_close((of_values / of_keys).sqrt(), torch.full((2,), VALUE_WEIGHT))
+    assert beside_values(keys, 0 * values).isfinite().all()

@@ -33,7 +33,10 @@ def random_layer(
         for offsets, children in zip(key_offsets, child_offsets, strict=True)
     ]
     positions = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(kv_heads)])
-    return ClusteredLayer(keys, values, positions.int(), pinned, tuple(levels))
+    slope = 0.3 * torch.randn(kv_heads, keys.shape[2], keys.shape[2], generator=generator)
+    return ClusteredLayer(
+        keys, values, positions.int(), pinned, tuple(levels), slope.to(keys.dtype)
+    )
 
 
 def level_of(keys, values, key_offsets, child_offsets):
@@ -51,3 +54,10 @@ def level_of(keys, values, key_offsets, child_offsets):
     return Level(
         centroids.to(keys.dtype), mean_values.to(keys.dtype), variance, key_offsets, child_offsets
     )
+
+
+def far_alpha_for(layer, far_field, group=1):
+    """Weights `[Hq]` where the far field is of second order, else `None`."""
+    if far_field != "second_order":
+        return None
+    return torch.linspace(0.2, 0.9, layer.keys.shape[0] * group, device=layer.keys.device)

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from squeezed.config import FarField
-from squeezed.ops.reference.lookup import grouped, log_normaliser, lookup, node_logits
+from squeezed.ops.reference.lookup import (
+    grouped,
+    log_normaliser,
+    lookup,
+    node_logits,
+    second_order,
+)
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer, Level
 
@@ -67,7 +73,10 @@ def random_layer(sizes: Sizes, dtype: torch.dtype) -> ClusteredLayer:
         for rows, below in ((nodes, children.int()), (leaves, None))
     )
     positions = torch.arange(sizes.tokens, dtype=torch.int32).repeat(heads, 1)
-    return ClusteredLayer(keys.to(dtype), values.to(dtype), positions, sizes.pinned, levels)
+    slope = torch.randn(heads, dim, dim)
+    return ClusteredLayer(
+        keys.to(dtype), values.to(dtype), positions, sizes.pinned, levels, slope.to(dtype)
+    )
 
 
 def _level(keys: Tensor, values: Tensor, rows: Tensor, below: Tensor | None, dtype) -> Level:
@@ -93,7 +102,10 @@ def rule_for_budget(
     q = grouped(query, layer.keys.shape[0])
     alpha = torch.linspace(0.2, 1.0, len(layer.levels) * query.shape[1])
     alpha = alpha.view(len(layer.levels), -1)
-    logits = [node_logits(q, lv, a, scale)[1] for lv, a in zip(layer.levels, alpha, strict=True)]
+    logits = [
+        second_order(node_logits(q, lv, scale), q, lv, a, scale)
+        for lv, a in zip(layer.levels, alpha, strict=True)
+    ]
     normaliser = log_normaliser(logits[0], layer.levels[0].sizes)
     scores = [(found - normaliser)[:, :, :, 0].amax(2) for found in logits]  # [B, Hkv, C]
     shares = [max(COARSE_SHARE, budget)] * (len(scores) - 1) + [budget]
@@ -101,7 +113,8 @@ def rule_for_budget(
         _quantile(score, level.sizes.expand_as(score), share)
         for score, level, share in zip(scores, layer.levels, shares, strict=True)
     )
-    return SelectionRule.for_all_heads(thresholds, layer, alpha, far_field)
+    far_alpha = alpha[-1] if far_field == "second_order" else None
+    return SelectionRule.for_all_heads(thresholds, layer, alpha, far_field, far_alpha=far_alpha)
 
 
 def _quantile(scores: Tensor, sizes: Tensor, share: float) -> float:
@@ -125,5 +138,7 @@ def bytes_read(
     rows += 2 * int((kept * layer.levels[-1].sizes).sum()) + 2 * kept.shape[0] * layer.pinned
     if rule.far_field != "none":
         rows += int(dropped.sum())
+    if rule.far_field == "second_order":
+        rows += layer.value_slope.shape[:2].numel()
     row_bytes = layer.keys.shape[2] * layer.keys.element_size()
     return rows * row_bytes + 2 * suffix.numel() * suffix.element_size()

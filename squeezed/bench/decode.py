@@ -139,7 +139,7 @@ def run(
     contexts: list[int], heads: int = 32, kv_heads: int = 8, dim: int = 128,
     batches: tuple[int, ...] = (1,), budget: float = 0.1, agreement: float = 0.0,
     coarse_ratio: float = 3.0, shares: tuple[float, ...] = (0.01, 0.05),
-    far_fields: tuple[str, ...] = ("none", "first_order"), keys_kept: int | None = None,
+    far_fields: tuple[str, ...] = ("none", "second_order"), keys_kept: int | None = None,
     recent: int = 128, replays: int = 30, dense: bool = True,
 ) -> list[dict]:  # fmt: skip
     """Time every context length and batch; `keys_kept` per head overrides `budget`."""
@@ -215,7 +215,7 @@ def main(
     ),
     far_fields: Annotated[list[str], typer.Option(help="Far fields to time.")] = (
         "none",
-        "first_order",
+        "second_order",
     ),
     recent: Annotated[int, typer.Option(help="Recent tokens per request.")] = 128,
     replays: Annotated[int, typer.Option(help="Timed graph replays.")] = 30,

@@ -7,7 +7,7 @@ heads do; leaf sizes are random. The tree is laid out directly, no clustering ne
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ CENTRE, OFFSET, NOISE = 0.75, 0.55, 0.6
 """Standard deviation of every dimension of coarse centres, leaf offsets and keys around a leaf."""
 QUERY = 3.0
 """Norm of a query per square root of the dimension: scores spread by about 3 nats."""
+FAR_ALPHA = 0.5
+"""Weight of the second-order term in the far field."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ def synthetic_layer(sizes: Sizes, seed: int) -> ClusteredLayer:
                 target[depth][head] = found
     levels = zip(means, mean_values, variance, rows, children, strict=True)
     positions = torch.arange(sizes.tokens, dtype=torch.int32, device="cuda").expand(heads, -1)
-    return ClusteredLayer(keys, values, positions, sizes.pinned, tuple(Level(*lv) for lv in levels))
+    slope = torch.randn(heads, sizes.dim, sizes.dim, device="cuda").to(keys.dtype)
+    levels = tuple(Level(*parts) for parts in levels)
+    return ClusteredLayer(keys, values, positions, sizes.pinned, levels, slope)
 
 
 def _fill_head(keys: Tensor, values: Tensor, rows: list[Tensor]) -> None:
@@ -126,7 +130,15 @@ def rule_for_budget(
         return thresholds[-1]
 
     kept_nodes(query, layer, choose, scale)
-    return SelectionRule.for_all_heads(thresholds, layer, None, far_field)
+    plain = SelectionRule.for_all_heads(thresholds, layer, None, "none")
+    return with_far_field(plain, far_field, query)
+
+
+def with_far_field(rule: SelectionRule, far_field: FarField, query: Tensor) -> SelectionRule:
+    """The rule for `query [B, Hq, Q, D]` with another far field."""
+    far_alpha = torch.full((query.shape[1],), FAR_ALPHA, device=query.device)
+    second = far_field == "second_order"
+    return replace(rule, far_field=far_field, far_alpha=far_alpha if second else None)
 
 
 def kept_nodes(

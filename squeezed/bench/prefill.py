@@ -24,6 +24,7 @@ from squeezed.bench.common import (
     time_in_graph,
     write_record,
 )
+from squeezed.bench.layers import with_far_field
 from squeezed.bench.prefill_cases import Case, Inputs, rule_for
 from squeezed.errors import SqueezedError
 from squeezed.ops import reference
@@ -47,6 +48,7 @@ def oracle_error(inputs: Inputs, rule: SelectionRule) -> float:
         part = inputs.head(index)
         part = replace(part, query=part.query[:, :, -rows:])
         own = replace(rule, log_thresholds=rule.log_thresholds[:, index : index + 1])
+        own = with_far_field(own, rule.far_field, part.query)
         expected, _ = reference.attend(*part.arguments(own))
         ours = output[:, index * group : (index + 1) * group, -rows:].double()
         worst = max(worst, float((ours - expected).norm() / expected.double().norm()))
@@ -87,7 +89,7 @@ def measure(inputs: Inputs, case: Case, far_fields: tuple[str, ...], replays: in
     rule = rule_for(inputs, case)
     row = asdict(case) | {"methods": {}, "budget_read": inputs.share_read(rule)}
     for far_field in far_fields:
-        ruled = replace(rule, far_field=far_field)
+        ruled = with_far_field(rule, far_field, inputs.query)
         error = oracle_error(inputs, ruled)
         timing = time_in_graph([lambda ruled=ruled: attend(*inputs.arguments(ruled))], replays)
         row["methods"][f"squeezed, far field {far_field}"] = asdict(timing) | {"error": error}
@@ -154,7 +156,7 @@ def main(
     query_blocks: Annotated[list[int], typer.Option(help="Tokens that select together.")] = (128,),
     far_fields: Annotated[list[str], typer.Option(help="Far fields to time.")] = (
         "none",
-        "first_order",
+        "second_order",
     ),
     replays: Annotated[int, typer.Option(help="Timed graph replays.")] = 15,
     output: Annotated[Path, typer.Option(help="Where to write, without the suffix.")] = Path(

@@ -66,8 +66,9 @@ class Inputs:
             replace(lv, **{k: v[one] for k, v in vars(lv).items() if v is not None})
             for lv in self.layer.levels
         )
+        names = ("keys", "values", "positions", "value_slope")
         layer = replace(
-            self.layer, keys=self.layer.keys[one], values=self.layer.values[one], levels=levels
+            self.layer, levels=levels, **{name: getattr(self.layer, name)[one] for name in names}
         )
         query = self.query[:, index * group : (index + 1) * group]
         return Inputs(

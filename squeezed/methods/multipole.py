@@ -13,6 +13,7 @@ from squeezed.methods.traffic import tree_bytes
 from squeezed.ops.reference.lookup import (
     NEG_INF,
     Lookup,
+    far_means,
     grouped,
     log_sizes,
     node_logits,
@@ -26,10 +27,10 @@ class MultipoleLayer(MaskedLayer):
 
     def descend(self, queries: Queries) -> Lookup:
         """Open the best nodes of level `l` of `L`, as many as hold `budget ** (l / L)` of keys."""
-        alive, far_logits, far_values = None, [], []
+        alive, far_logits = None, []
         levels = self.layer.levels
         for depth, level in enumerate(levels):
-            first, _ = node_logits(queries.q, level, None, queries.scale)
+            first = node_logits(queries.q, level, queries.scale)
             scores = queries.shared(first - first.logsumexp(-1, keepdim=True))
             usable = (level.sizes > 0)[None, :, None].expand(scores.shape)
             alive = usable if alive is None else alive & usable
@@ -39,10 +40,10 @@ class MultipoleLayer(MaskedLayer):
             mass = first + log_sizes(level.sizes, first)
             closed = (alive & ~opened)[:, :, queries.blocks].unsqueeze(2)
             far_logits.append(mass.masked_fill(~closed, NEG_INF))
-            far_values.append(level.mean_values.to(queries.q.dtype))
             if level.child_offsets is not None:
                 alive = rows_of(opened, owners(level.child_offsets, levels[depth + 1].nodes))
-        return Lookup(opened, torch.cat(far_logits, -1), torch.cat(far_values, 1), mass[..., 0])
+        means = far_means(self.layer, queries.q.dtype)
+        return Lookup(opened, torch.cat(far_logits, -1), *means)
 
     def keep(self, queries: Queries) -> Tensor:
         owner = owners(self.layer.levels[-1].key_offsets, self.tokens)[:, self.layer.pinned :]

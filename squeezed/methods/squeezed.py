@@ -41,9 +41,7 @@ class SqueezedLayer:
         return self.layer.clustered * self.layer.keys.shape[0]
 
     def tensors(self) -> list[Tensor]:
-        rules = (self.token, self.block)
-        alphas = [rule.alpha for rule in rules if rule.alpha is not None]
-        return [*self.layer.tensors(), *(rule.log_thresholds for rule in rules), *alphas]
+        return [*self.layer.tensors(), *self.token.tensors(), *self.block.tensors()]
 
     def attend(
         self,
@@ -78,12 +76,16 @@ class SqueezedLayer:
     def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
         if not self.layer.levels:
             return 0.0
-        return tree_bytes(
+        read = tree_bytes(
             self.layer,
             lookup(query, self.layer, self.token, scale),
             variance=self.token.alpha is not None,
             far_field=self.token.far_field != "none",
         )
+        if self.token.far_field == "second_order":
+            slope = self.layer.value_slope
+            read += query.shape[0] * query.shape[2] * slope.numel() * slope.element_size()
+        return read
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from trees import random_layer
+from trees import far_alpha_for, random_layer
 
 from squeezed.errors import SqueezedError
 from squeezed.ops import cpu, reference
@@ -47,7 +48,8 @@ def rule_for(layer, query, far_field="none", block=1, shares=(0.5, 0.3), second_
     alpha = torch.linspace(0.2, 1.4, len(layer.levels) * heads).view(-1, heads)
     everything = (-math.inf,) * len(layer.levels)
     alpha = alpha if second_order else None
-    rule = SelectionRule.for_all_heads(everything, layer, alpha, far_field, block)
+    far_alpha = far_alpha_for(layer, far_field, heads // layer.keys.shape[0])
+    rule = SelectionRule.for_all_heads(everything, layer, alpha, far_field, block, far_alpha)
     for depth, share in enumerate(shares[-len(layer.levels) :]):
         if share == 1:
             continue
@@ -63,8 +65,12 @@ def _scores(layer, query, rule, depth):
     """Block scores of every head's filled nodes of one level, ascending."""
     q = lookup.grouped(query.double(), layer.keys.shape[0])
     alphas = [None] * len(layer.levels) if rule.alpha is None else rule.alpha
-    _, coarse = lookup.node_logits(q, layer.levels[0], alphas[0], SCALE)
-    _, logits = lookup.node_logits(q, layer.levels[depth], alphas[depth], SCALE)
+    coarse, logits = (
+        lookup.second_order(
+            lookup.node_logits(q, layer.levels[d], SCALE), q, layer.levels[d], alphas[d], SCALE
+        )
+        for d in (0, depth)
+    )
     normaliser = lookup.log_normaliser(coarse, layer.levels[0].sizes)
     scores = lookup.block_scores(logits - normaliser, rule.query_block, None)
     each = (head.flatten() for head in scores.unbind(1))
@@ -84,7 +90,7 @@ def assert_close(got, query, layer, rule, keys, values, mask=None, floor=2e-7):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("far_field", ["none", "first_order", "self_calibrated"])
+@pytest.mark.parametrize("far_field", ["none", "first_order", "second_order"])
 @pytest.mark.parametrize(("rows", "block", "group"), [(1, 1, 4), (5, 2, 7), (70, 32, 2), (3, 1, 1)])
 def test_cpu_matches_reference(dtype, far_field, rows, block, group):
     layer = random_layer(dtype=dtype, tokens=400, nodes=(8, 40))
@@ -109,7 +115,7 @@ def test_cpu_matches_reference_at_any_depth(nodes):
 def test_cpu_takes_any_head_dimension(dim):
     layer = random_layer(dim=dim)
     query, keys, values = request(layer, group=3)
-    rule = rule_for(layer, query, "self_calibrated")
+    rule = rule_for(layer, query, "second_order")
     assert_close(
         cpu.attend(query, layer, rule, keys, values, None, SCALE), query, layer, rule, keys, values
     )
@@ -154,7 +160,7 @@ def test_cpu_small_budget_differs_from_dense():
 def test_cpu_neighbours_in_a_batch_do_not_matter(rows):
     layer = random_layer()
     query, keys, values = request(layer, batch=3, rows=rows, suffix=rows)
-    rule = rule_for(layer, query, "self_calibrated", block=32)
+    rule = rule_for(layer, query, "second_order", block=32)
     together, read = cpu.attend(query, layer, rule, keys, values, None, SCALE)
     for b in range(3):
         own = slice(b, b + 1)
@@ -198,7 +204,7 @@ def test_cpu_rows_that_attend_to_nothing_are_zero():
 @pytest.mark.parametrize("suffix", [0, 40])
 def test_cpu_reads_all_rows_of_a_layer_without_levels(rows, suffix):
     layer = random_layer(tokens=700)
-    layer = type(layer)(layer.keys, layer.values, layer.positions, layer.pinned, ())
+    layer = replace(layer, levels=())
     query, keys, values = request(layer, rows=rows, suffix=suffix)
     rule = SelectionRule.for_all_heads((), layer, None, "first_order")
     assert_close(
@@ -228,7 +234,7 @@ def test_cpu_survives_extreme_logits(offset, spread, rows):
     query, suffix_keys, suffix_values = request(layer, rows=rows, suffix=rows, spread=spread)
     query[..., 0] = 1.0
     suffix_keys[..., 0] = offset / SCALE
-    rule = rule_for(layer, query, "self_calibrated", block=16, second_order=False)
+    rule = rule_for(layer, query, "second_order", block=16, second_order=False)
     output, read = cpu.attend(query, layer, rule, suffix_keys, suffix_values, None, SCALE)
     assert output.isfinite().all()
     rounding = 1e4 * torch.finfo(torch.float32).eps  # of one logit, in nats

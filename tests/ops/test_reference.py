@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from trees import random_layer
+from trees import far_alpha_for, random_layer
 
+from squeezed.errors import SqueezedError
 from squeezed.ops.reference import attend
 from squeezed.ops.reference.lookup import lookup
 from squeezed.rule import SelectionRule
@@ -38,12 +39,13 @@ def dense(query, layer, keys, values, mask=None):
     return scaled_dot_product_attention(query, *full, mask, scale=SCALE)
 
 
-@pytest.mark.parametrize("far_field", ["none", "first_order", "self_calibrated"])
+@pytest.mark.parametrize("far_field", ["none", "first_order", "second_order"])
 @pytest.mark.parametrize("nodes", [(24,), (6, 24), (3, 9, 40)])
 def test_attend_with_everything_kept_equals_dense(nodes, far_field):
     layer = random_layer(nodes=nodes)
     query, keys, values = inputs()
-    rule = SelectionRule.for_all_heads((-INF,) * len(nodes), layer, None, far_field, 2)
+    far_alpha = far_alpha_for(layer, far_field, query.shape[1] // 2)
+    rule = SelectionRule.for_all_heads((-INF,) * len(nodes), layer, None, far_field, 2, far_alpha)
     output, keys_read = attend(query, layer, rule, keys, values, None, SCALE)
     torch.testing.assert_close(output, dense(query, layer, keys, values), atol=1e-5, rtol=1e-5)
     assert keys_read.tolist() == [layer.clustered * 2 * 5] * 2
@@ -164,9 +166,12 @@ def test_huge_logits_do_not_overflow(magnitude):
     layer = random_layer(keys=keys)
     query = direction.expand(1, 2, 1, 32) / SCALE
     own = torch.zeros(1, 1, 1, 32)
-    for far_field in ("none", "first_order", "self_calibrated"):
+    for far_field in ("none", "first_order", "second_order"):
         for threshold in (-INF, -5.0, INF):
-            rule = SelectionRule.for_all_heads((threshold,) * 2, layer, torch.ones(2, 2), far_field)
+            rule = SelectionRule.for_all_heads(
+                (threshold,) * 2, layer, torch.ones(2, 2), far_field, 1,
+                far_alpha_for(layer, far_field, 2),
+            )  # fmt: skip
             output, _ = attend(query, layer, rule, own, own, None, SCALE)
             assert output.isfinite().all()
 
@@ -178,3 +183,37 @@ def test_layer_without_clusters_is_dense():
     output, keys_read = attend(query, layer, rule, keys, values, None, SCALE)
     torch.testing.assert_close(output, dense(query, layer, keys, values), atol=1e-5, rtol=1e-5)
     assert keys_read.tolist() == [0, 0]
+
+
+def test_second_order_far_field_is_that_of_the_formula():
+    layer = random_layer(kv_heads=1, nodes=(12,))
+    query, keys, values = (x.double() for x in inputs(batch=1, heads=2, kv_heads=1, rows=1))
+    far_alpha, level = torch.tensor([0.5, 1.5]), layer.levels[0]
+    rule = SelectionRule.for_all_heads((INF,), layer, None, "second_order", 1, far_alpha)
+    output, _ = attend(query, layer, rule, keys, values, None, SCALE)
+    for head in range(2):
+        q = query[0, head, 0]
+        exact = [
+            *zip(layer.keys[0, : layer.pinned].double(), layer.values[0].double(), strict=False),
+            *zip(keys[0, 0], values[0, 0], strict=True),
+        ]
+        total, mass = torch.zeros(32, dtype=torch.float64), 0.0
+        for key, value in exact:
+            weight = math.exp(SCALE * float(q @ key))
+            total, mass = total + weight * value, mass + weight
+        for i, size in enumerate(level.sizes[0].tolist()):
+            variance = float(level.variance[0, i])
+            energy = float(far_alpha[head]) * (SCALE * float(q.norm())) ** 2 / 2
+            logit = SCALE * float(q @ level.centroids[0, i].double()) + energy * variance
+            moved = variance * SCALE * (layer.value_slope[0].double() @ q)
+            weight = size * math.exp(logit)
+            total = total + weight * (level.mean_values[0, i].double() + moved)
+            mass += weight
+        torch.testing.assert_close(output[0, head, 0], total / mass)
+
+
+def test_a_rule_has_a_weight_for_the_far_field_exactly_where_it_is_of_second_order():
+    layer = random_layer()
+    for far_field, far_alpha in (("second_order", None), ("first_order", torch.ones(6))):
+        with pytest.raises(SqueezedError, match="far_alpha"):
+            SelectionRule.for_all_heads((0.0, 0.0), layer, None, far_field, 1, far_alpha)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import interpreter  # before any kernel
 import pytest
 import torch
-from trees import random_layer
+from trees import far_alpha_for, random_layer
 
 from squeezed.errors import SqueezedError
 from squeezed.ops import reference
@@ -59,8 +59,9 @@ def rule_of(layer, group=1, threshold=None, far_field="none", second_order=False
     if threshold is not None:
         thresholds = (threshold,) * levels
     rule = SelectionRule.for_all_heads(
-        thresholds, layer, alpha if second_order else None, far_field
-    )
+        thresholds, layer, alpha if second_order else None, far_field, 1,
+        far_alpha_for(layer, far_field, group),
+    )  # fmt: skip
     own = 0.1 * torch.arange(layer.keys.shape[0], device=layer.keys.device)
     shifted = (rule.log_thresholds + own).to(interpreter.DEVICE)
     return replace(rule, log_thresholds=shifted)
@@ -105,7 +106,7 @@ def _tensors(field):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("far_field", ["none", "first_order", "self_calibrated"])
+@pytest.mark.parametrize("far_field", ["none", "first_order", "second_order"])
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_decode_equals_reference_at_any_depth_and_far_field(levels, far_field, path):
     nodes = (20, 80, 400)[-levels:] if ON_GPU else (4, 10, 24)[-levels:]
@@ -135,7 +136,7 @@ def test_requests_that_share_a_context_equal_reference(batch, group):
     query, keys, values = inputs(layer, batch, group)
     mask = torch.rand(batch, 1, 1, keys.shape[2], device=query.device) > 0.4
     mask[0] = False  # a request of padding
-    for far_field, tuning in zip(("none", "self_calibrated"), PATHS.values(), strict=True):
+    for far_field, tuning in zip(("none", "second_order"), PATHS.values(), strict=True):
         rule = rule_of(layer, group, far_field=far_field)
         assert_equals_reference(query, layer, rule, keys, values, mask, tuning=tuning)
 
@@ -204,7 +205,7 @@ def test_everything_kept_equals_dense():
     assert read.tolist() == [layer.clustered * layer.keys.shape[0]]
 
 
-@pytest.mark.parametrize("far_field", ["none", "first_order", "self_calibrated"])
+@pytest.mark.parametrize("far_field", ["none", "first_order", "second_order"])
 def test_nothing_selected_equals_reference_and_not_dense(far_field):
     layer = layer_of()
     query, keys, values = inputs(layer)
@@ -237,7 +238,7 @@ def test_huge_logits_equal_reference(shift):
     query, recent_keys, recent_values = inputs(layer)
     query[..., 0] = 40
     recent_keys[..., 0] = shift / 40
-    rule = rule_of(layer, far_field="self_calibrated")
+    rule = rule_of(layer, far_field="second_order")
     assert_equals_reference(query, layer, rule, recent_keys, recent_values, scale=1.0)
 
 
@@ -321,7 +322,8 @@ def test_offsets_beyond_31_bits_equal_reference():
     ends = torch.tensor([[16, tokens - 4000, tokens - 1000, tokens]], dtype=torch.int32)
     centroids = torch.stack([keys[:, a:b].float().mean(1) for a, b in ends[0].unfold(0, 2, 1)], 1)
     level = Level(centroids.bfloat16(), centroids.bfloat16(), torch.zeros(1, 3), ends).to("cuda")
-    layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,))
+    slope = keys.new_zeros(1, keys.shape[2], keys.shape[2])
+    layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,), slope)
     query, recent, values = inputs(layer_of(kv_heads=1, dim=128, dtype=torch.bfloat16))
     query[0, 0, 0] = 2000 * centroids[0, 2]  # only the last cluster, far beyond 2^31 elements
     rule = SelectionRule.for_all_heads((-8.0,), layer, None, "none")
@@ -391,8 +393,9 @@ def test_operator_promises_the_shapes_it_returns():
     query, keys, values = inputs(layer)
     tensors = [[getattr(level, name) for level in layer.levels] for name in LEVEL_TENSORS]
     arguments = (
-        query, layer.keys, layer.values, layer.positions, *tensors[:4], tensors[4][:-1],
-        keys, values, None, None, rule_of(layer).log_thresholds, "none", layer.pinned, 0.1,
+        query, layer.keys, layer.values, layer.positions, layer.value_slope, *tensors[:4],
+        tensors[4][:-1], keys, values, None, None, None, rule_of(layer).log_thresholds, "none",
+        layer.pinned, 0.1,
     )  # fmt: skip
     torch.library.opcheck(
         operator.decode_step, arguments, test_utils=("test_schema", "test_faketensor")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import interpreter
 import pytest
 import torch
-from trees import random_layer
+from trees import far_alpha_for, random_layer
 
 from squeezed.ops.reference import attend as reference
 from squeezed.ops.triton import prefill
@@ -16,7 +16,7 @@ from squeezed.rule import SelectionRule
 DEVICE = interpreter.DEVICE
 LARGE = DEVICE == "cuda"
 KV_HEADS = 2
-FAR_FIELDS = ("none", "first_order", "self_calibrated")
+FAR_FIELDS = ("none", "first_order", "second_order")
 NEG_INF = float("-inf")
 
 
@@ -43,7 +43,9 @@ def rule_of(thresholds, far_field="none", block=8, heads=None):
     alpha = None if heads is None else torch.rand(len(thresholds), heads, generator=generator)
     column = torch.tensor(thresholds, device=DEVICE)[:, None]
     alpha = None if alpha is None else alpha.to(DEVICE)
-    return SelectionRule(column.repeat(1, KV_HEADS), alpha, far_field, block)
+    own = torch.linspace(0.2, 0.9, heads or KV_HEADS, device=DEVICE)
+    far_alpha = own if far_field == "second_order" else None
+    return SelectionRule(column.repeat(1, KV_HEADS), alpha, far_field, block, far_alpha)
 
 
 def mask_of(rows, suffix, padded):
@@ -79,6 +81,8 @@ def threshold_keeping(layer, query, share, block):
 def check(layer, rule, query, keys, values, mask=None, scale=None):
     """Output within twice the reference's own error, equal counts; returns both."""
     scale = scale or query.shape[-1] ** -0.5
+    group = query.shape[1] // layer.keys.shape[0]
+    rule = replace(rule, far_alpha=far_alpha_for(layer, rule.far_field, group))
     exact, _ = reference(query.double(), layer, rule, keys.double(), values.double(), mask, scale)
     rounded, expected = reference(query, layer, rule, keys, values, mask, scale)
     output, keys_read = attend(query, layer, rule, keys, values, mask, scale)

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from squeezed.config import SELF_CALIBRATION_CLAMP
 from squeezed.ops.cpu import exact, tasks
 from squeezed.ops.cpu.arrays import Suffix, flat
 from squeezed.ops.cpu.rows import QueryRows
@@ -41,10 +40,9 @@ def attend_units(
         found.key_offsets, suffix.keys, suffix.values, suffix.strides, rows.batch.numpy(),
         rows.mask.numpy(), top, mass, acc,
     )  # fmt: skip
-    clamp = SELF_CALIBRATION_CLAMP if rule.far_field == "self_calibrated" else 0.0
+    if rule.far_field == "second_order" and layer.levels:
+        moved = torch.bmm(torch.from_numpy(q), layer.value_slope.float().mT).numpy()
+        found.acc += found.spread[..., None] * moved
     output = np.empty(q.shape, np.float32)
-    tasks.combine(
-        pieces, bounds, found.estimate, clamp, top, mass, acc, found.top, found.mass, found.acc,
-        output,
-    )  # fmt: skip
+    tasks.combine(pieces, bounds, top, mass, acc, found.top, found.mass, found.acc, output)
     return torch.from_numpy(output).view_as(rows.queries), torch.from_numpy(found.keys_read.sum(0))

@@ -91,21 +91,29 @@ def _select(logits, energy, normaliser, variance, valid, threshold, state):
 
 
 @njit(cache=True)
-def _add_far(values, base, state, key_offsets, logits, top, mass, acc):
-    """Every dropped node as one key of mass `size * exp(logit)` and the node's mean value."""
+def _add_far(values, base, state, key_offsets, logits, energy, variance, top, mass, spread, acc):
+    """Every dropped node as one key of mass `size * exp(logit + energy * variance)` and the node's
+    mean value; `spread` sums its variance with the same weights."""
     rows, dim = acc.shape
     offsets, tile = np.empty(TILE, np.int64), np.empty((rows, TILE), np.float32)
+    own_variance = np.zeros(TILE, np.float32)
     count, last = 0, state.shape[0] - 1
     for node in range(last + 1):
         if state[node] == DROPPED:
             log_size = np.float32(math.log(key_offsets[node + 1] - key_offsets[node]))
             offsets[count] = base + node * dim
+            own_variance[count] = variance[node]
             prefetch_row(values, offsets[count], dim)
             for r in range(rows):
-                tile[r, count] = logits[r, node] + log_size
+                tile[r, count] = logits[r, node] + energy[r] * variance[node] + log_size
             count += 1
         if count == TILE or (node == last and count):
+            before = top.copy()
             absorb(tile, count, values, offsets, top, mass, acc)
+            for r in range(rows):
+                spread[r] *= exp_nonpositive(before[r] - top[r]) if top[r] > before[r] else 1
+                for t in range(count):
+                    spread[r] += tile[r, t] * own_variance[t]
             count = 0
 
 
@@ -125,10 +133,7 @@ def _bury_empty(state, key_offsets):
 
 
 @njit(cache=True)
-def _sum_up(logits, variance, key_offsets, state, estimate):
-    """First-order log mass of the kept leaves, `estimate [R]`; returns the keys they hold."""
-    for r in range(estimate.shape[0]):
-        estimate[r] = _log_mass(logits[r], np.float32(0.0), variance, key_offsets, state, KEPT)
+def _kept_keys(key_offsets, state):
     keys = 0
     for node in range(state.shape[0]):
         if state[node] == KEPT:
@@ -138,9 +143,9 @@ def _sum_up(logits, variance, key_offsets, state, estimate):
 
 @njit(cache=True)
 def _visit_unit(
-    h, u, q, centroids, mean_values, variance, key_offsets, child_offsets, energy, valid,
-    threshold, is_first, to_score, with_far, normaliser, state, below, logits, keys_read,
-    estimate, top, mass, acc,
+    h, u, q, centroids, mean_values, variance, key_offsets, child_offsets, energy, far_energy,
+    valid, threshold, is_first, to_score, with_far, normaliser, state, below, logits, keys_read,
+    top, mass, spread, acc,
 ):  # fmt: skip
     base = h * state.shape[0] * q.shape[1]
     _bury_empty(state, key_offsets)
@@ -151,27 +156,30 @@ def _visit_unit(
             normaliser[r] = _log_mass(logits[r], energy[r], variance, key_offsets, state, DROPPED)
     _select(logits, energy, normaliser, variance, valid, threshold, state)
     if with_far:
-        _add_far(mean_values, base, state, key_offsets, logits, top, mass, acc)
+        _add_far(
+            mean_values, base, state, key_offsets, logits, far_energy, variance, top, mass, spread,
+            acc,
+        )  # fmt: skip
     if below.shape[0]:
         _open_children(state, child_offsets, below)
     else:
-        keys_read[h, u] = _sum_up(logits, variance, key_offsets, state, estimate)
+        keys_read[h, u] = _kept_keys(key_offsets, state)
 
 
 @njit(cache=True, parallel=True)
 def descend(
-    q, centroids, mean_values, variance, key_offsets, child_offsets, energy, valid, threshold,
-    is_first, to_score, with_far, normaliser, state, below, logits, keys_read, estimate,
-    top, mass, acc,
+    q, centroids, mean_values, variance, key_offsets, child_offsets, energy, far_energy, valid,
+    threshold, is_first, to_score, with_far, normaliser, state, below, logits, keys_read,
+    top, mass, spread, acc,
 ):  # fmt: skip
     """One level for every head and unit.
 
     Reads `q [H, W, D]`, the level (centroids and mean values flat), `energy [H, W]`, the weight of
-    the variance, `valid [U, block]`: padding moves no mean, and the log `threshold [H]`. Writes
-    `normaliser [H, W]` at the first level, `logits [H, W, C]` if `to_score` (else they are given),
-    `state`, and `below`, the states of the next level, which has no nodes at the leaves; there
-    `keys_read [H, U]` and `estimate [H, W]` are written. The far field is added to the softmax sums
-    `top, mass [H, W]`, `acc [H, W, D]`.
+    the variance in scores, and `far_energy [H, W]`, that in the far field, `valid [U, block]`:
+    padding moves no mean, and the log `threshold [H]`. Writes `normaliser [H, W]` at the first
+    level, `logits [H, W, C]` if `to_score` (else they are given), `state`, and `below`, the states
+    of the next level, which has no nodes at the leaves; there `keys_read [H, U]` is written. The
+    far field is added to the softmax sums `top, mass, spread [H, W]`, `acc [H, W, D]`.
     """
     units = state.shape[1]
     rows = q.shape[1] // units
@@ -180,7 +188,7 @@ def descend(
         own = slice(u * rows, (u + 1) * rows)
         _visit_unit(
             h, u, q[h, own], centroids, mean_values, variance[h], key_offsets[h],
-            child_offsets[h], energy[h, own], valid[u], threshold[h], is_first, to_score, with_far,
-            normaliser[h, own], state[h, u], below[h, u], logits[h, own], keys_read,
-            estimate[h, own], top[h, own], mass[h, own], acc[h, own],
+            child_offsets[h], energy[h, own], far_energy[h, own], valid[u], threshold[h], is_first,
+            to_score, with_far, normaliser[h, own], state[h, u], below[h, u], logits[h, own],
+            keys_read, top[h, own], mass[h, own], spread[h, own], acc[h, own],
         )  # fmt: skip

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squeezed.config import SELF_CALIBRATION_CLAMP
 from squeezed.ops.cpu.arrays import Suffix
 from squeezed.ops.cpu.lookup import DROPPED, KEPT
 from squeezed.ops.cpu.rows import QueryRows
-from squeezed.ops.cpu.walk import Walk, walk
+from squeezed.ops.cpu.walk import Walk, energies, walk
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
@@ -29,7 +28,8 @@ Part = tuple[Tensor, Tensor]
 class Gathered:
     """What one unit of one head reads: keys and values `[n, D]` float32, kept and pinned apart.
 
-    `far_logits [R, F]` and `far_values [F, D]` stand for the dropped nodes of all levels.
+    `far_logits [R, F]`, `far_values [F, D]` and `far_variance [F]` are of the dropped nodes of all
+    levels; `slope [D, D]` moves their values, if the far field is of second order.
     """
 
     kept: Part
@@ -37,6 +37,8 @@ class Gathered:
     suffix: Part
     far_logits: Tensor
     far_values: Tensor
+    far_variance: Tensor
+    slope: Tensor | None
 
 
 def attend_units(
@@ -44,47 +46,51 @@ def attend_units(
 ) -> tuple[Tensor, Tensor]:
     """Output `[H, U, R, D]` float32, and the clustered keys that every unit reads, `[U]` int64."""
     found = walk(rows, layer, rule, in_kernel=False)
-    estimate = torch.from_numpy(found.estimate).view(rows.queries.shape[:3])
-    calibrated = rule.far_field == "self_calibrated" and bool(layer.levels)
     output = torch.empty_like(rows.queries)
     for head in range(output.shape[0]):
         for unit in range(rows.units):
-            read = gather(head, unit, rows, layer, found, suffix, rule.far_field != "none")
+            read = gather(head, unit, rows, layer, found, suffix, rule)
             mask = rows.mask[unit].repeat(rows.rows // rows.mask.shape[1], 1)
             for own in _turns(rows.rows, read):
                 output[head, unit, own] = _attend(
-                    rows.queries[head, unit, own], read, mask[own], read.far_logits[own],
-                    estimate[head, unit, own] if calibrated else None,
-                )  # fmt: skip
+                    rows.queries[head, unit, own], read, mask[own], read.far_logits[own]
+                )
     return output, torch.from_numpy(found.keys_read.sum(0))
 
 
 def gather(
     head: int, unit: int, rows: QueryRows, layer: ClusteredLayer, found: Walk, suffix: Suffix,
-    with_far: bool,
+    rule: SelectionRule,
 ) -> Gathered:  # fmt: skip
     """Copy what the unit reads, widened to float32."""
     keys, values = layer.keys[head], layer.values[head]
     pinned = layer.pinned if layer.levels else layer.tokens
     batch, dim = int(rows.batch[unit]), keys.shape[1]
     kept = torch.empty(0, dtype=torch.int64)
-    far: list[Part] = [(torch.empty(rows.rows, 0), torch.empty(0, dim))]
+    far = [(torch.empty(rows.rows, 0), torch.empty(0, dim), torch.empty(0))]
     if layer.levels:
         leaves = torch.from_numpy(found.state[head, unit]) == KEPT
         owned = leaves.repeat_interleave(layer.levels[-1].key_offsets[head].diff())
         kept = owned.nonzero()[:, 0] + pinned
-    for level, state, logits in found.visited if with_far else ():
+    energy = torch.from_numpy(energies(rows, rule.far_alpha))
+    for level, state, logits in found.visited if rule.far_field != "none" else ():
         nodes = (torch.from_numpy(state[head, unit]) == DROPPED).nonzero()[:, 0]
         own = slice(unit * rows.rows, (unit + 1) * rows.rows)
         sizes = level.key_offsets[head].diff()[nodes]
+        variance = level.variance[head, nodes]
         mass = torch.from_numpy(logits[head, own])[:, nodes] + sizes.log()
-        far.append((mass, level.mean_values[head, nodes].float()))
+        mass += energy[head, own, None] * variance
+        far.append((mass, level.mean_values[head, nodes].float(), variance))
+    far_logits, far_values, far_variance = zip(*far, strict=True)
+    dipole = rule.far_field == "second_order"
     return Gathered(
         kept=(keys[kept].float(), values[kept].float()),
         pinned=(keys[:pinned].float(), values[:pinned].float()),
         suffix=(suffix.key_rows[batch, head].float(), suffix.value_rows[batch, head].float()),
-        far_logits=torch.cat([logits for logits, _ in far], 1),
-        far_values=torch.cat([mean for _, mean in far], 0),
+        far_logits=torch.cat(far_logits, 1),
+        far_values=torch.cat(far_values),
+        far_variance=torch.cat(far_variance),
+        slope=layer.value_slope[head].float() if dipole else None,
     )
 
 
@@ -94,21 +100,19 @@ def _turns(rows: int, read: Gathered) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _attend(
-    q: Tensor, read: Gathered, mask: Tensor, far_logits: Tensor, estimate: Tensor | None
-) -> Tensor:
-    """`q [rows, D]`, already scaled; `estimate [rows]` asks for the far field to be rescaled."""
+def _attend(q: Tensor, read: Gathered, mask: Tensor, far_logits: Tensor) -> Tensor:
+    """`q [rows, D]`, already scaled. Overwrites the logits of the far field."""
     parts = [(q @ keys.T, values) for keys, values in (read.kept, read.pinned)]
-    if estimate is not None:
-        gap = (parts[0][0].logsumexp(-1) - estimate).nan_to_num(0.0, 0.0, 0.0)
-        gap = gap.clamp(-SELF_CALIBRATION_CLAMP, SELF_CALIBRATION_CLAMP)
-        far_logits = far_logits + gap[:, None]
     recent = (q @ read.suffix[0].T).masked_fill_(~mask, -torch.inf)
-    return _softmax_sum([*parts, (recent, read.suffix[1]), (far_logits, read.far_values)])
+    parts += [(recent, read.suffix[1]), (far_logits, read.far_values)]
+    output, mass = _softmax_sum(parts)
+    if read.slope is not None:
+        output += (far_logits @ read.far_variance)[:, None] * (q @ read.slope.T)
+    return output / mass.masked_fill(mass == 0, 1.0)
 
 
-def _softmax_sum(parts: list[Part]) -> Tensor:
-    """One softmax over all parts; rows without a key become 0. Overwrites the logits."""
+def _softmax_sum(parts: list[Part]) -> tuple[Tensor, Tensor]:
+    """Weighted values of all parts and the sum of weights. Logits become weights."""
     parts = [part for part in parts if part[0].shape[1]]
     if not parts:
         raise AssertionError("a context holds at least one key")
@@ -116,5 +120,4 @@ def _softmax_sum(parts: list[Part]) -> Tensor:
     top = top.masked_fill(top == -torch.inf, 0.0)[:, None]
     weights = [(logits.sub_(top).exp_(), values) for logits, values in parts]
     mass = sum(w.sum(-1, keepdim=True) for w, _ in weights)
-    output = sum(w @ values for w, values in weights)
-    return output / mass.masked_fill(mass == 0, 1.0)
+    return sum(w @ values for w, values in weights), mass

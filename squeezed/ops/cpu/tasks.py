@@ -9,7 +9,6 @@ from numba import njit
 
 from squeezed.ops.cpu.exact import CONTEXT, PINNED, SUFFIX
 from squeezed.ops.cpu.lookup import KEPT
-from squeezed.ops.cpu.numerics import log_sum
 
 
 @njit(cache=True)
@@ -77,19 +76,6 @@ def group_pieces(pieces, tasks):
 
 
 @njit(cache=True)
-def _log_mass(tasks, kind, w, top, mass):
-    """Log mass of all that the tasks of one kind read, for one query row."""
-    highest, mass_sum = np.float32(-np.inf), np.float32(0.0)
-    for task in tasks:
-        if kind[task] == CONTEXT and mass[task, w] > 0:
-            highest = max(highest, top[task, w])
-    for task in tasks:
-        if kind[task] == CONTEXT and mass[task, w] > 0:
-            mass_sum += mass[task, w] * np.float32(math.exp(top[task, w] - highest))
-    return log_sum(mass_sum, highest)
-
-
-@njit(cache=True)
 def _merge_row(tasks, w, top, mass, acc, far_top, far_mass, far_acc, out):
     """Softmax over all tasks and the far field of one query row."""
     highest = far_top if far_mass > 0 else np.float32(-np.inf)
@@ -115,24 +101,16 @@ def _merge_row(tasks, w, top, mass, acc, far_top, far_mass, far_acc, out):
 
 
 @njit(cache=True)
-def combine(pieces, bounds, estimate, clamp, top, mass, acc, far_top, far_mass, far_acc, out):
+def combine(pieces, bounds, top, mass, acc, far_top, far_mass, far_acc, out):
     """Merge the tasks of every head into `out [H, W, D]`; rows that attend to nothing become 0.
 
-    With `clamp > 0` the far field is rescaled by exact over estimated mass of the kept leaves:
-    `estimate [H, W]` is the logarithm of the latter, `clamp` bounds the correction in nats. Not
-    parallel: waking threads would take longer.
+    Not parallel: waking threads would take longer.
     """
     heads, width, _ = out.shape
-    kind, owner = pieces[bounds[:-1], 0], pieces[bounds[:-1], 1]
+    owner = pieces[bounds[:-1], 1]
     for h in range(heads):
         tasks = np.nonzero(owner == h)[0]
         for w in range(width):
-            shift = np.float32(0.0)
-            if clamp > 0:
-                gap = _log_mass(tasks, kind, w, top, mass) - estimate[h, w]
-                if np.isfinite(gap):  # else nothing was kept: no evidence
-                    shift = np.float32(min(max(gap, -clamp), clamp))
             _merge_row(
-                tasks, w, top, mass, acc,
-                far_top[h, w] + shift, far_mass[h, w], far_acc[h, w], out[h, w],
-            )  # fmt: skip
+                tasks, w, top, mass, acc, far_top[h, w], far_mass[h, w], far_acc[h, w], out[h, w]
+            )

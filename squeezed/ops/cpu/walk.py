@@ -21,9 +21,8 @@ class Walk:
         state: `[H, U, C]` uint8 of the level to visit, in the end of the leaves.
         key_offsets: `[H, C + 1]` int32 of the leaves.
         keys_read: `[H, U]` int64.
-        estimate: `[H, W]`, first-order log mass of the kept leaves.
-        top, mass, acc: softmax sums of the far field, `[H, W]`, `[H, W]`, `[H, W, D]`; empty if the
-            kernel does not compute it.
+        top, mass, spread, acc: softmax sums of the far field, `[H, W]` and `[H, W, D]`, `spread` of
+            the nodes' variances; empty if the kernel does not compute it.
     """
 
     def __init__(self, rows: QueryRows, nodes: int, in_kernel: bool):
@@ -35,14 +34,14 @@ class Walk:
         self.key_offsets = np.zeros((heads, 1), np.int32)
         self.keys_read = np.zeros((heads, rows.units), np.int64)
         self.normaliser = np.empty((heads, width), np.float32)
-        self.estimate = np.empty((heads, width), np.float32)
         self.top = np.full((heads, width), -np.inf, np.float32)
-        self.mass = np.zeros((heads, width), np.float32)
+        self.mass, self.spread = np.zeros((2, heads, width), np.float32)
         self.acc = np.zeros((heads, width, dim if in_kernel else 0), np.float32)
 
-    def visit(self, level: Level, below: int, threshold: Array, alpha: Tensor | None, far: bool):
+    def visit(self, level: Level, depth: int, below: int, rule: SelectionRule) -> None:
         """Select on one level; `below` nodes on the next."""
         heads, width, _ = self.q.shape
+        alpha = None if rule.alpha is None else rule.alpha[depth]
         self.key_offsets = level.key_offsets.contiguous().numpy()
         children = level.child_offsets.contiguous().numpy() if below else self.key_offsets
         state, self.state = self.state, np.zeros((heads, self.rows.units, below), np.uint8)
@@ -53,9 +52,10 @@ class Walk:
         descend(
             self.q, flat(level.centroids), flat(level.mean_values),
             level.variance.contiguous().numpy(), self.key_offsets, children,
-            energies(self.rows, alpha), self.rows.valid.numpy(), threshold, not self.visited,
-            self.in_kernel, far and self.in_kernel, self.normaliser, state, self.state, logits,
-            self.keys_read, self.estimate, self.top, self.mass, self.acc,
+            energies(self.rows, alpha), energies(self.rows, rule.far_alpha),
+            self.rows.valid.numpy(), rule.log_thresholds[depth].numpy(), depth == 0,
+            self.in_kernel, rule.far_field != "none" and self.in_kernel, self.normaliser, state,
+            self.state, logits, self.keys_read, self.top, self.mass, self.spread, self.acc,
         )  # fmt: skip
         self.visited.append((level, state, logits))
         if not below:
@@ -71,14 +71,13 @@ def walk(rows: QueryRows, layer: ClusteredLayer, rule: SelectionRule, in_kernel:
     nodes = [*(level.nodes for level in layer.levels), 0]
     found = Walk(rows, nodes[0], in_kernel)
     for depth, level in enumerate(layer.levels):
-        alpha = None if rule.alpha is None else rule.alpha[depth]
-        threshold = rule.log_thresholds[depth].numpy()
-        found.visit(level, nodes[depth + 1], threshold, alpha, rule.far_field != "none")
+        found.visit(level, depth, nodes[depth + 1], rule)
     return found
 
 
 def energies(rows: QueryRows, alpha: Tensor | None) -> Array:
-    """`alpha (s |q|)^2 / 2` of every query row, `[H, W]`: the weight of a node's variance."""
+    """`alpha (s |q|)^2 / 2` of every query row, `[H, W]`, from `alpha [Hq]`: the weight of a node's
+    variance."""
     heads, units, per_unit, _ = rows.queries.shape
     if alpha is None:
         return np.zeros((heads, units * per_unit), np.float32)

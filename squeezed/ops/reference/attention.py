@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from squeezed.config import SELF_CALIBRATION_CLAMP
 from squeezed.ops.reference.lookup import NEG_INF, Lookup, grouped, lookup, owners, query_blocks
 from squeezed.ops.suffix import causal_mask
 from squeezed.rule import SelectionRule
@@ -45,30 +44,39 @@ def attend(
     recent = scale * torch.einsum("bhgqd,bhsd->bhgqs", q, suffix_keys.to(q.dtype))
     recent = recent.masked_fill(~suffix_mask[:, :, None], NEG_INF)
     context = scale * torch.einsum("bhgqd,hpd->bhgqp", q, layer.keys.to(q.dtype))
-    logits, values, keys_read = (
-        [recent],
-        [suffix_values.to(q.dtype)],
-        torch.zeros(q.shape[0], device=q.device),
-    )
+    parts = [(recent, suffix_values.to(q.dtype))]
+    keys_read, far_variance = torch.zeros(q.shape[0], device=q.device), None
     if layer.levels:
         found = lookup(query, layer, rule, scale, valid)
-        context = context.masked_fill(~_rows_read(found, layer, rule, rows), NEG_INF)
+        context = context.masked_fill(~rows_read(found, layer, rule, rows), NEG_INF)
         if rule.far_field != "none":
-            logits.append(_far_logits(found, context, layer.pinned, rule))
-            values.append(found.far_values.expand(q.shape[0], -1, -1, -1))
+            parts.append((found.far_logits, found.far_values.expand(q.shape[0], -1, -1, -1)))
+        if rule.far_field == "second_order":
+            far_variance = found.far_variance
         keys_read = _keys_read(found, layer, rule, valid)
-    logits.append(context)
-    values.append(layer.values.to(q.dtype).expand(q.shape[0], -1, -1, -1))
-    output = _softmax_sum(torch.cat(logits, -1), torch.cat(values, 2))
+    parts.append((context, layer.values.to(q.dtype).expand(q.shape[0], -1, -1, -1)))
+    weights = torch.softmax(torch.cat([logits for logits, _ in parts], -1), -1)
+    weights = weights.nan_to_num(0.0)  # rows of padding attend to nothing
+    output = torch.einsum("bhgqk,bhkd->bhgqd", weights, torch.cat([v for _, v in parts], 2))
+    if far_variance is not None:
+        of_far = weights[..., suffix : suffix + far_variance.shape[-1]]
+        output = output + tilt(of_far, far_variance, q, layer, scale)
     return output.reshape(query.shape).to(query.dtype), keys_read.to(torch.int64)
 
 
-def _softmax_sum(logits: Tensor, values: Tensor) -> Tensor:
-    weights = torch.softmax(logits, -1).nan_to_num(0.0)  # rows of padding attend to nothing
-    return torch.einsum("bhgqk,bhkd->bhgqd", weights, values)
+def tilt(
+    weights: Tensor, variance: Tensor, q: Tensor, layer: ClusteredLayer, scale: float
+) -> Tensor:
+    """How far queries move the values that stand for dropped nodes, `[B, Hkv, G, Q, D]`.
+
+    Args:
+        weights: `[B, Hkv, G, Q, F]`, of the nodes; variance: `[Hkv, F]`; q: `[B, Hkv, G, Q, D]`.
+    """
+    moved = scale * torch.einsum("bhgqe,hde->bhgqd", q, layer.value_slope.to(q.dtype))
+    return torch.einsum("bhgqf,hf->bhgq", weights, variance)[..., None] * moved
 
 
-def _rows_read(found: Lookup, layer: ClusteredLayer, rule: SelectionRule, rows: int) -> Tensor:
+def rows_read(found: Lookup, layer: ClusteredLayer, rule: SelectionRule, rows: int) -> Tensor:
     """Which sorted rows every query reads, `[B, Hkv, 1, Q, P]` bool."""
     leaf = owners(layer.levels[-1].key_offsets, layer.tokens)[:, layer.pinned :]
     batch, _, blocks, _ = found.kept.shape
@@ -76,15 +84,6 @@ def _rows_read(found: Lookup, layer: ClusteredLayer, rule: SelectionRule, rows: 
     pinned = torch.ones_like(read[..., :1]).expand(-1, -1, -1, layer.pinned)
     block_of = query_blocks(rows, rule.query_block, read.device)
     return torch.cat([pinned, read], -1)[:, :, block_of].unsqueeze(2)
-
-
-def _far_logits(found: Lookup, context: Tensor, pinned: int, rule: SelectionRule) -> Tensor:
-    if rule.far_field == "first_order":
-        return found.far_logits
-    exact = context[..., pinned:].logsumexp(-1)
-    gap = (exact - found.kept_estimate).nan_to_num(0.0, 0.0, 0.0)  # nothing kept: no evidence
-    gap = gap.clamp(-SELF_CALIBRATION_CLAMP, SELF_CALIBRATION_CLAMP)
-    return found.far_logits + gap.unsqueeze(-1)
 
 
 def _keys_read(found: Lookup, layer: ClusteredLayer, rule: SelectionRule, valid: Tensor) -> Tensor:

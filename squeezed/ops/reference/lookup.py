@@ -6,7 +6,8 @@ Score of node `i` with mean key `c_i`, size `N_i` and key variance `v_i`, for a 
     logit_i = s q.c_i + alpha (s |q|)^2 v_i / 2
     log S_i = logit_i - log(sum over the coarsest level of N_j exp logit_j)
 
-A node is kept when `log S_i`, as the mean of `S_i` over a block of queries and the largest of the
+Dropped nodes keep a mass `N_i exp(s q.c_i)`, or `N_i exp logit_i` with an alpha of its own. A node
+is kept when `log S_i`, as the mean of `S_i` over a block of queries and the largest of the
 heads of a group, exceeds the threshold of the level and KV head. Only children of kept nodes are
 scored.
 """
@@ -32,14 +33,14 @@ class Lookup:
     Attributes:
         kept: `[B, Hkv, N, C]` bool, leaves that are read exactly.
         far_logits: `[B, Hkv, G, Q, F]` float32, log mass of the dropped nodes, `-inf` elsewhere.
-        far_values: `[Hkv, F, D]` float32, their mean values.
-        kept_estimate: `[B, Hkv, G, Q]` float32, first-order log mass of the kept leaves.
+        far_values: `[Hkv, F, D]` float32, the nodes' mean values.
+        far_variance: `[Hkv, F]` float32, their keys' variances.
     """
 
     kept: Tensor
     far_logits: Tensor
     far_values: Tensor
-    kept_estimate: Tensor
+    far_variance: Tensor
 
 
 def grouped(query: Tensor, kv_heads: int) -> Tensor:
@@ -49,19 +50,25 @@ def grouped(query: Tensor, kv_heads: int) -> Tensor:
     return query.reshape(batch, kv_heads, heads // kv_heads, rows, dim)
 
 
-def node_logits(
-    query: Tensor, level: Level, alpha: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """First-order logits and the logits that select, `[B, Hkv, G, Q, C]`; `-inf` where empty."""
+def node_logits(query: Tensor, level: Level, scale: float) -> Tensor:
+    """First-order logits `s q.c`, `[B, Hkv, G, Q, C]`; `-inf` where a node is empty."""
     first = scale * torch.einsum("bhgqd,hcd->bhgqc", query, level.centroids.to(query.dtype))
-    empty = (level.sizes == 0)[None, :, None, None, :]
-    first = first.masked_fill(empty, NEG_INF)
+    return first.masked_fill((level.sizes == 0)[None, :, None, None, :], NEG_INF)
+
+
+def second_order(
+    first: Tensor, query: Tensor, level: Level, alpha: Tensor | None, scale: float
+) -> Tensor:
+    """First-order logits with `alpha (s |q|)^2 v / 2` on top; as they are if there is no `alpha`.
+
+    Args:
+        alpha: `[Hq]`.
+    """
     if alpha is None:
-        return first, first
+        return first
     weight = alpha.view(1, first.shape[1], first.shape[2], 1, 1).to(query.dtype)
     energy = (0.5 * scale**2) * query.square().sum(-1, keepdim=True)
-    variance = level.variance.to(query.dtype)[None, :, None, None, :]
-    return first, first + weight * energy * variance
+    return first + weight * energy * level.variance.to(query.dtype)[None, :, None, None, :]
 
 
 def log_normaliser(coarsest: Tensor, sizes: Tensor) -> Tensor:
@@ -123,10 +130,11 @@ def lookup(
     q = grouped(query, layer.keys.shape[0])
     blocks = query_blocks(q.shape[3], rule.query_block, q.device)
     alive = normaliser = None
-    far_logits, far_values = [], []
+    far_logits = []
     for depth, level in enumerate(layer.levels):
+        first = node_logits(q, level, scale)
         alpha = None if rule.alpha is None else rule.alpha[depth]
-        first, selecting = node_logits(q, level, alpha, scale)
+        selecting = second_order(first, q, level, alpha, scale)
         if normaliser is None:
             normaliser = log_normaliser(selecting, level.sizes)
             alive = torch.ones_like(first[:, :, 0, :1, :], dtype=torch.bool)
@@ -134,19 +142,19 @@ def lookup(
         scores = block_scores(selecting - normaliser, rule.query_block, valid)
         alive = alive & (level.sizes > 0)[None, :, None, :]
         kept = alive & (scores > rule.log_thresholds[depth][None, :, None, None])
-        mass = first + log_sizes(level.sizes, first)
         dropped = (alive & ~kept)[:, :, blocks].unsqueeze(2)
+        standing = second_order(first, q, level, rule.far_alpha, scale)
+        mass = standing + log_sizes(level.sizes, first)
         far_logits.append(mass.masked_fill(~dropped, NEG_INF))
-        far_values.append(level.mean_values.to(q.dtype))
         if level.child_offsets is not None:
             alive = _children(kept, level, layer.levels[depth + 1].nodes)
-    kept_mass = mass.masked_fill(~kept[:, :, blocks].unsqueeze(2), NEG_INF)
-    return Lookup(
-        kept=kept,
-        far_logits=torch.cat(far_logits, -1),
-        far_values=torch.cat(far_values, 1),
-        kept_estimate=kept_mass.logsumexp(-1),
-    )
+    return Lookup(kept, torch.cat(far_logits, -1), *far_means(layer, q.dtype))
+
+
+def far_means(layer: ClusteredLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean values `[Hkv, F, D]` and variances `[Hkv, F]` of the nodes of all levels."""
+    values = torch.cat([level.mean_values for level in layer.levels], 1)
+    return values.to(dtype), torch.cat([level.variance for level in layer.levels], 1).to(dtype)
 
 
 def _children(kept: Tensor, level: Level, child_nodes: int) -> Tensor:

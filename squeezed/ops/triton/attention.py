@@ -12,7 +12,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from squeezed.ops.triton.selection import RUN, RUN_BITS, spread, unpack
 from squeezed.ops.triton.tile import (
+    energy_of,
     fold,
+    fold_mass,
     load_query,
     load_rows,
     nothing,
@@ -103,40 +105,50 @@ def node_rows(bases, bounds, node, head, D: tl.constexpr):
 
 @triton.jit
 def attend_nodes(
-    q, high, mass, sum_, centroids, means, bounds, nodes, masses, node_bits, count, first, last,
-    head, row, scale_bits,
+    q, high, mass, sum_, energy, centroids, means, variances, bounds, nodes, masses, node_bits,
+    count, first, last, head, row, scale_bits,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
-    SHARED: tl.constexpr, STAGES: tl.constexpr,
+    SHARED: tl.constexpr, DIPOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add units `first:last` of a list of `count` dropped nodes to a running softmax."""
+    """Add units `first:last` of a list of `count` dropped nodes to a running softmax.
+
+    Returns with it the sum of the nodes' variances, weighted alike, `[M]`; zero without DIPOLE.
+    """
     stop = tl.minimum(last * UNIT, count)
     d = tl.arange(0, D_PAD)
     inside = (d < D)[None, :]
+    moved = tl.zeros(row.shape, tl.float32)
     for start in tl.range(first * UNIT, last * UNIT, TILE, num_stages=STAGES):
         node = listed(nodes, start, stop, 0, TILE)
-        weight = listed(masses, start, stop, float("-inf"), TILE)
+        size = listed(masses, start, stop, float("-inf"), TILE)
         places = node_rows(centroids, bounds, node, head, D)
         key = tl.load(places[:, None] + d[None, :], mask=inside, other=0.0)
         places = node_rows(means, bounds, node, head, D)
         value = tl.load(places[:, None] + d[None, :], mask=inside, other=0.0)
-        logits = tl.dot(q, tl.trans(key)) * scale_bits + weight[None, :]
+        logits = tl.dot(q, tl.trans(key)) * scale_bits + size[None, :]
+        if DIPOLE:
+            variance = tl.load(node_rows(variances, bounds, node, head, 1))
+            logits += energy[:, None] * variance[None, :]
         if SHARED:
             wanted = listed(node_bits, start, stop, 0, TILE)
             logits = tl.where(spread(wanted, row, 1, GROUP), logits, float("-inf"))
-        high, mass, sum_ = fold(high, mass, sum_, logits, value)
-    return high, mass, sum_
+        high, mass, weight, decay = fold_mass(high, mass, logits, 1)
+        sum_ = tl.dot(weight.to(value.dtype), value, acc=sum_ * decay[:, None])
+        if DIPOLE:
+            moved = moved * decay + tl.sum(weight * variance[None, :], 1)
+    return high, mass, sum_, moved
 
 
 @triton.jit
 def attend_kernel(
-    query, keys, values, runs, run_bits, centroids, means, bounds, far_nodes, far_masses, far_bits,
-    counters, sums, highs, masses,
+    query, keys, values, far_alpha, runs, run_bits, centroids, means, variances, bounds, far_nodes,
+    far_masses, far_bits, counters, sums, highs, masses, spreads,
     query_stride_batch, query_stride_head, batch, problems, context_tokens, run_capacity,
-    far_capacity, far_base, scale_bits,
+    far_capacity, scale_bits,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
     Z_PAD: tl.constexpr, SHARED: tl.constexpr, FAR: tl.constexpr,
-    CALIBRATED: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
+    DIPOLE: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program's part of the stream; grid `(programs,)`."""
     program = tl.program_id(0)
@@ -169,31 +181,17 @@ def attend_kernel(
             run_bits + first_run, at(runs_of, z, Z_PAD), first, tl.minimum(last, near), row,
             scale_bits, GROUP, D, D_PAD, TILE, SHARED, STAGES,
         )  # fmt: skip
-        if CALIBRATED:
-            store_partial(
-                sums,
-                highs,
-                masses,
-                program + z,
-                row,
-                exists,
-                high,
-                mass,
-                sum_,
-                ROWS,
-                D,
-                D_PAD,
-            )
-            high, mass, sum_ = nothing(M, D_PAD)
+        slot = program + z
         if FAR:
             first_node = z.to(tl.int64) * far_capacity
-            high, mass, sum_ = attend_nodes(
-                q, high, mass, sum_, centroids, means, bounds, far_nodes + first_node,
-                far_masses + first_node, far_bits + first_node, at(dropped_of, z, Z_PAD),
-                tl.maximum(first - near, 0), tl.maximum(last - near, 0), head.to(tl.int64), row,
-                scale_bits, GROUP, D, D_PAD, TILE, SHARED, STAGES,
+            energy = energy_of(q, far_alpha, head, row, scale_bits, GROUP, DIPOLE)
+            high, mass, sum_, moved = attend_nodes(
+                q, high, mass, sum_, energy, centroids, means, variances, bounds,
+                far_nodes + first_node, far_masses + first_node, far_bits + first_node,
+                at(dropped_of, z, Z_PAD), tl.maximum(first - near, 0), tl.maximum(last - near, 0),
+                head.to(tl.int64), row, scale_bits,
+                GROUP, D, D_PAD, TILE, SHARED, DIPOLE, STAGES,
             )  # fmt: skip
-        slot = program + z
-        if CALIBRATED:
-            slot += far_base
+            if DIPOLE:
+                tl.store(spreads + slot.to(tl.int64) * ROWS + row, moved, mask=exists)
         store_partial(sums, highs, masses, slot, row, exists, high, mass, sum_, ROWS, D, D_PAD)

@@ -5,78 +5,62 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from squeezed.ops.triton.attention import at, stream
-from squeezed.ops.triton.tile import problem
-
-
-@triton.jit
-def merge_mass(highs, masses, first, count, row, SLOTS: tl.constexpr, ROWS: tl.constexpr):
-    """Log-sum-exp of a run of partial sums, in bits; `-inf` if empty."""
-    high, mass = float("-inf"), 0.0
-    for start in range(0, count, SLOTS):
-        slot = start + tl.arange(0, SLOTS)
-        at_ = (first + slot).to(tl.int64) * ROWS + row
-        part_high = tl.load(highs + at_, mask=slot < count, other=float("-inf"))
-        part_mass = tl.load(masses + at_, mask=slot < count, other=0.0)
-        top = tl.maximum(high, tl.max(part_high))
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        mass = mass * tl.exp2(high - safe) + tl.sum(part_mass * tl.exp2(part_high - safe))
-        high = top
-    return high + tl.log2(mass)
-
-
-@triton.jit
-def calibration(
-    highs, masses, kept, kept_slots, estimate_highs, estimate_masses, estimate, estimate_slots,
-    row, clamp_bits, SLOTS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """How far the kept clusters' exact log mass lies above its estimate; 0 if nothing was kept."""
-    exact = merge_mass(highs, masses, kept, kept_slots, row, SLOTS, ROWS)
-    guess = merge_mass(estimate_highs, estimate_masses, estimate, estimate_slots, row, SLOTS, ROWS)
-    known = (exact > float("-inf")) & (guess > float("-inf"))
-    gap = tl.minimum(tl.maximum(exact - guess, -clamp_bits), clamp_bits)
-    return tl.where(known, gap, 0.0)
+from squeezed.ops.triton.tile import LOG2_E, problem
 
 
 @triton.jit
 def merge(
-    sums, highs, masses, near, near_slots, fixed, fixed_slots, far, far_slots, shift, row, d,
+    sums, highs, masses, spreads, near, near_slots, fixed, fixed_slots, row, d,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
+    DIPOLE: tl.constexpr,
 ):  # fmt: skip
-    """Mass and weighted values of three runs of partial sums, walked as one; `shift` lifts the far.
+    """Mass, weighted values and variances of two runs of partial sums, walked as one.
 
     One run, so that all loads of a row travel together.
     """
-    high, mass = float("-inf"), 0.0
+    high, mass, moved = float("-inf"), 0.0, 0.0
     value = tl.zeros([DIMS], tl.float32)
-    exact = near_slots + fixed_slots
-    for start in range(0, exact + far_slots, SLOTS):
+    for start in range(0, near_slots + fixed_slots, SLOTS):
         index = start + tl.arange(0, SLOTS)
-        inside = index < exact + far_slots
+        inside = index < near_slots + fixed_slots
         slot = tl.where(index < near_slots, near + index, fixed + index - near_slots)
-        slot = tl.where(index < exact, slot, far + index - exact)
         place = slot.to(tl.int64) * ROWS + row
         mask = inside[:, None] & (d < D)[None, :]
         part = tl.load(sums + place[:, None] * D + d[None, :], mask=mask, other=0.0)
         part_high = tl.load(highs + place, mask=inside, other=float("-inf"))
         part_mass = tl.load(masses + place, mask=inside, other=0.0)
-        part_high += tl.where(index < exact, 0.0, shift)
         top = tl.maximum(high, tl.max(part_high))
         safe = tl.where(top == float("-inf"), 0.0, top)
         weight, decay = tl.exp2(part_high - safe), tl.exp2(high - safe)
         mass = mass * decay + tl.sum(weight * part_mass)
         value = value * decay + tl.sum(weight[:, None] * part, 0)
+        if DIPOLE:
+            part_moved = tl.load(spreads + place, mask=index < near_slots, other=0.0)
+            moved = moved * decay + tl.sum(weight * part_moved)
         high = top
-    return mass, value
+    return mass, value, moved
+
+
+@triton.jit
+def slope_along(
+    query, slope, head, d, scale, D: tl.constexpr, D_PAD: tl.constexpr
+):  # fmt: skip
+    """How far one query `[D]` moves dimensions `d` of a value, for a variance of 1."""
+    e = tl.arange(0, D_PAD)
+    q = tl.load(query + e, mask=e < D, other=0.0).to(tl.float32)
+    rows = slope + head.to(tl.int64) * D * D + d[:, None] * D + e[None, :]
+    matrix = tl.load(rows, mask=(d < D)[:, None] & (e < D)[None, :], other=0.0)
+    return scale * tl.sum(matrix.to(tl.float32) * q[None, :], 1)
 
 
 @triton.jit
 def combine_kernel(
-    output, keys_read, counters, read_counts, sums, highs, masses, estimate_highs, estimate_masses,
-    output_stride_batch, batch, problems, programs, fixed_base, fixed_slots, far_base,
-    estimate_slots, clamp_bits,
+    query, slope, output, keys_read, counters, read_counts, sums, highs, masses, spreads,
+    query_stride_batch, query_stride_head, output_stride_batch, batch, problems, programs,
+    fixed_base, fixed_slots, scale_bits,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DIMS: tl.constexpr,
-    Z_PAD: tl.constexpr, SLOTS: tl.constexpr, CLUSTERED: tl.constexpr, CALIBRATED: tl.constexpr,
+    Z_PAD: tl.constexpr, SLOTS: tl.constexpr, CLUSTERED: tl.constexpr, DIPOLE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid `(problems, ROWS, dimensions / DIMS)`; a program writes a part of one output row."""
@@ -84,7 +68,11 @@ def combine_kernel(
     head, tile = problem(z, TILES)
     request = tile * TILE_BATCH + row // GROUP
     d = share * DIMS + tl.arange(0, DIMS)
-    near, near_slots, shift = 0, 0, 0.0
+    near, near_slots, along = 0, 0, tl.zeros([DIMS], tl.float32)
+    if DIPOLE:
+        line = tl.minimum(request, batch - 1).to(tl.int64) * query_stride_batch
+        line += (head * GROUP + row % GROUP) * query_stride_head
+        along = slope_along(query + line, slope, head, d, scale_bits / LOG2_E, D, D_PAD)
     if CLUSTERED:  # the kernel before starts this one only when the lists are complete
         _runs, _dropped, _near, begin, end = stream(counters, problems, Z_PAD)
         units = tl.cdiv(tl.max(end), programs)  # of a program of `attend_kernel`
@@ -97,15 +85,11 @@ def combine_kernel(
     if PDL:
         gdc_wait()
     if request < batch:
-        if CALIBRATED:
-            shift = calibration(
-                highs, masses, near, near_slots, estimate_highs, estimate_masses,
-                z * estimate_slots, estimate_slots, row, clamp_bits, SLOTS, ROWS,
-            )  # fmt: skip
-        mass, value = merge(
-            sums, highs, masses, near, near_slots, fixed_base + z * fixed_slots, fixed_slots,
-            far_base + near, near_slots if CALIBRATED else 0, shift, row, d, SLOTS, ROWS, D, DIMS,
+        mass, value, moved = merge(
+            sums, highs, masses, spreads, near, near_slots, fixed_base + z * fixed_slots,
+            fixed_slots, row, d, SLOTS, ROWS, D, DIMS, DIPOLE,
         )  # fmt: skip
+        value += moved * along
         value = tl.where(mass > 0, value / mass, 0.0)  # a row of padding attends to nothing
         place = request.to(tl.int64) * output_stride_batch + (head * GROUP + row % GROUP) * D
         tl.store(output + place + d, value.to(output.dtype.element_ty), mask=d < D)

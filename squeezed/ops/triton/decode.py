@@ -162,7 +162,7 @@ def shape_of(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, far: Far
         recent=suffix_keys.shape[2],
         nodes=tuple(level.nodes for level in layer.levels),
         far=far != "none" and bool(layer.levels),
-        calibrated=far == "self_calibrated" and bool(layer.levels),
+        dipole=far == "second_order" and bool(layer.levels),
         multiprocessors=multiprocessors(query.device),
     )
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from squeezed.ops.triton.lookup import LOG2_E, energy_of, load_nodes, node_logits, node_scores
+from squeezed.ops.triton.lookup import load_nodes, node_logits, node_scores
 from squeezed.ops.triton.selection import (
     RUN,
     append_nodes,
@@ -17,12 +17,11 @@ from squeezed.ops.triton.selection import (
     attends_to_any,
     hand_down,
     keep_bits,
-    log_size,
     normaliser,
     reserve,
     spread,
 )
-from squeezed.ops.triton.tile import fold_mass, load_query, problem
+from squeezed.ops.triton.tile import LOG2_E, energy_of, load_query, problem
 
 
 @triton.jit
@@ -82,7 +81,6 @@ def descend_kernel(
     query, alpha, scores, parents_of, states, child_states, child_offsets, parent_child_offsets,
     parent_offsets, centroids, key_offsets, variance, norm_highs, norm_masses,
     runs, run_bits, far_nodes, far_masses, far_bits, counters, read_counts, highs,
-    estimate_highs, estimate_masses,
     query_stride_batch, query_stride_head, batch, parents, nodes, children, base, parent_base,
     run_capacity, far_capacity, splits, recent_base, recent_stride, recent_chunks,
     parent_thresholds, thresholds, scale_bits,
@@ -91,8 +89,7 @@ def descend_kernel(
     R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, WRITE: tl.constexpr,
     NORM_PAD: tl.constexpr, ROWS_PAD: tl.constexpr, NORM_STEP: tl.constexpr,
     RECENT_PAD: tl.constexpr, BITS: tl.constexpr, EVERYONE: tl.constexpr, SHARED: tl.constexpr,
-    SECOND: tl.constexpr, MASKED: tl.constexpr, FAR: tl.constexpr, CALIBRATED: tl.constexpr,
-    PDL: tl.constexpr,
+    SECOND: tl.constexpr, MASKED: tl.constexpr, FAR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid `(problems, parts)`; a part is every `parts`-th block of `N` nodes of one level.
 
@@ -119,7 +116,6 @@ def descend_kernel(
         recent = recent_base + z * recent_stride
         selects &= attends_to_any(highs, recent, recent_chunks, row, exists, ROWS, RECENT_PAD)
     read = tl.zeros([R], tl.int32)
-    high, mass = tl.full([R], float("-inf"), tl.float32), tl.zeros([R], tl.float32)
     for block in range(part * N, nodes, tl.num_programs(1) * N):
         node = block + tl.arange(0, N)
         live = node < nodes
@@ -154,9 +150,6 @@ def descend_kernel(
         if LEAVES:
             wanted = spread(kept, row, 0, GROUP)
             read += tl.sum(tl.where(wanted, length[:, None], 0), 0)
-            if CALIBRATED:
-                known = tl.where(wanted, logit + log_size(length)[:, None], float("-inf"))
-                high, mass, _weight, _decay = fold_mass(high, mass, known, 0)
         else:
             at = child_offsets + head * (nodes + 1) + node
             child = tl.load(at, mask=live, other=0)
@@ -165,7 +158,3 @@ def descend_kernel(
     if LEAVES:
         owner = exists & (row % GROUP == 0) & (read > 0)
         tl.atomic_add(read_counts + z * TILE_BATCH + row // GROUP, read, mask=owner, sem="relaxed")
-        if CALIBRATED:
-            at = (z * tl.num_programs(1) + part) * ROWS + row
-            tl.store(estimate_highs + at, high, mask=exists)
-            tl.store(estimate_masses + at, mass, mask=exists)

@@ -9,6 +9,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from squeezed.ops.triton.selection import hand_down, log_size
 from squeezed.ops.triton.tile import (
+    energy_of,
     fold,
     fold_mass,
     load_query,
@@ -17,20 +18,6 @@ from squeezed.ops.triton.tile import (
     problem,
     store_partial,
 )
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def energy_of(q, alpha, head, row, scale_bits, GROUP: tl.constexpr, SECOND: tl.constexpr):
-    """Factor of a node's variance in the logits that select, in bits, `[M]`; 0 to first order."""
-    energy = tl.zeros(row.shape, tl.float32)
-    if SECOND:
-        energy = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
-        scale = scale_bits / LOG2_E
-        weight = tl.load(alpha + head * GROUP + row % GROUP)
-        energy = weight * energy * (0.5 * scale * scale * LOG2_E)
-    return energy
 
 
 @triton.jit

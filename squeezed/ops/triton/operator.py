@@ -30,6 +30,7 @@ def attend(
         layer.keys,
         layer.values,
         layer.positions,
+        layer.value_slope,
         [level.centroids for level in levels],
         [level.mean_values for level in levels],
         [level.variance for level in levels],
@@ -39,6 +40,7 @@ def attend(
         suffix_values,
         suffix_mask,
         rule.alpha,
+        rule.far_alpha,
         rule.log_thresholds,
         rule.far_field,
         layer.pinned,
@@ -52,6 +54,7 @@ def decode_step(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
+    value_slope: Tensor,
     centroids: list[Tensor],
     mean_values: list[Tensor],
     variance: list[Tensor],
@@ -61,6 +64,7 @@ def decode_step(
     suffix_values: Tensor,
     suffix_mask: Tensor | None,
     alpha: Tensor | None,
+    far_alpha: Tensor | None,
     log_thresholds: Tensor,
     far_field: str,
     pinned: int,
@@ -70,8 +74,8 @@ def decode_step(
     children = [*child_offsets, None] if centroids else []
     columns = (centroids, mean_values, variance, key_offsets, children)
     levels = tuple(Level(*parts) for parts in zip(*columns, strict=True))
-    layer = ClusteredLayer(keys, values, positions, pinned, levels)
-    rule = SelectionRule(log_thresholds, alpha, far_field)
+    layer = ClusteredLayer(keys, values, positions, pinned, levels, value_slope)
+    rule = SelectionRule(log_thresholds, alpha, far_field, far_alpha=far_alpha)
     return decode.attend(query, layer, rule, suffix_keys, suffix_values, suffix_mask, scale)
 
 

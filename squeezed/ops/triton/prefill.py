@@ -75,7 +75,7 @@ def _attend_piece(
     work = Work(sizes, layer, rule, found, tile)
     ends, bounds, keys_read = work.plan(valid, suffix_keys.shape[2], suffix_mask is None)
     parts = work.attend(query, suffix_keys, suffix_values, suffix_mask, ends, bounds, scale)
-    return work.combine(query, ends, bounds, parts), keys_read
+    return work.combine(query, ends, bounds, parts, scale), keys_read
 
 
 def _valid_rows(query: Tensor, suffix_keys: Tensor, suffix_mask: Tensor | None) -> Tensor | None:

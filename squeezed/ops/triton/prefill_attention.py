@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from squeezed.ops.triton.prefill_plan import stretch, tile_at
+from squeezed.ops.triton.prefill_select import LOG2E, query_energy
 
 LENGTHS = "tokens m_b m_q tiles blocks rows suffix pinned capacity pass_tiles".split()
 """Arguments that differ from prompt to prompt: no length must wait for a compiler."""
@@ -14,32 +15,31 @@ NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 
 @triton.jit
 def softmax_step(raw, scale, acc, peak, total, v):
-    """Add one tile of keys, `raw * scale` their logits in base 2, to a running softmax."""
+    """Add one tile of keys, `raw * scale` their logits in base 2, to a running softmax.
+
+    Returns with it the tile's weights, and by how much older weights have shrunk.
+    """
     top = tl.maximum(peak, tl.max(raw, 1) * scale)
     base = tl.where(top == NEG_INF, 0.0, top)
     p = tl.exp2(raw * scale - base[:, None])
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, top, total
+    return acc, top, total, p, shrink
 
 
 @triton.jit
 def attend_rows(
-    q, scale, acc, peak, total, keys, values, list_, masses, first, last, count,
+    q, scale, acc, peak, total, keys, values, list_, first, last, count,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    LISTED: tl.constexpr, PARTIAL: tl.constexpr, NODES: tl.constexpr,
+    LISTED: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Units `first:last` of one head's rows: all of them, or those of `list_`.
 
-    With `PARTIAL` the last of the `count` rows may end inside a unit. With `NODES` the rows are
-    centroids and mean values, and `masses` says how many keys each stands for.
+    With `PARTIAL` the last of the `count` rows may end inside a unit.
     """
     dims, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     row = first * BLOCK_N + lane
-    mass = tl.full([BLOCK_N], NEG_INF, tl.float32)
-    if NODES:
-        mass = tl.load(masses + row, mask=row < count, other=NEG_INF)
     if LISTED:
         row = tl.load(list_ + row, mask=row < count, other=0)
     for unit in range(first, last):
@@ -52,17 +52,46 @@ def attend_rows(
         else:
             k, v = tl.load(keys + at), tl.load(values + at)
         raw = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if NODES:
-            raw += (mass / scale)[None, :]
-        elif PARTIAL:
+        if PARTIAL:
             raw = tl.where((slot < count)[None, :], raw, NEG_INF)
-        acc, peak, total = softmax_step(raw, scale, acc, peak, total, v)
+        acc, peak, total, _, _ = softmax_step(raw, scale, acc, peak, total, v)
         row = slot + BLOCK_N
-        if NODES:
-            mass = tl.load(masses + row, mask=row < count, other=NEG_INF)
         if LISTED:  # one unit ahead, so that no key waits for its address
             row = tl.load(list_ + row, mask=row < count, other=0)
     return acc, peak, total
+
+
+@triton.jit
+def attend_nodes(
+    q, scale, acc, peak, total, moved, energy, centroids, means, variances, list_, masses,
+    first, last, count,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DIPOLE: tl.constexpr,
+):  # fmt: skip
+    """Units `first:last` of one level's dropped nodes; `masses` say how many keys each stands for.
+
+    `moved` sums their variances with the weights of the softmax, `[BLOCK_M]`, if DIPOLE.
+    """
+    dims, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    slot = first * BLOCK_N + lane
+    mass = tl.load(masses + slot, mask=slot < count, other=NEG_INF)
+    node = tl.load(list_ + slot, mask=slot < count, other=0)
+    for unit in range(first, last):
+        at = node[:, None].to(tl.int64) * DIM + dims
+        inside = (dims < DIM)[None, :]
+        k = tl.load(centroids + at, mask=inside, other=0.0)
+        v = tl.load(means + at, mask=inside, other=0.0)
+        raw = tl.dot(q, tl.trans(k), input_precision="ieee") + (mass / scale)[None, :]
+        variance = mass
+        if DIPOLE:
+            variance = tl.load(variances + node)
+            raw += (energy / scale)[:, None] * variance[None, :]
+        acc, peak, total, weights, shrink = softmax_step(raw, scale, acc, peak, total, v)
+        if DIPOLE:
+            moved = moved * shrink + tl.sum(weights * variance[None, :], 1)
+        slot = (unit + 1) * BLOCK_N + lane  # one unit ahead, so that no key waits for its address
+        mass = tl.load(masses + slot, mask=slot < count, other=NEG_INF)
+        node = tl.load(list_ + slot, mask=slot < count, other=0)
+    return acc, peak, total, moved
 
 
 @triton.jit
@@ -87,30 +116,8 @@ def attend_suffix(
             bit = mask + row[:, None].to(tl.int64) * m_q + slot[None, :] * m_s
             seen = seen & (tl.load(bit, mask=seen, other=0) != 0)
         raw = tl.where(seen, raw, NEG_INF)
-        acc, peak, total = softmax_step(raw, scale, acc, peak, total, v)
+        acc, peak, total, _, _ = softmax_step(raw, scale, acc, peak, total, v)
     return acc, peak, total
-
-
-@triton.jit
-def estimate_kept(q, scale, centroids, list_, masses, first, last, count,
-                  DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr):  # fmt: skip
-    """First-order log2 mass of the kept leaves of units `first:last`, `[BLOCK_M]`."""
-    dims = tl.arange(0, BLOCK_D)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for unit in tl.range(first, last, num_stages=1):
-        slot = unit * BLOCK_N + tl.arange(0, BLOCK_N)
-        node = tl.load(list_ + slot, mask=slot < count, other=0)
-        inside = (slot < count)[:, None] & (dims < DIM)
-        c = tl.load(centroids + node[:, None].to(tl.int64) * DIM + dims, mask=inside, other=0.0)
-        mass = tl.load(masses + slot, mask=slot < count, other=NEG_INF)
-        logits = tl.dot(q, tl.trans(c), input_precision="ieee") * scale + mass[None, :]
-        top = tl.maximum(peak, tl.max(logits, 1))
-        base = tl.where(top == NEG_INF, 0.0, top)
-        total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
-        peak = top
-    return peak + tl.log2(total)
 
 
 @triton.jit
@@ -147,13 +154,12 @@ def clip(first, last, start, end):
 def attention_kernel(
     query, q_b, q_h, q_r, keys, values, tokens, suffix_keys, k_b, k_h, k_s,
     suffix_values, v_b, v_h, v_s, mask, m_b, m_q, m_s,
-    ends, bounds, row_list, row_count, centroids, mean_values, nodes, dropped, masses,
-    dropped_counts, kept_list, kept_mass, kept_count,
-    part, part_lse, far, far_lse, exact_lse, estimate,
+    ends, bounds, row_list, row_count, centroids, mean_values, variances, nodes, dropped, masses,
+    dropped_counts, far_alpha, part, part_lse, part_moved,
     tiles, blocks, rows, suffix, pinned, capacity, pass_tiles, scale,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_M: tl.constexpr,
-    LEVELS: tl.constexpr, CLASSES: tl.constexpr, CALIBRATED: tl.constexpr, INDEXED: tl.constexpr,
+    LEVELS: tl.constexpr, CLASSES: tl.constexpr, DIPOLE: tl.constexpr, INDEXED: tl.constexpr,
     CAUSAL: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One program's stretches of the line of units, one in every pass."""
@@ -192,21 +198,17 @@ def attention_kernel(
                 first, last, whole = lo, tl.minimum(hi, kept_end), count // BLOCK_N
                 rows_here = row_list + wide * capacity
                 acc, peak, total = attend_rows(
-                    q, scale, acc, peak, total, k_head, v_head, rows_here, row_list,
-                    first, tl.minimum(last, whole), count,
-                    DIM, BLOCK_D, BLOCK_N, True, False, False,
+                    q, scale, acc, peak, total, k_head, v_head, rows_here,
+                    first, tl.minimum(last, whole), count, DIM, BLOCK_D, BLOCK_N, True, False,
                 )  # fmt: skip
                 acc, peak, total = attend_rows(
-                    q, scale, acc, peak, total, k_head, v_head, rows_here, row_list,
-                    tl.maximum(first, whole), last, count, DIM, BLOCK_D, BLOCK_N, True, True, False,
+                    q, scale, acc, peak, total, k_head, v_head, rows_here,
+                    tl.maximum(first, whole), last, count, DIM, BLOCK_D, BLOCK_N, True, True,
                 )  # fmt: skip
-            if CALIBRATED:
-                slots = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-                tl.store(exact_lse + slots, peak + tl.log2(total))
             first, last = clip(lo, hi, kept_end, pinned_end)
             acc, peak, total = attend_rows(
-                q, scale, acc, peak, total, k_head, v_head, row_list, row_list,
-                first, last, pinned, DIM, BLOCK_D, BLOCK_N, False, True, False,
+                q, scale, acc, peak, total, k_head, v_head, row_list,
+                first, last, pinned, DIM, BLOCK_D, BLOCK_N, False, True,
             )  # fmt: skip
             end = tl.load(bound + 2)
             first, last = clip(lo, hi, pinned_end, end)
@@ -215,33 +217,23 @@ def attention_kernel(
                 suffix_values + b.to(tl.int64) * v_b + h * v_h, v_s, mask + b.to(tl.int64) * m_b,
                 m_q, m_s, row, ok, first, last, rows, suffix, DIM, BLOCK_D, BLOCK_N, CAUSAL,
             )  # fmt: skip
-            if CALIBRATED:
-                store_part(part, part_lse, slot, acc, peak, total, DIM, BLOCK_D, BLOCK_M)
-                acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-                peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-                total = tl.zeros([BLOCK_M], tl.float32)
+            moved = tl.zeros([BLOCK_M], tl.float32)
+            energy = moved
+            if DIPOLE:
+                weight = tl.load(far_alpha + h * GROUP + m // BLOCK, mask=ok, other=0.0)
+                energy = query_energy(q, weight, scale / LOG2E) * LOG2E
             for level in tl.static_range(LEVELS):
-                head = h * nodes[level]
+                head, line = h * nodes[level], wide * nodes[level]
                 start = end
                 end = tl.load(bound + 3 + level)
                 first, last = clip(lo, hi, start, end)
-                acc, peak, total = attend_rows(
-                    q, scale, acc, peak, total, centroids[level] + head * DIM,
-                    mean_values[level] + head * DIM, dropped[level] + wide * nodes[level],
-                    masses[level] + wide * nodes[level], first, last,
-                    tl.load(dropped_counts[level] + t), DIM, BLOCK_D, BLOCK_N, True, False, True,
+                acc, peak, total, moved = attend_nodes(
+                    q, scale, acc, peak, total, moved, energy, centroids[level] + head * DIM,
+                    mean_values[level] + head * DIM, variances[level] + head,
+                    dropped[level] + line, masses[level] + line, first, last,
+                    tl.load(dropped_counts[level] + t), DIM, BLOCK_D, BLOCK_N, DIPOLE,
                 )  # fmt: skip
-            if CALIBRATED:
-                store_part(far, far_lse, slot, acc, peak, total, DIM, BLOCK_D, BLOCK_M)
-                first, last = clip(lo, hi, end, tl.load(bound + 3 + LEVELS))
-                head = h * nodes[LEVELS - 1]
-                lse = estimate_kept(
-                    q, scale, centroids[LEVELS - 1] + head * DIM,
-                    kept_list + wide * nodes[LEVELS - 1], kept_mass + wide * nodes[LEVELS - 1],
-                    first, last, tl.load(kept_count + t),
-                    DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
+            if DIPOLE:
                 slots = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-                tl.store(estimate + slots, lse)
-            else:
-                store_part(part, part_lse, slot, acc, peak, total, DIM, BLOCK_D, BLOCK_M)
+                tl.store(part_moved + slots, moved / tl.where(total > 0, total, 1.0))
+            store_part(part, part_lse, slot, acc, peak, total, DIM, BLOCK_D, BLOCK_M)

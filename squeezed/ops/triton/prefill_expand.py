@@ -1,4 +1,4 @@
-"""Kernel of the prefill lookup that writes lists: members of kept nodes, dropped and kept nodes."""
+"""Kernel of the prefill lookup that writes lists: members of kept nodes, and dropped nodes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ def _write_nodes(list_, masses, count, counts, node, mass, chosen, wide, chunk, 
 def expand_kernel(
     key_offsets, member_offsets, candidates, candidate_count, state, counts,
     member_list, member_count, dropped_list, dropped_mass, dropped_count,
-    kept_list, kept_mass, kept_count,
     nodes, blocks, chunks, tiles, capacity,
     HEADS_KV: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr, RUN: tl.constexpr,
-    LISTED: tl.constexpr, DROPPED: tl.constexpr, KEPT: tl.constexpr,
+    LISTED: tl.constexpr, DROPPED: tl.constexpr,
 ):  # fmt: skip
-    """Write the members of the kept nodes of one chunk, the dropped nodes and the kept ones."""
+    """Write the members of the kept nodes of one chunk, and the dropped nodes."""
     pid, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     h, wide = (pid // blocks) % HEADS_KV, pid.to(tl.int64)
     length = tl.load(candidate_count + pid) if LISTED else nodes
@@ -61,6 +60,3 @@ def expand_kernel(
         mass = tl.log2(tl.maximum(size, 1).to(tl.float32))
         _write_nodes(dropped_list, dropped_mass, dropped_count, counts + tiles * chunks, node, mass,
                      fate == 2, wide, chunk, chunks, live, nodes, CHUNKS)  # fmt: skip
-        if KEPT:
-            _write_nodes(kept_list, kept_mass, kept_count, counts + 2 * tiles * chunks, node, mass,
-                         fate == 1, wide, chunk, chunks, live, nodes, CHUNKS)  # fmt: skip

@@ -66,18 +66,16 @@ class Found:
     Attributes:
         rows: rows of the sorted keys that are read exactly.
         dropped: per level, the nodes whose far field counts; empty without a far field.
-        kept_leaves: the leaves behind `rows`, if the far field calibrates itself.
     """
 
     rows: NodeList
     dropped: tuple[NodeList, ...]
-    kept_leaves: NodeList
 
     @staticmethod
     def nothing(device: torch.device) -> Found:
         """Of a context without a tree, where every row is pinned."""
         unused = NodeList(*(torch.empty(1, dtype=torch.int32, device=device) for _ in range(3)))
-        return Found(unused, (), unused)
+        return Found(unused, ())
 
 
 def lookup(
@@ -98,13 +96,13 @@ def lookup(
     if not layer.levels:
         return Found.nothing(query.device)
     partial = _normaliser(query, layer, rule, sizes, scale)
-    candidates, dropped, kept_leaves = None, [], None
+    candidates, dropped = None, []
     for depth in range(len(layer.levels)):
         walk = _Step(sizes, layer, rule, depth)
         state, counts = walk.select(query, valid, partial, candidates, scale)
-        candidates, gone, kept_leaves = walk.expand(state, counts, candidates)
+        candidates, gone = walk.expand(state, counts, candidates)
         dropped += [gone] if rule.far_field != "none" else []
-    return Found(candidates, tuple(dropped), kept_leaves)
+    return Found(candidates, tuple(dropped))
 
 
 def geometry(query: Tensor, layer: ClusteredLayer, rule: SelectionRule) -> Geometry:
@@ -187,10 +185,10 @@ class _Step:
         self, query: Tensor, valid: Tensor | None, partial: Tensor,
         candidates: NodeList | None, scale: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Fate of every candidate `[T, C]` int8 (1 kept, 2 dropped) and counts `[3, T, chunks]`."""
+        """Fate of every candidate `[T, C]` int8 (1 kept, 2 dropped) and counts `[2, T, chunks]`."""
         level, sizes = self.level, self.sizes
         state = query.new_empty(sizes.tiles, level.nodes, dtype=torch.int8)
-        counts = query.new_empty(3, sizes.tiles, self.chunks, dtype=torch.int32)
+        counts = query.new_empty(2, sizes.tiles, self.chunks, dtype=torch.int32)
         splits = partial.shape[-1]
         spans = min(self.chunks, triton.cdiv(4 * multiprocessors(query.device), sizes.tiles))
         select_kernel[(sizes.tiles * spans,)](
@@ -210,23 +208,22 @@ class _Step:
 
     def expand(
         self, state: Tensor, counts: Tensor, candidates: NodeList | None
-    ) -> tuple[NodeList, NodeList, NodeList]:
-        """Lists of the kept nodes' members, of the dropped nodes, and of kept leaves if wanted."""
+    ) -> tuple[NodeList, NodeList]:
+        """Lists of the kept nodes' members and of the dropped nodes."""
         level, sizes, leaf = self.level, self.sizes, self.level.child_offsets is None
         capacity = self.layer.clustered if leaf else self.layer.levels[self.depth + 1].nodes
-        far, calibrated = self.rule.far_field != "none", self.rule.far_field == "self_calibrated"
+        far = self.rule.far_field != "none"
         members = _new_list(sizes, capacity, state.device, massive=False)
         dropped = _new_list(sizes, level.nodes if far else 0, state.device)
-        kept = _new_list(sizes, level.nodes if leaf and calibrated else 0, state.device)
         expand_kernel[(sizes.tiles * self.chunks,)](
             level.key_offsets, self.members, *_listed(candidates, state), state, counts,
-            members.nodes, members.count, dropped.nodes, dropped.mass, dropped.count, kept.nodes,
-            kept.mass, kept.count, level.nodes, sizes.blocks, self.chunks, sizes.tiles, capacity,
+            members.nodes, members.count, dropped.nodes, dropped.mass, dropped.count,
+            level.nodes, sizes.blocks, self.chunks, sizes.tiles, capacity,
             HEADS_KV=sizes.kv_heads, BLOCK_C=NODES_PER_PROGRAM,
             CHUNKS=triton.next_power_of_2(self.chunks), RUN=32 if leaf else 8,
-            LISTED=candidates is not None, DROPPED=far, KEPT=leaf and calibrated, num_warps=4,
+            LISTED=candidates is not None, DROPPED=far, num_warps=4,
         )  # fmt: skip
-        return members, dropped, kept
+        return members, dropped
 
 
 def _listed(candidates: NodeList | None, unused: Tensor) -> tuple[Tensor, Tensor]:

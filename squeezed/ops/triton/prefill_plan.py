@@ -1,13 +1,12 @@
 """Kernels around the prefill attention: share out its work, and merge what was shared out.
 
 The work of a tile (a request, a KV head, a block of queries, up to `BLOCK_M` of its rows) is a row
-of *units* of `BLOCK_N` keys, in this order: kept rows, pinned rows, suffix, the dropped nodes of
-each level, and the kept leaves' centroids if the far field calibrates itself. `plan_kernel` lays
-all tiles end to end and the line is cut into passes of a few heads; every program of
-`attention_kernel` takes an equal stretch of each pass, so heads that keep many keys hold nobody up,
-and blocks of one head run side by side and find each other's keys in the cache. `combine_kernel`
-merges the stretches of each tile. The stretch of program `p` in tile `w` of a pass has slot
-`pass * programs + p + w`: along the line one of the three always grows.
+of *units* of `BLOCK_N` keys, in this order: kept rows, pinned rows, suffix, and the dropped nodes
+of each level. `plan_kernel` lays all tiles end to end and the line is cut into passes of a few
+heads; every program of `attention_kernel` takes an equal stretch of each pass, so heads that keep
+many keys hold nobody up, and blocks of one head run side by side and find each other's keys in the
+cache. `combine_kernel` merges the stretches of each tile. The stretch of program `p` in tile `w` of
+a pass has slot `pass * programs + p + w`: along the line one of the three always grows.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 
 @triton.jit(do_not_specialize=["tiles", "blocks", "rows", "suffix", "pinned"])
 def plan_kernel(
-    ends, bounds, keys_read, row_count, dropped_counts, kept_count, valid_count,
+    ends, bounds, keys_read, row_count, dropped_counts, valid_count,
     tiles, blocks, rows, suffix, pinned,
     HEADS_KV: tl.constexpr, SPLIT_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    LEVELS: tl.constexpr, CLASSES: tl.constexpr, CALIBRATED: tl.constexpr, INDEXED: tl.constexpr,
+    LEVELS: tl.constexpr, CLASSES: tl.constexpr, INDEXED: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """`bounds[w, c]`: first unit after class `c` of tile `w`; `ends[w]`: the same on the line."""
@@ -54,9 +53,6 @@ def plan_kernel(
         for level in tl.static_range(LEVELS):
             units += tl.cdiv(tl.load(dropped_counts[level] + t, mask=inside, other=0), BLOCK_N)
             tl.store(bounds + w * CLASSES + 3 + level, units, mask=inside)
-        if CALIBRATED:
-            units += tl.cdiv(tl.load(kept_count + t, mask=inside, other=0), BLOCK_N)
-            tl.store(bounds + w * CLASSES + 3 + LEVELS, units, mask=inside)
         units = tl.where(inside, units, 0)
         tl.store(ends + w, done + tl.cumsum(units, 0), mask=inside)
         done += tl.sum(units, 0)
@@ -86,48 +82,22 @@ def stretch(ends, tiles, pass_tiles, number, program, programs):
 
 
 @triton.jit
-def calibration(exact_lse, estimate, m, p_first, p_last, slot, clamp, BLOCK_M: tl.constexpr,
-                BLOCK_R: tl.constexpr):  # fmt: skip
-    """log2 of exact over estimated mass of the kept leaves, `[BLOCK_R]`; 0 if nothing is kept."""
-    exact = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    guess = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    for p in range(p_first, p_last + 1):
-        at = (slot + p).to(tl.int64) * BLOCK_M + m
-        exact = log_add(exact, tl.load(exact_lse + at))
-        guess = log_add(guess, tl.load(estimate + at))
-    known = (exact > NEG_INF) & (guess > NEG_INF)
-    gap = tl.where(known, exact, 0.0) - tl.where(known, guess, 0.0)
-    return tl.minimum(tl.maximum(gap, -clamp), clamp)
-
-
-@triton.jit
-def log_add(a, b):
-    """log2 of 2^a + 2^b, `-inf` allowed."""
-    top = tl.maximum(a, b)
-    base = tl.where(top == NEG_INF, 0.0, top)
-    return base + tl.log2(tl.exp2(a - base) + tl.exp2(b - base))
-
-
-@triton.jit
-def merge_part(out, lse, part, part_lse, at, gap, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Add one stretch, its mass shifted by `gap`, to a running output and log2 mass."""
-    dims = tl.arange(0, BLOCK_D)
-    more = tl.load(part_lse + at) + gap
-    value = tl.load(part + at[:, None] * DIM + dims, mask=(dims < DIM)[None, :], other=0.0)
+def merge_shares(lse, more):
+    """Shares of two log2 masses in their sum, and its log2."""
     top = tl.maximum(lse, more)
     base = tl.where(top == NEG_INF, 0.0, top)
     a, b = tl.exp2(lse - base), tl.exp2(more - base)
     mass = tl.where(a + b > 0, a + b, 1.0)
-    return out * (a / mass)[:, None] + value * (b / mass)[:, None], base + tl.log2(a + b)
+    return a / mass, b / mass, base + tl.log2(a + b)
 
 
 @triton.jit(do_not_specialize=["tiles", "blocks", "rows", "programs", "pass_tiles"])
 def combine_kernel(
-    output, ends, bounds, part, part_lse, far, far_lse, exact_lse, estimate,
-    tiles, blocks, rows, programs, pass_tiles, clamp,
+    query, q_b, q_h, q_r, slope, output, ends, bounds, part, part_lse, part_moved,
+    tiles, blocks, rows, programs, pass_tiles, scale,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
-    CLASSES: tl.constexpr, CALIBRATED: tl.constexpr,
+    CLASSES: tl.constexpr, DIPOLE: tl.constexpr,
 ):  # fmt: skip
     """Merge all stretches of `BLOCK_R` rows of one tile into the output `[B, Hq, Q, D]`."""
     w, m = tl.program_id(0), tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -137,23 +107,26 @@ def combine_kernel(
     start = end - tl.load(bounds + w * CLASSES + CLASSES - 1)
     p_first, p_last = (start - base) // share, (end - 1 - base) // share
     p_last = tl.where(end > start, p_last, p_first - 1)
-    out = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    lse = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    gap = tl.zeros([BLOCK_R], tl.float32)
-    if CALIBRATED:
-        gap = calibration(
-            exact_lse, estimate, m, p_first, p_last, number * programs + w, clamp, BLOCK_M, BLOCK_R
-        )
-    for p in range(p_first, p_last + 1):
-        at = (number * programs + p + w).to(tl.int64) * BLOCK_M + m
-        out, lse = merge_part(out, lse, part, part_lse, at, 0.0, DIM, BLOCK_D)
-        if CALIBRATED:
-            out, lse = merge_part(out, lse, far, far_lse, at, gap, DIM, BLOCK_D)
     t, member = w // SPLIT_M, (w % SPLIT_M) * BLOCK_M + m
     head = (t // blocks) % HEADS_KV * GROUP + member // BLOCK
     row = rows - (blocks - t % blocks) * BLOCK + member % BLOCK
-    ok = (member < GROUP * BLOCK) & (row >= 0)
-    dims = tl.arange(0, BLOCK_D)
-    line = (t // blocks // HEADS_KV * (HEADS_KV * GROUP) + head).to(tl.int64) * rows + row
-    ok = ok[:, None] & (dims < DIM)
+    dims, request = tl.arange(0, BLOCK_D), t // blocks // HEADS_KV
+    ok = ((member < GROUP * BLOCK) & (row >= 0))[:, None] & (dims < DIM)
+    out = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    lse, moved = tl.full([BLOCK_R], float("-inf"), tl.float32), tl.zeros([BLOCK_R], tl.float32)
+    for p in range(p_first, p_last + 1):
+        at = (number * programs + p + w).to(tl.int64) * BLOCK_M + m
+        value = tl.load(part + at[:, None] * DIM + dims, mask=(dims < DIM)[None, :], other=0.0)
+        old, new, lse = merge_shares(lse, tl.load(part_lse + at))
+        out = out * old[:, None] + value * new[:, None]
+        if DIPOLE:
+            moved = moved * old + tl.load(part_moved + at) * new
+    if DIPOLE:
+        q_rows = query + request.to(tl.int64) * q_b + head[:, None] * q_h
+        q = tl.load(q_rows + row[:, None].to(tl.int64) * q_r + dims, mask=ok, other=0.0)
+        lines = slope + (t // blocks % HEADS_KV).to(tl.int64) * DIM * DIM
+        inside = (dims < DIM)[:, None] & (dims < DIM)[None, :]
+        along = tl.load(lines + dims[None, :] * DIM + dims[:, None], mask=inside, other=0.0)
+        out += (moved * scale)[:, None] * tl.dot(q, along, input_precision="ieee")
+    line = (request * (HEADS_KV * GROUP) + head).to(tl.int64) * rows + row
     tl.store(output + line[:, None] * DIM + dims, out.to(output.dtype.element_ty), mask=ok)

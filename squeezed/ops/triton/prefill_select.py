@@ -197,7 +197,6 @@ def select_kernel(
         tl.store(out, tl.sum(tl.where(kept, members, 0), 0))
         if FAR:
             tl.store(out + tiles * chunks, tl.sum(dropped.to(tl.int32), 0))
-            tl.store(out + 2 * tiles * chunks, tl.sum(kept.to(tl.int32), 0))
         node = slot + spans * BLOCK_C
         if LISTED:  # one chunk ahead, so that no centroid waits for its address
             node = tl.load(candidates + wide * nodes + node, mask=node < length, other=0)

@@ -9,7 +9,6 @@ import torch
 import triton
 from torch import Tensor
 
-from squeezed.config import SELF_CALIBRATION_CLAMP
 from squeezed.ops.triton.prefill_attention import attention_kernel
 from squeezed.ops.triton.prefill_lookup import (
     Found,
@@ -81,8 +80,8 @@ class Work:
         return multiprocessors(self.layer.keys.device) * self.tile.programs
 
     @property
-    def calibrated(self) -> bool:
-        return self.indexed and self.rule.far_field == "self_calibrated"
+    def dipole(self) -> bool:
+        return self.indexed and self.rule.far_field == "second_order"
 
     @property
     def far_levels(self) -> int:
@@ -90,7 +89,7 @@ class Work:
 
     @property
     def classes(self) -> int:
-        return 3 + self.far_levels + self.calibrated
+        return 3 + self.far_levels
 
     @property
     def pinned(self) -> int:
@@ -107,11 +106,11 @@ class Work:
         found = self.found
         plan_kernel[(1,)](
             ends, bounds, keys_read, found.rows.count, tuple(gone.count for gone in found.dropped),
-            found.kept_leaves.count, ends if valid is None else _valid_per_block(valid, sizes),
+            ends if valid is None else _valid_per_block(valid, sizes),
             sizes.tiles, sizes.blocks, sizes.rows, suffix, self.pinned,
             HEADS_KV=sizes.kv_heads, SPLIT_M=self.split_m, BLOCK=sizes.block,
             BLOCK_N=self.tile.keys, LEVELS=self.far_levels,
-            CLASSES=self.classes, CALIBRATED=self.calibrated, INDEXED=self.indexed,
+            CLASSES=self.classes, INDEXED=self.indexed,
             MASKED=valid is not None, CAUSAL=causal, STEP=1024, num_warps=8,
         )  # fmt: skip
         return ends, bounds, keys_read
@@ -122,7 +121,7 @@ class Work:
     ) -> dict[str, Tensor]:  # fmt: skip
         """Outputs and log2 masses of all stretches."""
         sizes, tile, layer = self.sizes, self.tile, self.layer
-        found, kept, dropped = self.found.rows, self.found.kept_leaves, self.found.dropped
+        found, dropped = self.found.rows, self.found.dropped
         levels = layer.levels[: self.far_levels]
         parts = self._parts(query)
         mask = bounds if suffix_mask is None else suffix_mask.view(torch.int8)
@@ -132,15 +131,16 @@ class Work:
             suffix_keys, *suffix_keys.stride()[:3], suffix_values, *suffix_values.stride()[:3],
             mask, *mask_strides, ends, bounds, found.nodes, found.count,
             tuple(lv.centroids for lv in levels), tuple(lv.mean_values for lv in levels),
-            tuple(lv.nodes for lv in levels), tuple(gone.nodes for gone in dropped),
+            tuple(lv.variance for lv in levels), tuple(lv.nodes for lv in levels),
+            tuple(gone.nodes for gone in dropped),
             tuple(gone.mass for gone in dropped), tuple(gone.count for gone in dropped),
-            kept.nodes, kept.mass, kept.count, *parts.values(),
+            self.rule.far_alpha if self.dipole else query, *parts.values(),
             sizes.tiles, sizes.blocks, sizes.rows, suffix_keys.shape[2], self.pinned,
             layer.clustered, self.pass_tiles, scale * LOG2E,
             HEADS_KV=sizes.kv_heads, GROUP=sizes.group,
             BLOCK=sizes.block, DIM=sizes.dim, BLOCK_D=triton.next_power_of_2(sizes.dim),
             BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT_M=self.split_m, LEVELS=self.far_levels,
-            CLASSES=self.classes, CALIBRATED=self.calibrated, INDEXED=self.indexed,
+            CLASSES=self.classes, DIPOLE=self.dipole, INDEXED=self.indexed,
             CAUSAL=suffix_mask is None, STEP=512, num_warps=tile.warps, num_stages=tile.stages,
             **(two_per_multiprocessor(query.device) if tile.programs * tile.warps == 16 else {}),
         )  # fmt: skip
@@ -149,27 +149,23 @@ class Work:
     def _parts(self, query: Tensor) -> dict[str, Tensor]:
         spans = self.sizes.tiles * self.split_m
         slots = spans + triton.cdiv(spans, self.pass_tiles) * self.programs
-        shape = (slots, self.tile.rows)
+        part = query.new_empty(slots, self.tile.rows, self.sizes.dim, dtype=torch.float32)
+        moved = part.new_empty(part.shape[:2] if self.dipole else (0, 0))
+        return {"part": part, "part_lse": part.new_empty(part.shape[:2]), "part_moved": moved}
 
-        def empty(used: bool, *more: int) -> Tensor:
-            return query.new_empty(*(shape if used else (0, 0)), *more, dtype=torch.float32)
-
-        far, dim = self.calibrated, self.sizes.dim
-        return {
-            "part": empty(True, dim), "part_lse": empty(True), "far": empty(far, dim),
-            "far_lse": empty(far), "exact_lse": empty(far), "estimate": empty(far),
-        }  # fmt: skip
-
-    def combine(self, query: Tensor, ends: Tensor, bounds: Tensor, parts: dict) -> Tensor:
+    def combine(
+        self, query: Tensor, ends: Tensor, bounds: Tensor, parts: dict, scale: float
+    ) -> Tensor:
         sizes, tile = self.sizes, self.tile
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         grid = (sizes.tiles * self.split_m, triton.cdiv(tile.rows, 16))
         combine_kernel[grid](
-            output, ends, bounds, *parts.values(), sizes.tiles, sizes.blocks, sizes.rows,
-            self.programs, self.pass_tiles, SELF_CALIBRATION_CLAMP * LOG2E,
+            query, *query.stride()[:3], self.layer.value_slope, output, ends, bounds,
+            *parts.values(), sizes.tiles, sizes.blocks, sizes.rows, self.programs,
+            self.pass_tiles, scale,
             HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
             BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_M=tile.rows, BLOCK_R=16,
-            SPLIT_M=self.split_m, CLASSES=self.classes, CALIBRATED=self.calibrated, num_warps=4,
+            SPLIT_M=self.split_m, CLASSES=self.classes, DIPOLE=self.dipole, num_warps=4,
         )  # fmt: skip
         return output
 

@@ -8,7 +8,6 @@ import torch
 import triton
 from torch import Tensor
 
-from squeezed.config import SELF_CALIBRATION_CLAMP
 from squeezed.ops.triton import attention, combine, descend, lookup
 from squeezed.ops.triton.workspace import (
     Shape,
@@ -91,7 +90,7 @@ class Step:
             parent.key_offsets if flat else parent.child_offsets, parent.key_offsets,
             child.centroids, child.key_offsets, child.variance, s.norm_highs, s.norm_masses,
             s.runs, s.run_bits, s.far_nodes, s.far_masses, s.far_bits, s.counters, s.read_counts,
-            s.highs, s.estimate_highs, s.estimate_masses,
+            s.highs,
             self.query.stride(0), self.query.stride(1), shape.batch,
             parent.nodes, child.nodes, 0 if leaves else levels[own + 1].nodes, cut.bounds[own],
             cut.bounds[above], s.runs.shape[1], s.far_nodes.shape[1], cut.splits,
@@ -105,7 +104,6 @@ class Step:
             BITS=triton.language.int32 if cut.bits == torch.int32 else triton.language.int64,
             EVERYONE=cut.everyone, SHARED=cut.tile_batch > 1, SECOND=rule.alpha is not None,
             MASKED=self.mask is not None or shape.recent == 0, FAR=shape.far,
-            CALIBRATED=shape.calibrated,
             **self._launch(tuning.warps[1], dependent=True, registers=tuning.registers),
         )  # fmt: skip
 
@@ -113,14 +111,16 @@ class Step:
         cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
         levels = self.layer.levels
         attention.attend_kernel[(cut.programs,)](
-            self.query, self.layer.keys, self.layer.values, s.runs, s.run_bits,
+            self.query, self.layer.keys, self.layer.values,
+            self.rule.far_alpha if shape.dipole else self.query, s.runs, s.run_bits,
             tuple(level.centroids for level in levels),
-            tuple(level.mean_values for level in levels), cut.bounds,
-            s.far_nodes, s.far_masses, s.far_bits, s.counters, s.sums, s.highs, s.masses,
+            tuple(level.mean_values for level in levels),
+            tuple(level.variance for level in levels), cut.bounds, s.far_nodes, s.far_masses,
+            s.far_bits, s.counters, s.sums, s.highs, s.masses, s.spreads,
             self.query.stride(0), self.query.stride(1), shape.batch, cut.problems, shape.tokens,
-            s.runs.shape[1], s.far_nodes.shape[1], cut.far_base, self.scale_bits,
+            s.runs.shape[1], s.far_nodes.shape[1], self.scale_bits,
             **self._tile(), M=cut.row_pad, TILE=tuning.tile, Z_PAD=power_of_two(cut.problems),
-            SHARED=cut.tile_batch > 1, FAR=shape.far, CALIBRATED=shape.calibrated,
+            SHARED=cut.tile_batch > 1, FAR=shape.far, DIPOLE=shape.dipole,
             STAGES=tuning.stages, **self._launch(tuning.warps[2], dependent=True),
         )  # fmt: skip
 
@@ -128,11 +128,11 @@ class Step:
         cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
         dims = min(tuning.merge_dims, power_of_two(shape.dim))
         combine.combine_kernel[cut.problems, cut.rows, ceil_div(shape.dim, dims)](
-            self.output, self.keys_read, s.counters, s.read_counts, s.sums, s.highs, s.masses,
-            s.estimate_highs, s.estimate_masses, self.output.stride(0), shape.batch, cut.problems,
-            cut.programs, cut.fixed_base, cut.fixed_slots, cut.far_base,
-            s.estimate_highs.shape[1], SELF_CALIBRATION_CLAMP * math.log2(math.e),
+            self.query, self.layer.value_slope, self.output, self.keys_read, s.counters,
+            s.read_counts, s.sums, s.highs, s.masses, s.spreads, self.query.stride(0),
+            self.query.stride(1), self.output.stride(0), shape.batch, cut.problems,
+            cut.programs, cut.fixed_base, cut.fixed_slots, self.scale_bits,
             **self._tile(), DIMS=dims, Z_PAD=power_of_two(cut.problems), SLOTS=tuning.merge_slots,
-            CLUSTERED=bool(shape.nodes), CALIBRATED=shape.calibrated,
+            CLUSTERED=bool(shape.nodes), DIPOLE=shape.dipole,
             **self._launch(tuning.merge_warps, dependent=True),
         )  # fmt: skip

@@ -8,6 +8,8 @@ kernels are in bits (base two), because the hardware's exponential is `exp2`.
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def problem(z, TILES: tl.constexpr):
@@ -74,3 +76,15 @@ def store_partial(
     tl.store(masses + at, mass, mask=exists)
     mask = exists[:, None] & (d < D)[None, :]
     tl.store(sums + at[:, None] * D + d[None, :], total, mask=mask)
+
+
+@triton.jit
+def energy_of(q, alpha, head, row, scale_bits, GROUP: tl.constexpr, SECOND: tl.constexpr):
+    """Factor of a node's variance in its logits, in bits, `[M]`; 0 to first order."""
+    energy = tl.zeros(row.shape, tl.float32)
+    if SECOND:
+        energy = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
+        scale = scale_bits / LOG2_E
+        weight = tl.load(alpha + head * GROUP + row % GROUP)
+        energy = weight * energy * (0.5 * scale * scale * LOG2_E)
+    return energy

@@ -66,7 +66,7 @@ class Shape:
     recent: int
     nodes: tuple[int, ...]
     far: bool
-    calibrated: bool
+    dipole: bool
     multiprocessors: int
 
 
@@ -89,7 +89,6 @@ class Plan:
     bounds: tuple[int, ...]
     programs: int
     fixed_base: int
-    far_base: int
     slots: int
 
     @property
@@ -140,7 +139,6 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
     recent_chunks = ceil_div(shape.recent, tuning.chunk)
     programs = tuning.programs * shape.multiprocessors if nodes else 0
     fixed_base = programs + problems if nodes else 0
-    far_base = fixed_base + problems * (pinned_chunks + recent_chunks)
     return Plan(
         group=group,
         tile_batch=tile_batch,
@@ -155,8 +153,7 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
         bounds=tuple(itertools.accumulate(nodes, initial=0)),
         programs=programs,
         fixed_base=fixed_base,
-        far_base=far_base,
-        slots=far_base + (fixed_base if shape.calibrated else 0),
+        slots=fixed_base + problems * (pinned_chunks + recent_chunks),
     )
 
 
@@ -176,9 +173,8 @@ class Workspace:
         far_nodes, far_masses, far_bits: `[Z, nodes]` dropped nodes of all levels, log2 of their
             sizes, and which requests drop them; as small as possible without a far field.
         sums, highs, masses: `[slots, rows, D]`, `[slots, rows]` unnormalised softmax sums: of kept
-            rows and dropped nodes, of pinned and recent rows, of dropped nodes where they are kept
-            apart because the far field calibrates itself.
-        estimate_highs, estimate_masses: `[Z, parts, rows]` estimated mass of the kept leaves.
+            rows and dropped nodes, and of pinned and recent rows.
+        spreads: `[slots, rows]`, the dropped nodes' variances in the same sums.
     """
 
     scores: Tensor
@@ -196,8 +192,7 @@ class Workspace:
     sums: Tensor
     highs: Tensor
     masses: Tensor
-    estimate_highs: Tensor
-    estimate_masses: Tensor
+    spreads: Tensor
 
     @staticmethod
     def allocate(shape: Shape, cut: Plan, device: torch.device) -> Workspace:
@@ -210,7 +205,6 @@ class Workspace:
 
         runs = ceil_div(shape.tokens - shape.pinned, RUN.value) + shape.nodes[-1] if levels else 1
         far = (z, sum(shape.nodes)) if shape.far else unused
-        known = (z, cut.parts[-1], rows) if shape.calibrated else (1, 1, 1)
         return Workspace(
             scores=new(z, shape.nodes[0] if levels else 1, rows),
             parents_of=new(z, shape.nodes[1] if levels > 1 else 1, dtype=torch.int32),
@@ -227,6 +221,5 @@ class Workspace:
             sums=new(cut.slots, rows, shape.dim),
             highs=new(cut.slots, rows),
             masses=new(cut.slots, rows),
-            estimate_highs=new(*known),
-            estimate_masses=new(*known),
+            spreads=new(*((cut.fixed_base, rows) if shape.dipole else unused)),
         )

@@ -1,0 +1,67 @@
+"""Errors of every KV head at every share of its keys -> the share that each head gets.
+
+A budget is worth most where the output errs most. Heads that gather from everywhere are served by
+the far field; a head that copies single tokens may need a third of its keys to find them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SHARES = (0.005, 0.015, 0.04, 0.1, 0.2, 0.4, 0.7, 0.92)
+"""Shares of a head's keys at which its error is measured."""
+
+FAR_FITTED_AT = 2
+"""Which of them serves to fit the far field."""
+
+STEPS = 97  # shares that a head may get, evenly spaced by logarithm up to all keys
+BISECTIONS = 50
+LOWEST_ERROR = 1e-12
+
+
+def allot(errors: list[Tensor], budgets: tuple[float, ...]) -> list[Tensor]:
+    """The shares with the least error in sum whose mean over all heads is the budget.
+
+    The price of a key is the same for all heads: each takes the share that minimises its error
+    plus the price of its keys, and bisection finds the price at which the budget is spent.
+
+    Args:
+        errors: per layer `[len(SHARES), Hkv]`, squared errors.
+
+    Returns:
+        Per layer `[budgets, Hkv]` float64.
+    """
+    heads = [of_layer.shape[1] for of_layer in errors]
+    shares, curves = _curves(torch.cat(errors, 1).double())
+    wanted = shares.new_tensor(budgets)
+    low, high = wanted.new_full(wanted.shape, -40.0), wanted.new_full(wanted.shape, 20.0)
+    for _ in range(BISECTIONS):
+        price = (low + high) / 2
+        over = _cheapest(shares, curves, price).mean(-1) > wanted
+        low, high = torch.where(over, price, low), torch.where(over, high, price)
+    more, less = (_cheapest(shares, curves, price) for price in (low, high))
+    left = (wanted - less.mean(-1)) / (more - less).mean(-1).clamp(min=1e-12)
+    found = torch.lerp(less, more, left[:, None])  # shares move in steps: go part of the last one
+    return list(found.split(heads, 1))
+
+
+def _cheapest(shares: Tensor, curves: Tensor, log_price: Tensor) -> Tensor:
+    """Share of each head at each price, `[prices, N]`."""
+    costs = curves + log_price.exp()[:, None, None] * shares[:, None]
+    return shares[costs.argmin(1)]
+
+
+def _curves(errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares `[STEPS]` and errors `[STEPS, N]` there, from errors `[len(SHARES), N]`.
+
+    More keys never count as worse, and all keys have no error. Between measured shares the error
+    is a power of the share.
+    """
+    falling = errors.cummin(0).values.clamp(min=LOWEST_ERROR)
+    falling = torch.cat([falling, torch.full_like(falling[:1], LOWEST_ERROR)]).log()
+    known = errors.new_tensor([*SHARES, 1.0]).log()
+    places = torch.linspace(float(known[0]), 0.0, STEPS, dtype=known.dtype, device=known.device)
+    above = torch.searchsorted(known, places).clamp(1, len(known) - 1)
+    weight = (places - known[above - 1]) / (known[above] - known[above - 1])
+    return places.exp(), torch.lerp(falling[above - 1], falling[above], weight[:, None]).exp()
