@@ -105,9 +105,7 @@ def _try_shares(seen: ObservedLayer, alpha: Tensor | None, preset: Preset) -> Tr
     heads, device = seen.layer.keys.shape[0], seen.queries.device
     shares = torch.tensor(SHARES, dtype=torch.float64, device=device)[:, None].expand(-1, heads)
     thresholds = fit_head_thresholds(seen, alpha, preset, shares, (1,))[0].float()
-    far_alpha = _far_alpha(preset, alpha)
-    rules = [SelectionRule(t, alpha, preset.far_field, far_alpha=far_alpha) for t in thresholds]
-    return try_out(seen, rules, FAR_FITTED_AT)
+    return try_out(seen, alpha, thresholds, preset.far_field, FAR_FITTED_AT)
 
 
 def _far_alpha(preset: Preset, alpha: Tensor | None) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,16 @@ class SelectionRule:
         """All that a kernel reads: a CUDA graph holds them in place."""
         held = (self.log_thresholds, self.alpha, self.far_alpha)
         return [tensor for tensor in held if tensor is not None]
+
+    def of_heads(self, own: slice) -> SelectionRule:
+        """The rule of some KV heads alone."""
+        heads = self.log_thresholds.shape[1]
+        alpha, far_alpha = (
+            None if a is None else a.unflatten(-1, (heads, -1))[..., own, :].flatten(-2)
+            for a in (self.alpha, self.far_alpha)
+        )
+        thresholds = self.log_thresholds[:, own]
+        return replace(self, log_thresholds=thresholds, alpha=alpha, far_alpha=far_alpha)
 
     @classmethod
     def for_all_heads(

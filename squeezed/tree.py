@@ -39,10 +39,6 @@ class Level:
         """Keys in each node, `[Hkv, C]` int64."""
         return self.key_offsets.long().diff(dim=-1)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the level, by its name; the first dimension is the KV head."""
-        return _tensors(self)
-
     def to(self, device: torch.device | str) -> Level:
         return _moved(self, device)
 
@@ -90,6 +86,11 @@ class ClusteredLayer:
         records = (self, *self.levels)
         return [tensor for record in records for tensor in _tensors(record).values()]
 
+    def of_heads(self, own: slice) -> ClusteredLayer:
+        """Some KV heads alone, as views."""
+        levels = tuple(_sliced(level, own) for level in self.levels)
+        return replace(_sliced(self, own), levels=levels)
+
     def to(self, device: torch.device | str) -> ClusteredLayer:
         return replace(_moved(self, device), levels=tuple(lv.to(device) for lv in self.levels))
 
@@ -124,6 +125,10 @@ def _bytes(*tensors: Tensor) -> int:
 def _tensors(record: object) -> dict[str, Tensor]:
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _sliced(record, own: slice):
+    return replace(record, **{name: t[own] for name, t in _tensors(record).items()})
 
 
 def _moved(record, device):

@@ -1,15 +1,24 @@
-"""A rule tried out on observed queries: how far is its output from dense attention?"""
+"""Rules tried out on observed queries: how far is their output from dense attention?
+
+The exact attention of a sample of queries is computed once; then every rule's share of it, and what
+stands for the rest, are compared with the whole.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from squeezed.ops.reference.attention import rows_read, tilt
-from squeezed.ops.reference.lookup import grouped, lookup
-from squeezed.rule import SelectionRule
+from squeezed.config import FarField
+from squeezed.ops.reference.lookup import (
+    log_normaliser,
+    log_sizes,
+    node_logits,
+    owners,
+    second_order,
+)
 from squeezed.thresholds import ObservedLayer
 from squeezed.tree import ClusteredLayer
 
@@ -18,7 +27,7 @@ TRIAL_QUERIES = 24  # observed queries per head
 FAR_PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Parts of `alpha` that the mass of dropped nodes may get."""
 
-CHUNK_LOGITS = 1 << 25
+CHUNK_LOGITS = 1 << 26
 """Most exact logits held at once."""
 
 
@@ -27,8 +36,8 @@ class Trials:
     """What the trials of one layer found.
 
     Attributes:
-        errors: `[S, Hkv]` float64, mean squared error of the outputs of a KV head's group for
-            every share of the keys, over the mean squared output of the layer's heads.
+        errors: `[S, Hkv]` float64, mean squared error of the outputs of a KV head's group under
+            every rule, over the mean squared output of the layer's heads.
         far_alpha: `[Hq]` float32, or `None` if the far field is not of second order.
     """
 
@@ -36,85 +45,141 @@ class Trials:
     far_alpha: Tensor | None
 
 
-def try_out(seen: ObservedLayer, rules: list[SelectionRule], fitted_at: int) -> Trials:
-    """Try every rule, all of one preset with the same `alpha`, on a sample of the queries.
+def try_out(
+    seen: ObservedLayer,
+    alpha: Tensor | None,
+    thresholds: Tensor,
+    far_field: FarField,
+    fitted_at: int,
+) -> Trials:
+    """Try `S` rules that differ in their thresholds on a sample of the queries.
 
-    To second order a dropped node's mass is `N exp(s q.c + alpha (s |q|)^2 v / 2)`. In most heads
-    that is what its keys weigh. In some, a few keys of a cluster hold nearly all of its mass: then
-    the estimate is right about the mass and wrong about the value. So every query head takes the
-    part of `alpha` with which its output under rule `fitted_at` comes nearest to dense.
+    To second order a dropped node's mass is `N exp(s q.c + alpha (s |q|)^2 v / 2)`, with the alpha
+    of the leaves. In most heads that is what its keys weigh. In some, a few keys of a cluster hold
+    nearly all of its mass: then the estimate is right about the mass and wrong about the value. So
+    every query head takes the part of alpha with which its output under rule `fitted_at` comes
+    nearest to dense.
+
+    Args:
+        alpha: `[L, Hq]`, or `None` to first order.
+        thresholds: `[S, L, Hkv]` log thresholds.
     """
     layer, step = seen.layer, max(1, seen.queries.shape[1] // TRIAL_QUERIES)
-    queries, heads = seen.queries[:, ::step], seen.layer.keys.shape[0]
-    group = queries.shape[0] // heads
-    at_once = max(1, CHUNK_LOGITS // (group * queries.shape[1] * layer.tokens))
+    heads = layer.keys.shape[0]
+    queries = seen.queries[:, ::step].float().unflatten(0, (heads, -1))[None]  # [1, Hkv, G, n, D]
+    at_once = max(1, CHUNK_LOGITS // (queries[:, 0].numel() // queries.shape[-1] * layer.tokens))
     errors, norms, parts = [], [], []
     for first in range(0, heads, at_once):
         own = slice(first, first + at_once)
-        some = ObservedLayer(
-            _of_heads(layer, own), queries[own.start * group : own.stop * group], seen.scale
-        )
-        trial = _Trial(some)
-        theirs = [_rule_of_heads(rule, own, group) for rule in rules]
-        if theirs[0].far_field == "second_order":
-            part = _best_part(trial, theirs[fitted_at])
-            theirs = [replace(r, far_alpha=r.far_alpha * part) for r in theirs]
-            parts.append(part)
-        errors.append(torch.stack([trial.error(rule) for rule in theirs]))
+        weights = None if alpha is None else alpha.unflatten(1, (heads, -1))[:, own].flatten(1)
+        trial = _Trial(queries[:, own], layer.of_heads(own), weights, seen.scale)
+        trial.walk(thresholds[:, :, own])
+        part = trial.part(fitted_at) if far_field == "second_order" else None
+        found = [trial.error(rule, far_field, part) for rule in range(len(thresholds))]
+        errors.append(torch.stack(found))
         norms.append(trial.dense.square().sum(-1).mean(-1).flatten())
-    found = torch.cat(errors, 1).double() / torch.cat(norms).double().mean()
-    far_alpha = rules[0].far_alpha * torch.cat(parts) if parts else None
-    return Trials(found.unflatten(1, (heads, group)).sum(-1), far_alpha)
+        parts += [] if part is None else [part.flatten()]
+    relative = torch.cat(errors, 1).double() / torch.cat(norms).double().mean()
+    far_alpha = alpha[-1] * torch.cat(parts) if parts else None
+    return Trials(relative.unflatten(1, (heads, -1)).sum(-1), far_alpha)
 
 
 class _Trial:
-    """The exact attention of some queries over the context alone, and rules compared with it."""
+    """Some queries `[1, Hkv, G, n, D]`, their exact attention over the context alone, and rules.
 
-    def __init__(self, seen: ObservedLayer) -> None:
-        self.layer, self.scale, self.query = seen.layer, seen.scale, seen.queries[None].float()
-        self.q = grouped(self.query, self.layer.keys.shape[0])
-        logits = self.scale * torch.einsum("bhgqd,hpd->bhgqp", self.q, self.layer.keys.float())
+    Attributes:
+        dense: `[1, Hkv, G, n, D]`, the exact output.
+        logits: per level `[1, Hkv, G, n, C]`, log mass of every node to first order.
+        kept: `[S, Hkv, n, R]` bool, rows behind the pinned ones that every rule reads.
+        dropped: per level `[S, Hkv, n, C]` bool.
+    """
+
+    def __init__(self, q: Tensor, layer: ClusteredLayer, alpha: Tensor | None, scale: float):
+        self.q, self.layer, self.alpha, self.scale = q, layer, alpha, scale
+        # On a GPU in the precision of the values: what rounding adds is far below any error here.
+        self.values = layer.values if layer.values.is_cuda else layer.values.float()
+        logits = scale * torch.einsum("bhgqd,hpd->bhgqp", q, layer.keys.float())
         self.top = logits.amax(-1, keepdim=True)
-        self.weights = logits.sub_(self.top).exp_()
-        self.values = self.layer.values.float()
-        self.dense = _weighted(self.weights, self.values) / self.weights.sum(-1, keepdim=True)
+        self.weights = logits.sub_(self.top).exp_().to(self.values.dtype)
+        output, mass = self._sum(self.weights, self.values)
+        self.dense = output / mass
+        pinned = slice(layer.pinned)
+        self.pinned = self._sum(self.weights[..., pinned], self.values[:, pinned])
 
-    def error(self, rule: SelectionRule) -> Tensor:
-        """Mean squared distance from dense, `[Hq]`."""
-        found = lookup(self.query, self.layer, rule, self.scale)
-        weights = self.weights * rows_read(found, self.layer, rule, self.q.shape[3])
-        output, mass = _weighted(weights, self.values), weights.sum(-1, keepdim=True)
-        if rule.far_field != "none":
-            far = (found.far_logits - self.top).exp_()
-            output += _weighted(far, found.far_values)
-            mass += far.sum(-1, keepdim=True)
-        if rule.far_field == "second_order":
-            output += tilt(far, found.far_variance, self.q, self.layer, self.scale)
+    def _sum(self, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted values `[1, Hkv, G, n, D]` and sum of weights, float32."""
+        heads, group = weights.shape[1:3]
+        total = torch.bmm(weights[0].flatten(1, 2), values.to(weights.dtype))
+        total = total.float().view(1, heads, group, -1, values.shape[-1])
+        return total, weights.sum(-1, keepdim=True, dtype=torch.float32)
+
+    def walk(self, thresholds: Tensor) -> None:
+        """Select by every rule, `thresholds [S, L, Hkv]`, on all levels at once."""
+        alive = normaliser = None
+        self.logits, self.dropped = [], []
+        for depth, level in enumerate(self.layer.levels):
+            first = node_logits(self.q, level, self.scale)
+            alpha = None if self.alpha is None else self.alpha[depth]
+            score = second_order(first, self.q, level, alpha, self.scale)
+            if normaliser is None:
+                normaliser = log_normaliser(score, level.sizes)
+            best = (score - normaliser).amax(2)  # [1, Hkv, n, C]
+            filled = (level.sizes > 0)[None, :, None]
+            alive = filled if alive is None else alive & filled
+            kept = alive & (best > thresholds[:, depth, :, None, None])
+            self.logits.append(first + log_sizes(level.sizes, first))
+            self.dropped.append(alive & ~kept)
+            finer, rows = level.child_offsets, self.layer.tokens
+            members = level.key_offsets if finer is None else finer
+            count = rows if finer is None else self.layer.levels[depth + 1].nodes
+            owner = owners(members, count)[:, self.layer.pinned if finer is None else 0 :]
+            alive = kept.gather(3, owner[None, :, None].expand(*kept.shape[:3], -1))
+        self.kept = alive
+
+    def error(self, rule: int, far_field: FarField, part: Tensor | None) -> Tensor:
+        """Mean squared distance from dense of one rule, `[Hq]`."""
+        return self._distance(self._near(rule), rule, far_field, part)
+
+    def part(self, rule: int) -> Tensor:
+        """The one of `FAR_PARTS` with the least error of each query head, `[1, Hkv, G, 1, 1]`."""
+        near, ones = self._near(rule), torch.ones_like(self.top[:, :, :, :1])
+        errors = [self._distance(near, rule, "second_order", p * ones) for p in FAR_PARTS]
+        best = torch.stack(errors).argmin(0)
+        return self.top.new_tensor(FAR_PARTS)[best].view_as(ones)
+
+    def _near(self, rule: int) -> tuple[Tensor, Tensor]:
+        read = self.kept[rule][None, :, None].to(self.weights.dtype)
+        behind = slice(self.layer.pinned, None)
+        output, mass = self._sum(self.weights[..., behind] * read, self.values[:, behind])
+        return output + self.pinned[0], mass + self.pinned[1]
+
+    def _distance(
+        self, near: tuple[Tensor, Tensor], rule: int, far_field: FarField, part: Tensor | None
+    ) -> Tensor:
+        output, mass = near
+        if far_field != "none":
+            far, far_mass, spread = self._far(rule, part)
+            output, mass = output + far, mass + far_mass
+            if part is not None:
+                slope = self.layer.value_slope.float()
+                output = output + spread * torch.einsum(
+                    "bhgqe,hde->bhgqd", self.scale * self.q, slope
+                )
         return (output / mass - self.dense).square().sum(-1).mean(-1).flatten()
 
-
-def _best_part(trial: _Trial, rule: SelectionRule) -> Tensor:
-    """The one of `FAR_PARTS` with the least error of each query head, `[Hq]`."""
-    errors = [trial.error(replace(rule, far_alpha=rule.far_alpha * part)) for part in FAR_PARTS]
-    return rule.far_alpha.new_tensor(FAR_PARTS)[torch.stack(errors).argmin(0)]
-
-
-def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    return torch.einsum("bhgqp,hpd->bhgqd", weights, values)
-
-
-def _of_heads(layer: ClusteredLayer, own: slice) -> ClusteredLayer:
-    """Some KV heads of a layer, as views."""
-    levels = tuple(
-        replace(level, **{name: tensor[own] for name, tensor in level.tensors().items()})
-        for level in layer.levels
-    )
-    names = ("keys", "values", "positions", "value_slope")
-    return replace(layer, levels=levels, **{name: getattr(layer, name)[own] for name in names})
-
-
-def _rule_of_heads(rule: SelectionRule, own: slice, group: int) -> SelectionRule:
-    wide = slice(own.start * group, own.stop * group)
-    alpha, far_alpha = (None if a is None else a[..., wide] for a in (rule.alpha, rule.far_alpha))
-    thresholds = rule.log_thresholds[:, own]
-    return replace(rule, log_thresholds=thresholds, alpha=alpha, far_alpha=far_alpha)
+    def _far(self, rule: int, part: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted mean values, weights and weighted variances of the dropped nodes."""
+        output = mass = spread = 0.0
+        energy = (0.5 * self.scale**2) * self.q.square().sum(-1, keepdim=True)
+        for level, logits, dropped in zip(
+            self.layer.levels, self.logits, self.dropped, strict=True
+        ):
+            variance = level.variance[None, :, None, None]
+            if part is not None:
+                alpha = self.alpha[-1].view(1, *self.q.shape[1:3], 1, 1)
+                logits = logits + part * alpha * energy * variance
+            weights = (logits - self.top).exp_() * dropped[rule][None, :, None]
+            values, total = self._sum(weights, level.mean_values.float())
+            output, mass = output + values, mass + total
+            spread = spread + (weights * variance).sum(-1, keepdim=True)
+        return output, mass, spread

@@ -29,6 +29,11 @@ def rules(far_field, thresholds=(-7.5, -6.8, -6.0)):
     ]
 
 
+def tried_out(seen, tried):
+    thresholds = torch.stack([rule.log_thresholds for rule in tried])
+    return trial.try_out(seen, tried[0].alpha, thresholds, tried[0].far_field, 1)
+
+
 def errors_by_attention(seen, rule):
     """Squared errors of the output over the mean square of dense, summed over groups, `[Hkv]`."""
     query = seen.queries[None, :, ::3]
@@ -50,8 +55,10 @@ def no_padding(monkeypatch):
     """Queries with no recent token count as padding in `attend`; here they are all real."""
     from squeezed.ops.reference import attention
 
+    found = attention.lookup
+
     def lookup(query, layer, rule, scale, valid=None):
-        return trial.lookup(query, layer, rule, scale)
+        return found(query, layer, rule, scale)
 
     monkeypatch.setattr(attention, "lookup", lookup)
 
@@ -61,7 +68,7 @@ def no_padding(monkeypatch):
 def test_errors_are_those_of_attention(far_field, chunk, monkeypatch):
     monkeypatch.setattr(trial, "CHUNK_LOGITS", chunk)
     seen, tried = observed(), rules(far_field)
-    found = trial.try_out(seen, tried, 1)
+    found = tried_out(seen, tried)
     assert found.far_alpha is None
     for of_share, rule in zip(found.errors, tried, strict=True):
         expected = errors_by_attention(seen, rule).double()
@@ -70,7 +77,7 @@ def test_errors_are_those_of_attention(far_field, chunk, monkeypatch):
 
 def test_every_head_takes_the_far_field_with_the_least_error():
     seen, tried = observed(), rules("second_order")
-    found = trial.try_out(seen, tried, 1)
+    found = tried_out(seen, tried)
     parts = (found.far_alpha / tried[0].far_alpha).tolist()
     assert all(min(abs(part - known) for known in trial.FAR_PARTS) < 1e-6 for part in parts)
     chosen = [replace(rule, far_alpha=found.far_alpha) for rule in tried]

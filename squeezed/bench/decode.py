@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -60,13 +60,12 @@ def oracle_error(
     """Relative error of the first two KV heads against the reference; raises if it is too large."""
     heads = slice(0, min(2, layer.keys.shape[0]))
     group = query.shape[1] // layer.keys.shape[0]
-    levels = tuple(
-        replace(lv, **{k: v[heads].contiguous() for k, v in vars(lv).items() if v is not None})
-        for lv in layer.levels
+    inputs = (
+        layer.of_heads(heads),
+        rule.of_heads(heads),
+        recent[:2, heads].contiguous(),
+        recent[:2, heads].contiguous(),
     )
-    part = replace(layer, keys=layer.keys[heads], values=layer.values[heads], levels=levels)
-    rule = replace(rule, log_thresholds=rule.log_thresholds[:, heads])
-    inputs = (part, rule, recent[:2, heads].contiguous(), recent[:2, heads].contiguous())
     rows = query[:2, : heads.stop * group].contiguous()
     output, _ = decode.attend(rows, *inputs, None, scale)
     expected, _ = reference.attend(rows.float(), *inputs, None, scale)

@@ -47,8 +47,7 @@ def oracle_error(inputs: Inputs, rule: SelectionRule) -> float:
     for index in (0, inputs.layer.keys.shape[0] - 1):
         part = inputs.head(index)
         part = replace(part, query=part.query[:, :, -rows:])
-        own = replace(rule, log_thresholds=rule.log_thresholds[:, index : index + 1])
-        own = with_far_field(own, rule.far_field, part.query)
+        own = rule.of_heads(slice(index, index + 1))
         expected, _ = reference.attend(*part.arguments(own))
         ours = output[:, index * group : (index + 1) * group, -rows:].double()
         worst = max(worst, float((ours - expected).norm() / expected.double().norm()))

@@ -62,17 +62,13 @@ class Inputs:
         """KV head `index` and its group alone."""
         group = self.query.shape[1] // self.layer.keys.shape[0]
         one = slice(index, index + 1)
-        levels = tuple(
-            replace(lv, **{k: v[one] for k, v in vars(lv).items() if v is not None})
-            for lv in self.layer.levels
-        )
-        names = ("keys", "values", "positions", "value_slope")
-        layer = replace(
-            self.layer, levels=levels, **{name: getattr(self.layer, name)[one] for name in names}
-        )
         query = self.query[:, index * group : (index + 1) * group]
         return Inputs(
-            layer, query, self.suffix_keys[:, one], self.suffix_values[:, one], self.scale
+            self.layer.of_heads(one),
+            query,
+            self.suffix_keys[:, one],
+            self.suffix_values[:, one],
+            self.scale,
         )
 
     def arguments(self, rule: SelectionRule) -> tuple:

@@ -84,9 +84,7 @@ def test_method_stays_finite_for_extreme_logits(name, size):
 def test_method_attends_densely_to_a_context_too_short_to_cluster(name):
     context, call = random_context(), random_call()
     for i, layer in enumerate(context.clustered_layers):
-        context.clustered_layers[i] = type(layer)(
-            layer.keys, layer.values, layer.positions, layer.tokens, ()
-        )
+        context.clustered_layers[i] = replace(layer, pinned=layer.tokens, levels=())
     dense = outputs(prepared("dense", 0.1, context), call)
     for layer, (expected, _) in zip(prepared(name, 0.1, context), dense, strict=True):
         output, read = call.attend(layer)

@@ -60,7 +60,7 @@ def rule_of(layer, group=1, threshold=None, far_field="none", second_order=False
         thresholds = (threshold,) * levels
     rule = SelectionRule.for_all_heads(
         thresholds, layer, alpha if second_order else None, far_field, 1,
-        far_alpha_for(layer, far_field, group),
+        far_alpha_for(layer.to(interpreter.DEVICE), far_field, group),
     )  # fmt: skip
     own = 0.1 * torch.arange(layer.keys.shape[0], device=layer.keys.device)
     shifted = (rule.log_thresholds + own).to(interpreter.DEVICE)

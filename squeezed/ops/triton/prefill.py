@@ -71,7 +71,7 @@ def _attend_piece(
     valid = _valid_rows(query, suffix_keys, suffix_mask)
     sizes = geometry(query, layer, rule)
     found = lookup(query, layer, rule, sizes, valid, scale)
-    tile = choose_tile(query, sizes, rule.far_field != "none")
+    tile = choose_tile(query, sizes, rule.far_field)
     work = Work(sizes, layer, rule, found, tile)
     ends, bounds, keys_read = work.plan(valid, suffix_keys.shape[2], suffix_mask is None)
     parts = work.attend(query, suffix_keys, suffix_values, suffix_mask, ends, bounds, scale)

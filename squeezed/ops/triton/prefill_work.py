@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from squeezed.config import FarField
 from squeezed.ops.triton.prefill_attention import attention_kernel
 from squeezed.ops.triton.prefill_lookup import (
     Found,
@@ -36,7 +37,7 @@ class Tile:
     programs: int  # per multiprocessor
 
 
-def choose_tile(query: Tensor, sizes: Geometry, far_field: bool) -> Tile:
+def choose_tile(query: Tensor, sizes: Geometry, far_field: FarField) -> Tile:
     """The shape measured best on an H200 (benchmarks/h200/prefill-tiles.json)."""
     rows = max(16, triton.next_power_of_2(sizes.group * sizes.block))
     if query.dtype == torch.float32:
@@ -45,7 +46,9 @@ def choose_tile(query: Tensor, sizes: Geometry, far_field: bool) -> Tile:
         return Tile(min(rows, 64), 32, warps=4, stages=2, programs=2)
     if rows < 128:
         return Tile(rows, 64, warps=4, stages=3, programs=2)
-    if far_field:
+    if far_field == "second_order":  # two programs would spill
+        return Tile(128, 64, warps=8, stages=2, programs=1)
+    if far_field != "none":
         return Tile(128, 64, warps=8, stages=2, programs=2)
     if sizes.tiles <= multiprocessors(query.device):
         return Tile(128, 64, warps=8, stages=4, programs=1)
