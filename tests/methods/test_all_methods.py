@@ -124,6 +124,7 @@ def test_method_stays_on_its_device_and_never_waits_for_it(name, per_token):
             per_token=tuple(grid.to("meta") for grid in found.per_token),
             per_block=tuple(grid.to("meta") for grid in found.per_block),
             alpha=tuple(a if a is None else a.to("meta") for a in found.alpha),
+            far_alpha=tuple(a if a is None else a.to("meta") for a in found.far_alpha),
         )
         for preset, found in context.calibrations.items()
     }

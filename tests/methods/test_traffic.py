@@ -39,7 +39,9 @@ def test_squeezed_index_bytes_are_the_nodes_of_the_walk(preset):
             scored, dropped = walk(layer.layer, layer.token, call.query)
             row = 32 * 4
             entry = row + 4 + (4 if layer.token.alpha is not None else 0)
-            expected += scored * entry + (dropped * row if layer.token.far_field != "none" else 0)
+            expected += scored * entry
+            if layer.token.far_field == "second_order":
+                expected += dropped * row + KV_HEADS * 32 * row
         together = torch.cat([call.query for call in calls])
         assert layer.index_bytes(together, SCALE) == expected
 

@@ -104,6 +104,15 @@ def node_rows(bases, bounds, node, head, D: tl.constexpr):
 
 
 @triton.jit
+def listed_variances(nodes, variances, bounds, start, stop, head, TILE: tl.constexpr):
+    """Variances of the nodes that `listed` gives, loaded as a matrix for the same reason."""
+    line, lane = tl.arange(0, RUN)[:, None], tl.arange(0, TILE // RUN)[None, :]
+    place = start + line * (TILE // RUN) + lane
+    node = tl.load(nodes + place, mask=place < stop, other=0)
+    return tl.reshape(tl.load(node_rows(variances, bounds, node, head, 1)), (TILE,))
+
+
+@triton.jit
 def attend_nodes(
     q, high, mass, sum_, energy, centroids, means, variances, bounds, nodes, masses, node_bits,
     count, first, last, head, row, scale_bits,
@@ -127,7 +136,7 @@ def attend_nodes(
         value = tl.load(places[:, None] + d[None, :], mask=inside, other=0.0)
         logits = tl.dot(q, tl.trans(key)) * scale_bits + size[None, :]
         if DIPOLE:
-            variance = tl.load(node_rows(variances, bounds, node, head, 1))
+            variance = listed_variances(nodes, variances, bounds, start, stop, head, TILE)
             logits += energy[:, None] * variance[None, :]
         if SHARED:
             wanted = listed(node_bits, start, stop, 0, TILE)
