@@ -15,6 +15,9 @@ SHARES = (0.005, 0.015, 0.04, 0.1, 0.2, 0.4, 0.7, 0.92)
 FAR_FITTED_AT = 2
 """Which of them serves to fit the far field."""
 
+FIRST_LAYER_WEIGHT = 3.0
+"""How much more an error of the first layer counts: all others build on it."""
+
 STEPS = 97  # shares that a head may get, evenly spaced by logarithm up to all keys
 BISECTIONS = 50
 LOWEST_ERROR = 1e-12
@@ -27,13 +30,14 @@ def allot(errors: list[Tensor], budgets: tuple[float, ...]) -> list[Tensor]:
     plus the price of its keys, and bisection finds the price at which the budget is spent.
 
     Args:
-        errors: per layer `[len(SHARES), Hkv]`, squared errors.
+        errors: per layer, first to last, `[len(SHARES), Hkv]`, squared errors.
 
     Returns:
         Per layer `[budgets, Hkv]` float64.
     """
     heads = [of_layer.shape[1] for of_layer in errors]
-    shares, curves = _curves(torch.cat(errors, 1).double())
+    weighted = [errors[0] * FIRST_LAYER_WEIGHT, *errors[1:]]
+    shares, curves = _curves(torch.cat(weighted, 1).double())
     wanted = shares.new_tensor(budgets)
     low, high = wanted.new_full(wanted.shape, -40.0), wanted.new_full(wanted.shape, 20.0)
     for _ in range(BISECTIONS):

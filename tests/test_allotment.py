@@ -54,3 +54,8 @@ def test_an_error_that_rises_with_the_share_counts_as_flat():
     noisy[3] = noisy[2] * 1.5
     (shares,) = allot([torch.cat([noisy, curve(1.0, 1.0)], 1)], BUDGETS)
     assert shares.isfinite().all() and shares.mean(1).tolist() == pytest.approx(BUDGETS, rel=1e-3)
+
+
+def test_the_first_layer_gets_more_than_another_with_the_same_errors():
+    first, second = allot([curve(1.0, 1.0), curve(1.0, 1.0)], (0.1,))
+    assert first > second

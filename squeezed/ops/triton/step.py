@@ -121,7 +121,8 @@ class Step:
             s.runs.shape[1], s.far_nodes.shape[1], self.scale_bits,
             **self._tile(), M=cut.row_pad, TILE=tuning.tile, Z_PAD=power_of_two(cut.problems),
             SHARED=cut.tile_batch > 1, FAR=shape.far, DIPOLE=shape.dipole,
-            STAGES=tuning.stages, **self._launch(tuning.warps[2], dependent=True, registers=tuning.attend_registers),
+            STAGES=tuning.stages,
+            **self._launch(tuning.warps[2], dependent=True, registers=tuning.attend_registers),
         )  # fmt: skip
 
     def combine(self) -> None:
