@@ -18,6 +18,7 @@ from torch import Tensor
 from squeezed.config import ClusteringConfig
 from squeezed.kmeans import take_rows
 from squeezed.metric import beside_values, query_space
+from squeezed.ops.long_product import long_product
 from squeezed.tree import ClusteredLayer, Level
 
 
@@ -78,7 +79,7 @@ def value_slope(keys: Tensor, values: Tensor, leaves: Level) -> Tensor:
     """
     sizes = leaves.sizes.float()[..., None]
     (k, c), (v, m) = _centred(keys, leaves.centroids), _centred(values, leaves.mean_values)
-    inside = v.mT @ k - (sizes * m).mT @ c
+    inside = long_product(v.mT, k) - long_product((sizes * m).mT, c)
     k_energy, v_energy = (
         rows.square().sum((1, 2)) - (sizes * means.square()).sum((1, 2))
         for rows, means in ((k, c), (v, m))

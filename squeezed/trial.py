@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from squeezed.config import FarField
+from squeezed.ops.long_product import long_product
 from squeezed.ops.reference.lookup import (
     log_normaliser,
     log_sizes,
@@ -109,8 +110,8 @@ class _Trial:
     def _sum(self, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted values `[1, Hkv, G, n, D]` and sum of weights, float32."""
         heads, group = weights.shape[1:3]
-        total = torch.bmm(weights[0].flatten(1, 2), values.to(weights.dtype))
-        total = total.float().view(1, heads, group, -1, values.shape[-1])
+        total = long_product(weights[0].flatten(1, 2), values.to(weights.dtype))
+        total = total.view(1, heads, group, -1, values.shape[-1])
         return total, weights.sum(-1, keepdim=True, dtype=torch.float32)
 
     def walk(self, thresholds: Tensor) -> None:

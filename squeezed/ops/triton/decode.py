@@ -175,7 +175,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def chosen_tuning(shape: Shape) -> Tuning:
-    """Block sizes by shape, as measured best on an H100 (`benchmarks/h200/decode-tried.json`)."""
+    """Block sizes by shape, as measured best (`benchmarks/h200/decode-tried.json`)."""
     tuning = Tuning(overlap=shape.multiprocessors != INTERPRETED_MULTIPROCESSORS)
     parents = shape.kv_heads * shape.nodes[-2] if len(shape.nodes) > 1 else 0
     rows = rows_of(shape)
@@ -184,8 +184,12 @@ def chosen_tuning(shape: Shape) -> Tuning:
         return replace(walk, programs=2, stages=3)
     if shape.batch > 1:
         return replace(tuning, nodes=64, walk_programs=4, warps=(4, 4, 4))
+    if shape.dipole:  # three programs of the attention kernel only fit with fewer registers
+        tuning = replace(tuning, attend_registers=168, stages=4 if parents >= MANY_PARENTS else 2)
     if parents < FEW_PARENTS:  # waiting counts, not bytes
         tuning = replace(tuning, nodes=16, walk_programs=32)
+        if shape.dipole:
+            return replace(tuning, tile=32, attend_registers=None, stages=4)
         return tuning if shape.far else replace(tuning, programs=4, stages=2)
     if rows == 1 and parents >= MANY_PARENTS:
         return replace(tuning, nodes=16, walk_programs=32)
