@@ -79,7 +79,8 @@ def value_slope(keys: Tensor, values: Tensor, leaves: Level) -> Tensor:
     """
     sizes = leaves.sizes.float()[..., None]
     (k, c), (v, m) = _centred(keys, leaves.centroids), _centred(values, leaves.mean_values)
-    inside = long_product(v.mT, k) - long_product((sizes * m).mT, c)
+    exact = keys.dtype if keys.is_cuda else torch.float32  # a GPU sums products in float32
+    inside = long_product(v.to(exact).mT, k.to(exact)) - long_product((sizes * m).mT, c)
     k_energy, v_energy = (
         rows.square().sum((1, 2)) - (sizes * means.square()).sum((1, 2))
         for rows, means in ((k, c), (v, m))

@@ -78,7 +78,8 @@ def load_model(
 
     Args:
         name: see `locate`.
-        dtype: `auto` (the checkpoint's; bfloat16 for GGUF), `bfloat16`, `float16` or `float32`.
+        dtype: `auto` (the checkpoint's, bfloat16 for GGUF, float32 on a CPU without fast
+            bfloat16), `bfloat16`, `float16` or `float32`.
         device: `auto` (the first GPU, else the CPU), or a torch device.
 
     Returns:
@@ -95,7 +96,7 @@ def load_model(
     with readable_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
         model = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=_dtype(dtype, source), **source.arguments
+            source.location, dtype=_dtype(dtype, source, target), **source.arguments
         )
     return model.to(target).eval(), tokenizer
 
@@ -125,14 +126,27 @@ def readable_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def _dtype(name: str, source: ModelSource):
+def _dtype(name: str, source: ModelSource, target):
+    """What `from_pretrained` takes for a name; `auto` is float32 where bfloat16 would crawl."""
     import torch
 
     if name not in DTYPES:
         raise SqueezedError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
     if name != "auto":
         return getattr(torch, name)
+    if target.type == "cpu" and not has_fast_bfloat16():
+        return torch.float32
     return torch.bfloat16 if source.gguf_file else "auto"
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware.
+
+    One that does not took four times as long in bfloat16 as in float32.
+    """
+    import torch
+
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _device(name: str):

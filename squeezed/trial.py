@@ -14,6 +14,7 @@ from torch import Tensor
 from squeezed.config import FarField
 from squeezed.ops.long_product import long_product
 from squeezed.ops.reference.lookup import (
+    far_means,
     log_normaliser,
     log_sizes,
     node_logits,
@@ -28,7 +29,7 @@ TRIAL_QUERIES = 24  # observed queries per head
 FAR_PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Parts of `alpha` that the mass of dropped nodes may get."""
 
-CHUNK_LOGITS = 1 << 26
+CHUNK_LOGITS = 1 << 25
 """Most exact logits held at once."""
 
 
@@ -90,9 +91,10 @@ class _Trial:
 
     Attributes:
         dense: `[1, Hkv, G, n, D]`, the exact output.
-        logits: per level `[1, Hkv, G, n, C]`, log mass of every node to first order.
         kept: `[S, Hkv, n, R]` bool, rows behind the pinned ones that every rule reads.
-        dropped: per level `[S, Hkv, n, C]` bool.
+        dropped: `[S, Hkv, n, F]` bool, nodes of all levels.
+        logits, second: `[1, Hkv, G, n, F]`, the nodes' log mass to first order over `top`, and the
+            term of second order.
     """
 
     def __init__(self, q: Tensor, layer: ClusteredLayer, alpha: Tensor | None, scale: float):
@@ -117,7 +119,7 @@ class _Trial:
     def walk(self, thresholds: Tensor) -> None:
         """Select by every rule, `thresholds [S, L, Hkv]`, on all levels at once."""
         alive = normaliser = None
-        self.logits, self.dropped = [], []
+        logits, dropped = [], []
         for depth, level in enumerate(self.layer.levels):
             first = node_logits(self.q, level, self.scale)
             alpha = None if self.alpha is None else self.alpha[depth]
@@ -128,14 +130,21 @@ class _Trial:
             filled = (level.sizes > 0)[None, :, None]
             alive = filled if alive is None else alive & filled
             kept = alive & (best > thresholds[:, depth, :, None, None])
-            self.logits.append(first + log_sizes(level.sizes, first))
-            self.dropped.append(alive & ~kept)
+            logits.append(first + log_sizes(level.sizes, first) - self.top)
+            dropped.append(alive & ~kept)
             finer, rows = level.child_offsets, self.layer.tokens
             members = level.key_offsets if finer is None else finer
             count = rows if finer is None else self.layer.levels[depth + 1].nodes
             owner = owners(members, count)[:, self.layer.pinned if finer is None else 0 :]
             alive = kept.gather(3, owner[None, :, None].expand(*kept.shape[:3], -1))
-        self.kept = alive
+        self.kept, self.dropped = alive, torch.cat(dropped, -1)
+        self.logits = torch.cat(logits, -1)
+        self.means, variance = far_means(self.layer, torch.float32)
+        self.variance = variance[None, :, None, None]
+        if self.alpha is not None:
+            energy = (0.5 * self.scale**2) * self.q.square().sum(-1, keepdim=True)
+            alpha = self.alpha[-1].view(1, *self.q.shape[1:3], 1, 1)
+            self.second = alpha * energy * self.variance
 
     def error(self, rule: int, far_field: FarField, part: Tensor | None) -> Tensor:
         """Mean squared distance from dense of one rule, `[Hq]`."""
@@ -170,17 +179,7 @@ class _Trial:
 
     def _far(self, rule: int, part: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted mean values, weights and weighted variances of the dropped nodes."""
-        output = mass = spread = 0.0
-        energy = (0.5 * self.scale**2) * self.q.square().sum(-1, keepdim=True)
-        for level, logits, dropped in zip(
-            self.layer.levels, self.logits, self.dropped, strict=True
-        ):
-            variance = level.variance[None, :, None, None]
-            if part is not None:
-                alpha = self.alpha[-1].view(1, *self.q.shape[1:3], 1, 1)
-                logits = logits + part * alpha * energy * variance
-            weights = (logits - self.top).exp_() * dropped[rule][None, :, None]
-            values, total = self._sum(weights, level.mean_values.float())
-            output, mass = output + values, mass + total
-            spread = spread + (weights * variance).sum(-1, keepdim=True)
-        return output, mass, spread
+        logits = self.logits if part is None else torch.addcmul(self.logits, part, self.second)
+        weights = logits.exp() * self.dropped[rule][None, :, None]
+        output, mass = self._sum(weights, self.means)
+        return output, mass, (weights * self.variance).sum(-1, keepdim=True)
