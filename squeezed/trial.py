@@ -29,7 +29,7 @@ TRIAL_QUERIES = 24  # observed queries per head
 FAR_PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Parts of `alpha` that the mass of dropped nodes may get."""
 
-CHUNK_LOGITS = 1 << 25
+CHUNK_LOGITS = 1 << 27
 """Most exact logits held at once."""
 
 
