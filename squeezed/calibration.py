@@ -1,8 +1,9 @@
-"""Observed queries + budget -> thresholds, and the weight of the second-order term.
+"""Observed queries + budget -> thresholds, and the weights of the second-order terms.
 
 In the paper one threshold per level holds for all layers and heads, so a head that needs more keys
-gets more (arXiv 2411.09688, section 3.2). A preset may give every KV head its own thresholds
-instead (`squeezed.thresholds`).
+gets more (arXiv 2411.09688, section 3.2). A preset may instead try every KV head out at several
+shares of its keys (`squeezed.trial`), share the budget out by what that costs in error
+(`squeezed.allotment`) and give every head the thresholds that spend its share.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ class Preset:
             moved to where the query pulls.
         coarse_share: a level above one that keeps a share `b` of the keys keeps
             `min(1, coarse_share * sqrt(b))`; `None` prunes nothing, so that every leaf is scored.
-        per_head: thresholds of their own for every KV head, which give it the part of the budget
-            that first-order scores under one threshold would; otherwise one for all (the paper).
+        per_head: thresholds of their own for every KV head, at the shares of the keys with which
+            outputs err least together (`squeezed.allotment`); otherwise one for all (the paper).
         single_tokens: the last tokens of an input that select alone; earlier ones select in blocks.
         query_block: query tokens that select together in a block.
     """
