@@ -18,6 +18,9 @@ PLAIN_SHARE = 0.35
 VALUE_WEIGHT = 0.3
 """Root mean square distance between values, where that between keys is 1 (DESIGN.md)."""
 
+VALUE_DIMENSIONS = 0.25
+"""Dimensions that values get, as a share of the keys'; all of them were no better."""
+
 
 def query_space(keys: Tensor, queries: Tensor) -> Tensor:
     """Keys `[Hkv, n, D]` in the space of their group's queries `[Hq, W, D]`, float32.
@@ -34,10 +37,18 @@ def query_space(keys: Tensor, queries: Tensor) -> Tensor:
 
 
 def beside_values(compared: Tensor, values: Tensor) -> Tensor:
-    """Keys in the queries' space with their values `[Hkv, n, D]` beside them, `[Hkv, n, 2 D]`."""
-    centred = values.float() - values.float().mean(1, keepdim=True)
-    weight = VALUE_WEIGHT * (_spread(compared) / _spread(centred).clamp(min=1e-20)).sqrt()
-    return torch.cat([compared, weight * centred], -1)
+    """Keys in the queries' space with their values `[Hkv, n, D]` beside them, `[Hkv, n, D + r]`.
+
+    Values are projected to `r` random directions, the same ones every time: distances stay what
+    they are to a few per cent of a key's.
+    """
+    dim = values.shape[-1]
+    kept = max(1, round(VALUE_DIMENSIONS * dim))
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(dim, kept, generator=generator)).Q.to(values.device)
+    projected = (values.float() - values.float().mean(1, keepdim=True)) @ axes
+    weight = VALUE_WEIGHT * (_spread(compared) / _spread(projected).clamp(min=1e-20)).sqrt()
+    return torch.cat([compared, weight * projected], -1)
 
 
 def _spread(rows: Tensor) -> Tensor:

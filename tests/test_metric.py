@@ -82,6 +82,7 @@ def test_values_beside_keys_have_their_weight_whatever_their_scale():
     for scale in (1.0, 1e3):
         joined = beside_values(keys, scale * values + 7.0)
         assert joined[..., :8].equal(keys)
-        of_keys, of_values = (part.var(1, correction=0).sum(-1) for part in joined.split(8, dim=-1))
+        parts = joined.split([8, joined.shape[-1] - 8], dim=-1)
+        of_keys, of_values = (part.var(1, correction=0).sum(-1) for part in parts)
         torch.testing.assert_close((of_values / of_keys).sqrt(), torch.full((2,), VALUE_WEIGHT))
     assert beside_values(keys, 0 * values).isfinite().all()

@@ -65,11 +65,13 @@ class Runs:
     centroids_per_step: int
 
     @staticmethod
-    def of(sizes: Tensor, clusters: Tensor) -> Runs:
-        """From points and clusters per run, `[S]` each; an empty run gets no tile."""
+    def of(sizes: Tensor, clusters: Tensor, dim: int) -> Runs:
+        """From points and clusters per run, `[S]` each, of `dim` numbers; an empty run gets no
+        tile."""
         end, last = sizes.cumsum(0), clusters.cumsum(0)
         most, longest = torch.stack([clusters.max(), sizes.max()]).tolist()  # one wait
-        points = min(128, max(16, triton.next_power_of_2(longest)))
+        wide = triton.next_power_of_2(dim) > 256  # two tiles must fit the shared memory
+        points = min(64 if wide else 128, max(16, triton.next_power_of_2(longest)))
         tiles = (sizes + points - 1) // points
         run = torch.repeat_interleave(tiles)
         within = torch.arange(len(run), device=sizes.device) - (tiles.cumsum(0) - tiles)[run]
@@ -79,7 +81,7 @@ class Runs:
             tile_run=run.int(),
             tile_start=(start[run] + within * points).int(),
             points_per_tile=points,
-            centroids_per_step=min(64, max(16, triton.next_power_of_2(most))),
+            centroids_per_step=min(32 if wide else 64, max(16, triton.next_power_of_2(most))),
         )
 
 
@@ -118,7 +120,7 @@ def assign(points: Tensor, centroids: Tensor, live: Tensor) -> tuple[Tensor, Ten
     problems, count, dim = points.shape
     most = centroids.shape[1]
     sizes = torch.full((problems,), count, device=points.device)
-    runs = Runs.of(sizes, torch.full_like(sizes, most))
+    runs = Runs.of(sizes, torch.full_like(sizes, most), dim)
     flat = centroids.reshape(-1, dim).to(points.dtype)
     label, similarity = nearest(
         points.reshape(-1, dim), flat, runs, live.reshape(-1).to(torch.int8)
@@ -138,7 +140,8 @@ def cluster_segments(
     """
     exact = flat.device.type == "cpu" or flat.dtype != torch.float32
     points = (flat if exact else flat.half()).index_select(0, rows)
-    runs, owners = Runs.of(sizes, clusters), Owners.of(sizes, clusters, len(rows))
+    runs = Runs.of(sizes, clusters, points.shape[1])
+    owners = Owners.of(sizes, clusters, len(rows))
     centroids = points[_seeds(owners)]
     shift = runs.first[owners.run_of_point]
     for _ in range(config.iterations):
