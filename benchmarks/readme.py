@@ -63,7 +63,8 @@ def demo_table(record):
         lines.append("| " + " | ".join(cells) + " |")
     machine, seconds = record["machine"], record["index_seconds"]
     notes = (
-        f"`squeezed demo`, {machine['threads']} threads of an {machine['processor']}, {record['dtype']}: "
+        f"`squeezed demo`, {machine['threads']} threads of an {machine['processor']}, "
+        f"{record['dtype']}: "
         f"{record['kv_bytes'] / 1e6:.1f} MB of keys and values, "
         f"{record['index_bytes'] / 1e6:.1f} MB of index on top;\n"
         f"prefill {seconds['prefill']:.1f} s, clustering {seconds['cluster']:.1f} s, calibration "

@@ -8,6 +8,8 @@ not read is replaced by its mean value, so values lie beside the keys there.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -44,11 +46,17 @@ def beside_values(compared: Tensor, values: Tensor) -> Tensor:
     """
     dim = values.shape[-1]
     kept = max(1, round(VALUE_DIMENSIONS * dim))
-    generator = torch.Generator().manual_seed(0)
-    axes = torch.linalg.qr(torch.randn(dim, kept, generator=generator)).Q.to(values.device)
+    axes = _random_axes(dim, kept).to(values.device)
     projected = (values.float() - values.float().mean(1, keepdim=True)) @ axes
     weight = VALUE_WEIGHT * (_spread(compared) / _spread(projected).clamp(min=1e-20)).sqrt()
     return torch.cat([compared, weight * projected], -1)
+
+
+@cache
+def _random_axes(dim: int, kept: int) -> Tensor:
+    """`[dim, kept]` orthonormal columns, the same ones every time and for every layer."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(dim, kept, generator=generator)).Q
 
 
 def _spread(rows: Tensor) -> Tensor:

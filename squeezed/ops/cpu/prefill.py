@@ -14,7 +14,7 @@ from torch import Tensor
 from squeezed.ops.cpu.arrays import Suffix
 from squeezed.ops.cpu.lookup import DROPPED, KEPT
 from squeezed.ops.cpu.rows import QueryRows
-from squeezed.ops.cpu.walk import Walk, energies, walk
+from squeezed.ops.cpu.walk import Walk, walk
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
@@ -72,7 +72,7 @@ def gather(
         leaves = torch.from_numpy(found.state[head, unit]) == KEPT
         owned = leaves.repeat_interleave(layer.levels[-1].key_offsets[head].diff())
         kept = owned.nonzero()[:, 0] + pinned
-    energy = torch.from_numpy(energies(rows, rule.far_alpha))
+    energy = torch.from_numpy(found.far_energy)
     for level, state, logits in found.visited if rule.far_field != "none" else ():
         nodes = (torch.from_numpy(state[head, unit]) == DROPPED).nonzero()[:, 0]
         own = slice(unit * rows.rows, (unit + 1) * rows.rows)

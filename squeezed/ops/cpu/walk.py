@@ -18,6 +18,7 @@ class Walk:
 
     Attributes:
         visited: of every level `(level, state [H, U, C], first-order logits [H, W, C])`.
+        far_energy: `[H, W]`, weight of a dropped node's variance in its mass.
         state: `[H, U, C]` uint8 of the level to visit, in the end of the leaves.
         key_offsets: `[H, C + 1]` int32 of the leaves.
         keys_read: `[H, U]` int64.
@@ -25,8 +26,8 @@ class Walk:
             the nodes' variances; empty if the kernel does not compute it.
     """
 
-    def __init__(self, rows: QueryRows, nodes: int, in_kernel: bool):
-        self.rows, self.in_kernel = rows, in_kernel
+    def __init__(self, rows: QueryRows, nodes: int, far_energy: Array, in_kernel: bool):
+        self.rows, self.in_kernel, self.far_energy = rows, in_kernel, far_energy
         self.q = rows.flat
         heads, width, dim = self.q.shape
         self.visited: list[tuple[Level, Array, Array]] = []
@@ -52,7 +53,7 @@ class Walk:
         descend(
             self.q, flat(level.centroids), flat(level.mean_values),
             level.variance.contiguous().numpy(), self.key_offsets, children,
-            energies(self.rows, alpha), energies(self.rows, rule.far_alpha),
+            energies(self.rows, alpha), self.far_energy,
             self.rows.valid.numpy(), rule.log_thresholds[depth].numpy(), depth == 0,
             self.in_kernel, rule.far_field != "none" and self.in_kernel, self.normaliser, state,
             self.state, logits, self.keys_read, self.top, self.mass, self.spread, self.acc,
@@ -69,7 +70,7 @@ def walk(rows: QueryRows, layer: ClusteredLayer, rule: SelectionRule, in_kernel:
     the logits of all nodes come from one matrix product, and the far field is left to the caller.
     """
     nodes = [*(level.nodes for level in layer.levels), 0]
-    found = Walk(rows, nodes[0], in_kernel)
+    found = Walk(rows, nodes[0], energies(rows, rule.far_alpha), in_kernel)
     for depth, level in enumerate(layer.levels):
         found.visit(level, depth, nodes[depth + 1], rule)
     return found

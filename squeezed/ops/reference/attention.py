@@ -48,7 +48,7 @@ def attend(
     keys_read, far_variance = torch.zeros(q.shape[0], device=q.device), None
     if layer.levels:
         found = lookup(query, layer, rule, scale, valid)
-        context = context.masked_fill(~rows_read(found, layer, rule, rows), NEG_INF)
+        context = context.masked_fill(~_rows_read(found, layer, rule, rows), NEG_INF)
         if rule.far_field != "none":
             parts.append((found.far_logits, found.far_values.expand(q.shape[0], -1, -1, -1)))
         if rule.far_field == "second_order":
@@ -60,11 +60,11 @@ def attend(
     output = torch.einsum("bhgqk,bhkd->bhgqd", weights, torch.cat([v for _, v in parts], 2))
     if far_variance is not None:
         of_far = weights[..., suffix : suffix + far_variance.shape[-1]]
-        output = output + tilt(of_far, far_variance, q, layer, scale)
+        output = output + _tilt(of_far, far_variance, q, layer, scale)
     return output.reshape(query.shape).to(query.dtype), keys_read.to(torch.int64)
 
 
-def tilt(
+def _tilt(
     weights: Tensor, variance: Tensor, q: Tensor, layer: ClusteredLayer, scale: float
 ) -> Tensor:
     """How far queries move the values that stand for dropped nodes, `[B, Hkv, G, Q, D]`.
@@ -76,7 +76,7 @@ def tilt(
     return torch.einsum("bhgqf,hf->bhgq", weights, variance)[..., None] * moved
 
 
-def rows_read(found: Lookup, layer: ClusteredLayer, rule: SelectionRule, rows: int) -> Tensor:
+def _rows_read(found: Lookup, layer: ClusteredLayer, rule: SelectionRule, rows: int) -> Tensor:
     """Which sorted rows every query reads, `[B, Hkv, 1, Q, P]` bool."""
     leaf = owners(layer.levels[-1].key_offsets, layer.tokens)[:, layer.pinned :]
     batch, _, blocks, _ = found.kept.shape

@@ -83,13 +83,17 @@ def attend_runs(
 
 
 @triton.jit
-def listed(entries, start, stop, other, TILE: tl.constexpr):
-    """Entries `[start, start + TILE)` of a list that ends at `stop`.
-
-    Loaded as a matrix: a vector would be loaded again in every layout that its uses ask for.
-    """
+def listed_places(start, TILE: tl.constexpr):
+    """Places `[start, start + TILE)` of a list as a matrix: a vector would be loaded again in every
+    layout that its uses ask for."""
     line, lane = tl.arange(0, RUN)[:, None], tl.arange(0, TILE // RUN)[None, :]
-    place = start + line * (TILE // RUN) + lane
+    return start + line * (TILE // RUN) + lane
+
+
+@triton.jit
+def listed(entries, start, stop, other, TILE: tl.constexpr):
+    """Entries `[start, start + TILE)` of a list that ends at `stop`."""
+    place = listed_places(start, TILE)
     return tl.reshape(tl.load(entries + place, mask=place < stop, other=other), (TILE,))
 
 
@@ -105,9 +109,8 @@ def node_rows(bases, bounds, node, head, D: tl.constexpr):
 
 @triton.jit
 def listed_variances(nodes, variances, bounds, start, stop, head, TILE: tl.constexpr):
-    """Variances of the nodes that `listed` gives, loaded as a matrix for the same reason."""
-    line, lane = tl.arange(0, RUN)[:, None], tl.arange(0, TILE // RUN)[None, :]
-    place = start + line * (TILE // RUN) + lane
+    """Variances of the nodes that `listed` gives."""
+    place = listed_places(start, TILE)
     node = tl.load(nodes + place, mask=place < stop, other=0)
     return tl.reshape(tl.load(node_rows(variances, bounds, node, head, 1)), (TILE,))
 
