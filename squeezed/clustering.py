@@ -10,15 +10,18 @@ stored centroid is the mean of the raw, un-normalised keys).
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from squeezed.config import ClusteringConfig
 from squeezed.kmeans import take_rows
-from squeezed.metric import beside_values, query_space
-from squeezed.ops.long_product import long_product
+from squeezed.metric import Space, compared_dimensions, place_points
+from squeezed.ops.products import long_product
 from squeezed.tree import ClusteredLayer, Level
 
 
@@ -35,32 +38,88 @@ def cluster_layer(
     Returns:
         The layer with its rows sorted; without levels if fewer than two clusters would be left.
     """
-    heads, tokens, dim = keys.shape
-    order, pinned = _pinned_first(tokens, config, keys.device)
-    clustered = tokens - pinned
-    counts = [max(1, round(share * clustered)) for share in config.levels]
+    return cluster_layers([keys], [values], config, [queries])[0]
+
+
+def cluster_layers(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    config: ClusteringConfig,
+    queries: Sequence[Tensor | None],
+) -> list[ClusteredLayer]:
+    """Cluster layers of one shape together, as one layer with the heads of all.
+
+    Arguments are those of `cluster_layer`, for every layer. The results are views that lie side by
+    side in memory, in the order of the layers.
+    """
+    heads, tokens = keys[0].shape[:2]
+    first, pinned = _pinned(tokens, config)
+    counts = [max(1, round(share * (tokens - pinned))) for share in config.levels]
     if counts[-1] < 2:
-        positions = _narrow(torch.arange(tokens, device=keys.device).repeat(heads, 1))
-        flat = keys.new_zeros(heads, dim, dim)
-        return ClusteredLayer(keys.contiguous(), values.contiguous(), positions, tokens, (), flat)
-    compared = points = keys[:, order[pinned:]].float()
-    if queries is not None:
-        compared = query_space(compared, queries)
-        points = beside_values(compared, values[:, order[pinned:]])
-    points = torch.nn.functional.normalize(points, dim=-1)
+        return [_unclustered(k, v) for k, v in zip(keys, values, strict=True)]
+    clustered = slice(first, first + tokens - pinned)
+    points, space = _points(
+        [k[:, clustered] for k in keys], [v[:, clustered] for v in values], queries
+    )
     rows, offsets, children = build_tree(points, counts, config)
-    positions = torch.cat([order[:pinned].expand(heads, -1), order[pinned:][rows]], 1)
-    sorted_keys, sorted_values = take_rows(keys, positions), take_rows(values, positions)
-    compared = None if queries is None else take_rows(compared, rows)
-    describe = steps_on(keys.device).describe_level
+    del points
+    positions = _positions(rows + first, tokens, first, pinned)
+    if space is not None:
+        space = replace(space, energy=space.energy.gather(1, rows))
+    sorted_keys, sorted_values = _sorted(keys, positions), _sorted(values, positions)
+    describe = steps_on(positions.device).describe_level
     levels = tuple(
-        describe(sorted_keys, sorted_values, level_offsets + pinned, level_children, compared)
+        describe(sorted_keys, sorted_values, level_offsets + pinned, level_children, space)
         for level_offsets, level_children in zip(offsets, children, strict=True)
     )
     slope = value_slope(sorted_keys[:, pinned:], sorted_values[:, pinned:], levels[-1])
-    return ClusteredLayer(
-        sorted_keys, sorted_values, _narrow(positions), pinned, levels, slope.to(keys.dtype)
+    together = ClusteredLayer(
+        sorted_keys, sorted_values, _narrow(positions), pinned, levels, slope.to(sorted_keys.dtype)
     )
+    return [together.of_heads(slice(h, h + heads)) for h in range(0, len(positions), heads)]
+
+
+def _unclustered(keys: Tensor, values: Tensor) -> ClusteredLayer:
+    heads, tokens, dim = keys.shape
+    positions = _narrow(torch.arange(tokens, device=keys.device).repeat(heads, 1))
+    flat = keys.new_zeros(heads, dim, dim)
+    return ClusteredLayer(keys.contiguous(), values.contiguous(), positions, tokens, (), flat)
+
+
+def _points(
+    keys: Sequence[Tensor], values: Sequence[Tensor], queries: Sequence[Tensor | None]
+) -> tuple[Tensor, Space | None]:
+    """Unit vectors of the heads of all layers, `[layers * Hkv, n, D or more]`, and their space.
+
+    In float32 on a CPU, and in float16 on a GPU, which compares nothing wider.
+    """
+    heads, count, dim = keys[0].shape
+    width = dim if queries[0] is None else compared_dimensions(dim)
+    dtype = torch.float16 if keys[0].is_cuda else torch.float32
+    points = keys[0].new_empty(len(keys), heads, count, width, dtype=dtype)
+    if queries[0] is None:
+        for own, k in zip(points, keys, strict=True):
+            own.copy_(torch.nn.functional.normalize(k.float(), dim=-1))
+        return points.flatten(0, 1), None
+    spaces = [place_points(*layer) for layer in zip(keys, values, queries, points, strict=True)]
+    parts = zip(*((s.factor, s.centre, s.energy) for s in spaces), strict=True)
+    return points.flatten(0, 1), Space(*map(torch.cat, parts))
+
+
+def _positions(clustered: Tensor, tokens: int, first: int, pinned: int) -> Tensor:
+    """Document positions `[H, P]` of all rows: those of the pinned ones, then those given."""
+    position = torch.arange(tokens, device=clustered.device)
+    front = torch.cat([position[:first], position[tokens - pinned + first :]])
+    return torch.cat([front.expand(len(clustered), -1), clustered], 1)
+
+
+def _sorted(layers: Sequence[Tensor], positions: Tensor) -> Tensor:
+    """Rows of all layers' heads `[Hkv, P, D]` at `positions` `[layers * Hkv, P]`, side by side."""
+    rows = layers[0].new_empty(*positions.shape, layers[0].shape[2])
+    parts = positions.chunk(len(layers)), rows.chunk(len(layers))
+    for layer, own, target in zip(layers, *parts, strict=True):
+        take_rows(layer, own, target)
+    return rows
 
 
 def value_slope(keys: Tensor, values: Tensor, leaves: Level) -> Tensor:
@@ -77,24 +136,23 @@ def value_slope(keys: Tensor, values: Tensor, leaves: Level) -> Tensor:
     Returns:
         `[Hkv, D, D]` float32, value by key dimension.
     """
-    sizes = leaves.sizes.float()[..., None]
-    (k, c), (v, m) = _centred(keys, leaves.centroids), _centred(values, leaves.mean_values)
-    exact = keys.dtype if keys.is_cuda else torch.float32  # a GPU sums products in float32
-    inside = long_product(v.to(exact).mT, k.to(exact)) - long_product((sizes * m).mT, c)
+    count, sizes = keys.shape[1], leaves.sizes.float()[..., None]
+    k, v = (rows.mean(1, keepdim=True, dtype=torch.float32) for rows in (keys, values))
+    c, m = leaves.centroids.float() - k, leaves.mean_values.float() - v
+    inside = long_product(values.mT, keys) - count * (v.mT @ k) - (sizes * m).mT @ c
     k_energy, v_energy = (
-        rows.square().sum((1, 2)) - (sizes * means.square()).sum((1, 2))
-        for rows, means in ((k, c), (v, m))
+        _square(rows) - count * _square(mean) - (sizes * way.square()).sum((1, 2))
+        for rows, mean, way in ((keys, k, c), (values, v, m))
     )
-    by_chance = k_energy * v_energy / keys.shape[1]
+    by_chance = k_energy * v_energy / count
     shrink = (1 - by_chance / inside.square().sum((1, 2)).clamp(min=1e-30)).clamp(min=0)
     variance = (sizes[..., 0] * leaves.variance).sum(-1).clamp(min=1e-20)
     return inside * (shrink / variance)[:, None, None]
 
 
-def _centred(rows: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and means of nodes around the mean row, float32: sums of products stay precise."""
-    centre = rows.float().mean(1, keepdim=True)
-    return rows.float() - centre, means.float() - centre
+def _square(rows: Tensor) -> Tensor:
+    """Sum of squares of `[H, n, D]`, `[H]` float32."""
+    return vector_norm(rows, dim=(1, 2), dtype=torch.float32).square()
 
 
 def _narrow(positions: Tensor) -> Tensor:
@@ -108,15 +166,10 @@ def steps_on(device: torch.device) -> ModuleType:
     return importlib.import_module(name)
 
 
-def _pinned_first(tokens: int, config: ClusteringConfig, device) -> tuple[Tensor, int]:
-    """Document positions with the pinned ones in front, and how many those are."""
+def _pinned(tokens: int, config: ClusteringConfig) -> tuple[int, int]:
+    """How many of the first tokens are pinned, and how many of all."""
     first = min(config.pinned_first, tokens)
-    last = min(config.pinned_last, tokens - first)
-    position = torch.arange(tokens, device=device)
-    order = torch.cat(
-        [position[:first], position[tokens - last :], position[first : tokens - last]]
-    )
-    return order, first + last
+    return first, first + min(config.pinned_last, tokens - first)
 
 
 def build_tree(
@@ -124,28 +177,44 @@ def build_tree(
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """Cluster `[Hkv, n, D]` unit vectors into `counts[l]` nodes per head and level.
 
+    Args:
+        points: moved into the order of the last level but one, in place.
+
     Returns:
         The row order `[Hkv, n]`, and for every level the nodes' offsets into that order and into
         the next level's nodes (`None` for the leaves), `[Hkv, C + 1]` int64.
     """
     heads, count, dim = points.shape
-    flat, steps = points.reshape(-1, dim), steps_on(points.device)
-    rows = torch.arange(heads * count, device=points.device)
-    sizes = torch.full((heads, 1), count, device=points.device)
+    steps, device = steps_on(points.device), points.device
+    rows = torch.arange(count, device=device).expand(heads, -1)
+    sizes = torch.full((heads, 1), count, device=device)
+    every_node = torch.arange(heads * counts[-1], dtype=torch.int32, device=device)
     key_offsets: list[Tensor] = []
     child_offsets: list[Tensor | None] = []
     for nodes in counts:
         clusters = allot(sizes, nodes)
-        label = steps.cluster_segments(flat, rows, sizes.view(-1), clusters.view(-1), config)
+        runs = sizes.view(-1), clusters.view(-1), heads * nodes
+        label = steps.cluster_segments(points.view(-1, dim), *runs, config)
         first_child = clusters.view(-1).cumsum(0) - clusters.view(-1)
-        child = first_child.repeat_interleave(sizes.view(-1)) + label
-        rows = rows[child.argsort(stable=True)]
-        sizes = child.bincount(minlength=heads * nodes).view(heads, nodes)
+        child = first_child.repeat_interleave(sizes.view(-1), output_size=heads * count) + label
+        child, order = child.int().sort(stable=True)
+        order = order.view(heads, count) % count
+        rows = rows.gather(1, order)
+        ends = torch.searchsorted(child, every_node[: heads * nodes], right=True)
+        sizes = ends.diff(prepend=ends.new_zeros(1)).view(heads, nodes)
         if key_offsets:
             child_offsets[-1] = _offsets(clusters)
         key_offsets.append(_offsets(sizes))
         child_offsets.append(None)
-    return rows.view(heads, count) % count, key_offsets, child_offsets
+        if nodes != counts[-1]:
+            _reorder(points, order)
+    return rows, key_offsets, child_offsets
+
+
+def _reorder(points: Tensor, order: Tensor) -> None:
+    """Move rows of `[Hkv, n, D]` to the order `[Hkv, n]`, in place, few heads at a time."""
+    for own, rows in zip(points.chunk(4), order.chunk(4), strict=True):
+        own.copy_(take_rows(own, rows))
 
 
 def allot(sizes: Tensor, nodes: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from squeezed.config import ClusteringConfig
+from squeezed.metric import Space
 from squeezed.tree import Level
 
 CHUNK_SCORES = 1 << 22
@@ -22,27 +23,32 @@ Small batches hold runs of similar length: the demo's layers took 30 % less than
 
 
 def cluster_segments(
-    flat: Tensor, rows: Tensor, sizes: Tensor, clusters: Tensor, config: ClusteringConfig
+    points: Tensor, sizes: Tensor, clusters: Tensor, nodes: int, config: ClusteringConfig
 ) -> Tensor:
-    """k-means inside every run of rows: label of each row within its run, `[rows]` int64.
+    """k-means inside every run of rows: label of each row within its run, `[n]` int64.
 
     Runs of similar size are padded to the longest and solved as one batch, so memory is bounded
     and no point is compared with another run's centroids.
+
+    Args:
+        points: `[n, D]` unit vectors, one run after the other.
+        sizes, clusters: `[S]` int64, points and clusters of each run.
+        nodes: clusters in all, for which a GPU would have to be waited.
     """
-    labels = torch.zeros_like(rows)
+    labels = sizes.new_zeros(len(points))
     starts = sizes.cumsum(0) - sizes
     by_size = sizes.argsort(descending=True, stable=True)
     lengths = sizes[by_size].tolist()
     done = 0
     while done < len(lengths) and lengths[done] > 0:
         batch = by_size[done : done + max(1, CHUNK_POINTS // lengths[done])]
-        column = torch.arange(lengths[done], device=rows.device)
+        column = torch.arange(lengths[done], device=points.device)
         valid = column < sizes[batch, None]
         inside = column.minimum(sizes[batch, None] - 1).clamp(min=0)
-        member = (starts[batch, None] + inside).clamp(max=len(rows) - 1)  # an empty run may end it
-        points = flat.index_select(0, rows[member].flatten()).view(*member.shape, -1)
-        points.masked_fill_(~valid[..., None], 0.0)
-        label = spherical_kmeans(points, valid, clusters[batch], config.iterations)
+        member = (starts[batch, None] + inside).clamp(max=len(points) - 1)  # the last may be empty
+        padded = points.index_select(0, member.flatten()).view(*member.shape, -1)
+        padded.masked_fill_(~valid[..., None], 0.0)
+        label = spherical_kmeans(padded, valid, clusters[batch], config.iterations)
         labels[member[valid]] = label[valid]
         done += len(batch)
     return labels
@@ -118,27 +124,27 @@ def describe_level(
     values: Tensor,
     key_offsets: Tensor,
     child_offsets: Tensor | None,
-    compared: Tensor | None = None,
+    space: Space | None = None,
 ) -> Level:
     """Mean key, mean value and variance of every node, in float32, from sorted rows.
 
     Args:
         keys, values: `[Hkv, P, D]`, sorted by leaf.
         key_offsets, child_offsets: `[Hkv, C + 1]`.
-        compared: `[Hkv, n, D]`, the clustered rows alone as they were compared; what the variance
-            is measured of, if not of the keys.
+        space: where the variance is measured, if not among raw keys; its energies sorted as well.
     """
     sizes = key_offsets.diff(dim=-1)
-    start = int(key_offsets[0, 0])
-    rows = keys[:, start:].float()
-    centroids = mean = _segment_mean(rows, sizes)
-    if compared is not None:
-        rows, mean = compared, _segment_mean(compared, sizes)
-    energy = _segment_mean(rows.square().mean(-1, keepdim=True), sizes)[..., 0]
+    rows = keys[:, int(key_offsets[0, 0]) :].float()
+    mean = _segment_mean(rows, sizes)
+    if space is None:
+        energy, middle = rows.square().mean(-1), mean
+    else:
+        energy, middle = space.energy, mean @ space.factor - space.centre
+    energy = _segment_mean(energy[..., None], sizes)[..., 0]
     return Level(
-        centroids.to(keys.dtype),
-        _segment_mean(values[:, start:].float(), sizes).to(values.dtype),
-        (energy - mean.square().mean(-1)).clamp(min=0),
+        mean.to(keys.dtype),
+        _segment_mean(values[:, -rows.shape[1] :].float(), sizes).to(values.dtype),
+        (energy - middle.square().mean(-1)).clamp(min=0),
         key_offsets.to(torch.int32),
         None if child_offsets is None else child_offsets.to(torch.int32),
     )
@@ -153,8 +159,17 @@ def _segment_mean(rows: Tensor, sizes: Tensor) -> Tensor:
     return flat.view(heads, -1, dim) / sizes.clamp(min=1)[..., None]
 
 
-def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    """Rows `[H, m]` of `[H, n, D]`, whole rows at a time."""
+def take_rows(tensor: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rows `[H, m]` of `[H, n, D]`, whole rows at a time, `[H, m, D]`; into `out` if it is given.
+
+    Heads may lie apart, as in a buffer with room for more rows: nothing but the rows is copied.
+    """
     heads, count, dim = tensor.shape
-    first = torch.arange(heads, device=rows.device)[:, None] * count
-    return tensor.flatten(0, 1).index_select(0, (rows + first).flatten()).view(heads, -1, dim)
+    if tensor.stride(2) != 1 or tensor.stride(0) % tensor.stride(1):
+        tensor = tensor.contiguous()
+    apart = tensor.stride(0) // tensor.stride(1)
+    flat = tensor.as_strided(((heads - 1) * apart + count, dim), tensor.stride()[1:])
+    first = torch.arange(heads, device=rows.device)[:, None] * apart
+    flat_out = None if out is None else out.view(-1, dim)
+    taken = torch.index_select(flat, 0, (rows + first).flatten(), out=flat_out)
+    return taken.view(heads, -1, dim)

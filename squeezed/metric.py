@@ -8,11 +8,15 @@ not read is replaced by its mean value, so values lie beside the keys there.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import normalize
+
+from squeezed.ops.products import mapped_rows
 
 PLAIN_SHARE = 0.35
 """Part of the plain distance in the mixed one (DESIGN.md)."""
@@ -24,41 +28,86 @@ VALUE_DIMENSIONS = 0.25
 """Dimensions that values get, as a share of the keys'; all of them were no better."""
 
 
+@dataclass(frozen=True)
+class Space:
+    """The queries' space, and how far from the middle the keys lie there.
+
+    Attributes:
+        factor: `[Hkv, D, D]` float32, raw keys to compared ones.
+        centre: `[Hkv, 1, D]`, the mean compared key.
+        energy: `[Hkv, n]`, mean square over dimensions of every compared key's way from it.
+    """
+
+    factor: Tensor
+    centre: Tensor
+    energy: Tensor
+
+
+def compared_dimensions(dim: int) -> int:
+    """Dimensions of what is clustered: the keys' own and those that values get."""
+    return dim + max(1, round(VALUE_DIMENSIONS * dim))
+
+
+def place_points(keys: Tensor, values: Tensor, queries: Tensor, points: Tensor) -> Space:
+    """Write the directions of keys in the queries' space, with their values beside them.
+
+    Args:
+        keys, values: `[Hkv, n, D]`.
+        queries: `[Hq, W, D]`.
+        points: `[Hkv, n, compared_dimensions(D)]`, filled with unit vectors.
+    """
+    dim = keys.shape[2]
+    factor = space_factor(queries, len(keys))
+    compared = mapped_rows(keys, factor)
+    centre = compared.mean(1, keepdim=True)
+    away = vector_norm(compared - centre, dim=-1).square_()
+    beside = weighted_values(values, away.mean(1))
+    length = torch.hypot(vector_norm(compared, dim=-1), vector_norm(beside, dim=-1))
+    shrink = length.clamp_(min=1e-12).reciprocal_()[..., None]
+    torch.mul(compared, shrink, out=points[..., :dim])
+    torch.mul(beside, shrink, out=points[..., dim:])
+    return Space(factor, centre, away.div_(dim))
+
+
 def query_space(keys: Tensor, queries: Tensor) -> Tensor:
-    """Keys `[Hkv, n, D]` in the space of their group's queries `[Hq, W, D]`, float32.
+    """Keys `[Hkv, n, D]` in the space of their group's queries `[Hq, W, D]`, float32."""
+    return mapped_rows(keys, space_factor(queries, len(keys)))
+
+
+def space_factor(queries: Tensor, heads: int) -> Tensor:
+    """What maps keys into the space of their group's queries `[Hq, W, D]`, `[Hkv, D, D]` float32.
 
     Queries count by direction, so that no query head of a group rules by its norm, and the metric's
     trace is `D`, so that a variance in this space is on the scale of the raw keys'.
     """
-    heads, _, dim = keys.shape
+    dim = queries.shape[2]
     direction = normalize(queries.float(), dim=-1).unflatten(0, (heads, -1)).flatten(1, 2)
     seen = direction.mT @ direction * (dim / direction.shape[1])
-    plain = torch.eye(dim, device=keys.device)
-    metric = (1 - PLAIN_SHARE) * seen + PLAIN_SHARE * plain
-    return keys.float() @ torch.linalg.cholesky(metric)
+    plain = torch.eye(dim, device=queries.device)
+    metric = (1 - PLAIN_SHARE) * seen + PLAIN_SHARE * plain  # positive, so nothing to check
+    return torch.linalg.cholesky_ex(metric).L
 
 
-def beside_values(compared: Tensor, values: Tensor) -> Tensor:
-    """Keys in the queries' space with their values `[Hkv, n, D]` beside them, `[Hkv, n, D + r]`.
+def weighted_values(values: Tensor, key_spread: Tensor) -> Tensor:
+    """What lies beside the keys for their values `[Hkv, n, D]`, `[Hkv, n, r]` float32.
 
     Values are projected to `r` random directions, the same ones every time: distances stay what
     they are to a few per cent of a key's.
+
+    Args:
+        key_spread: `[Hkv]`, mean squared distance of the compared keys from their mean.
     """
-    dim = values.shape[-1]
-    kept = max(1, round(VALUE_DIMENSIONS * dim))
-    axes = _random_axes(dim, kept).to(values.device)
-    projected = (values.float() - values.float().mean(1, keepdim=True)) @ axes
-    weight = VALUE_WEIGHT * (_spread(compared) / _spread(projected).clamp(min=1e-20)).sqrt()
-    return torch.cat([compared, weight * projected], -1)
+    heads, _, dim = values.shape
+    axes = _random_axes(dim, compared_dimensions(dim) - dim, values.device)
+    projected = mapped_rows(values, axes.expand(heads, -1, -1))
+    projected -= projected.mean(1, keepdim=True)
+    spread = projected.square().sum((1, 2)) / projected.shape[1]
+    weight = VALUE_WEIGHT * (key_spread / spread.clamp(min=1e-20)).sqrt()
+    return projected.mul_(weight[:, None, None])
 
 
 @cache
-def _random_axes(dim: int, kept: int) -> Tensor:
+def _random_axes(dim: int, kept: int, device: torch.device) -> Tensor:
     """`[dim, kept]` orthonormal columns, the same ones every time and for every layer."""
     generator = torch.Generator().manual_seed(0)
-    return torch.linalg.qr(torch.randn(dim, kept, generator=generator)).Q
-
-
-def _spread(rows: Tensor) -> Tensor:
-    """Mean squared distance of `[Hkv, n, D]` from their mean, `[Hkv, 1, 1]`."""
-    return rows.var(1, correction=0).sum(-1)[:, None, None]
+    return torch.linalg.qr(torch.randn(dim, kept, generator=generator)).Q.to(device)

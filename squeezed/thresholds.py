@@ -32,11 +32,17 @@ LOWEST, HIGHEST, BINS = -60.0, 4.0, 6400  # nats: a bin is 0.01 wide
 
 @dataclass(frozen=True)
 class ObservedLayer:
-    """A clustered layer and the probe's queries there: `queries [Hq, W, D]`."""
+    """A clustered layer and the probe's queries there.
+
+    Attributes:
+        queries: `[Hq, W, D]`.
+        layers: how many layers' heads it holds, one after the other (`squeezed.together`).
+    """
 
     layer: ClusteredLayer
     queries: Tensor
     scale: float
+    layers: int = 1
 
 
 def keep_shares(preset: Preset, budgets: Tensor, levels: int) -> Tensor:

@@ -7,12 +7,13 @@ stands for the rest, are compared with the whole.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from squeezed.config import FarField
-from squeezed.ops.long_product import long_product
+from squeezed.ops.products import float_product, kept_products
 from squeezed.ops.reference.lookup import (
     far_means,
     log_normaliser,
@@ -68,118 +69,128 @@ def try_out(
     """
     layer, step = seen.layer, max(1, seen.queries.shape[1] // TRIAL_QUERIES)
     heads = layer.keys.shape[0]
-    queries = seen.queries[:, ::step].float().unflatten(0, (heads, -1))[None]  # [1, Hkv, G, n, D]
-    at_once = max(1, CHUNK_LOGITS // (queries[:, 0].numel() // queries.shape[-1] * layer.tokens))
+    queries = seen.queries[:, ::step].unflatten(0, (heads, -1))  # [Hkv, G, n, D]
+    at_once = max(1, CHUNK_LOGITS // (queries[0, ..., 0].numel() * layer.tokens))
     errors, norms, parts = [], [], []
     for first in range(0, heads, at_once):
         own = slice(first, first + at_once)
         weights = None if alpha is None else alpha.unflatten(1, (heads, -1))[:, own].flatten(1)
-        trial = _Trial(queries[:, own], layer.of_heads(own), weights, seen.scale)
-        trial.walk(thresholds[:, :, own])
+        trial = _Trial(queries[own], layer.of_heads(own), weights, seen.scale)
+        trial.select(thresholds[:, :, own])
+        trial.attend()
         part = trial.part(fitted_at) if far_field == "second_order" else None
-        found = [trial.error(rule, far_field, part) for rule in range(len(thresholds))]
-        errors.append(torch.stack(found))
+        errors.append(trial.errors(far_field, part))
         norms.append(trial.dense.square().sum(-1).mean(-1).flatten())
         parts += [] if part is None else [part.flatten()]
-    relative = torch.cat(errors, 1).double() / torch.cat(norms).double().mean()
-    far_alpha = alpha[-1] * torch.cat(parts) if parts else None
-    return Trials(relative.unflatten(1, (heads, -1)).sum(-1), far_alpha)
+    norm = torch.cat(norms).double().unflatten(0, (seen.layers, -1)).mean(1)  # of every layer
+    of_heads = torch.cat(errors, 1).double().unflatten(1, (heads, -1)).sum(-1)
+    relative = of_heads / norm.repeat_interleave(heads // seen.layers, output_size=heads)
+    return Trials(relative, alpha[-1] * torch.cat(parts) if parts else None)
 
 
 class _Trial:
-    """Some queries `[1, Hkv, G, n, D]`, their exact attention over the context alone, and rules.
+    """Some queries `[Hkv, G, n, D]`, their exact attention over the context alone, and rules.
 
     Attributes:
-        dense: `[1, Hkv, G, n, D]`, the exact output.
-        kept: `[S, Hkv, n, R]` bool, rows behind the pinned ones that every rule reads.
-        dropped: `[S, Hkv, n, F]` bool, nodes of all levels.
-        logits, second: `[1, Hkv, G, n, F]`, the nodes' log mass to first order over `top`, and the
-            term of second order.
+        kept, dropped: `[S, Hkv, n, C]` and `[S, Hkv, n, F]` bool, leaves that every rule reads and
+            nodes of all levels that it drops.
+        logits, second: `[Hkv, G, n, F]`, the nodes' log mass to first order over the largest exact
+            logit, and the term of second order.
+        dense: `[Hkv, G, n, D]`, the exact output.
+        near: what every rule reads, weighted values `[Hkv, S, G, n, D]` and weights.
+        tilt: `[Hkv, 1, G, n, D]`, how far a query moves the value of a node of variance 1.
     """
 
-    def __init__(self, q: Tensor, layer: ClusteredLayer, alpha: Tensor | None, scale: float):
-        self.q, self.layer, self.alpha, self.scale = q, layer, alpha, scale
-        # On a GPU in the precision of the values: what rounding adds is far below any error here.
-        self.values = layer.values if layer.values.is_cuda else layer.values.float()
-        logits = scale * torch.einsum("bhgqd,hpd->bhgqp", q, layer.keys.float())
-        self.top = logits.amax(-1, keepdim=True)
-        self.weights = logits.sub_(self.top).exp_().to(self.values.dtype)
-        output, mass = self._sum(self.weights, self.values)
-        self.dense = output / mass
-        pinned = slice(layer.pinned)
-        self.pinned = self._sum(self.weights[..., pinned], self.values[:, pinned])
+    def __init__(self, queries: Tensor, layer: ClusteredLayer, alpha: Tensor | None, scale: float):
+        self.queries, self.layer, self.alpha, self.scale = queries, layer, alpha, scale
 
-    def _sum(self, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted values `[1, Hkv, G, n, D]` and sum of weights, float32."""
-        heads, group = weights.shape[1:3]
-        total = long_product(weights[0].flatten(1, 2), values.to(weights.dtype))
-        total = total.view(1, heads, group, -1, values.shape[-1])
-        return total, weights.sum(-1, keepdim=True, dtype=torch.float32)
-
-    def walk(self, thresholds: Tensor) -> None:
-        """Select by every rule, `thresholds [S, L, Hkv]`, on all levels at once."""
+    def select(self, thresholds: Tensor) -> None:
+        """Select by every rule, `thresholds [S, L, Hkv]`, on all levels."""
+        q = self.queries.float()[None]
         alive = normaliser = None
         logits, dropped = [], []
         for depth, level in enumerate(self.layer.levels):
-            first = node_logits(self.q, level, self.scale)
+            first = node_logits(q, level, self.scale)
             alpha = None if self.alpha is None else self.alpha[depth]
-            score = second_order(first, self.q, level, alpha, self.scale)
+            score = second_order(first, q, level, alpha, self.scale)
             if normaliser is None:
                 normaliser = log_normaliser(score, level.sizes)
             best = (score - normaliser).amax(2)  # [1, Hkv, n, C]
             filled = (level.sizes > 0)[None, :, None]
             alive = filled if alive is None else alive & filled
             kept = alive & (best > thresholds[:, depth, :, None, None])
-            logits.append(first + log_sizes(level.sizes, first) - self.top)
+            logits.append((first + log_sizes(level.sizes, first))[0])
             dropped.append(alive & ~kept)
-            finer, rows = level.child_offsets, self.layer.tokens
-            members = level.key_offsets if finer is None else finer
-            count = rows if finer is None else self.layer.levels[depth + 1].nodes
-            owner = owners(members, count)[:, self.layer.pinned if finer is None else 0 :]
-            alive = kept.gather(3, owner[None, :, None].expand(*kept.shape[:3], -1))
-        self.kept, self.dropped = alive, torch.cat(dropped, -1)
+            if level.child_offsets is not None:
+                owner = owners(level.child_offsets, self.layer.levels[depth + 1].nodes)
+                alive = kept.gather(3, owner[None, :, None].expand(*kept.shape[:3], -1))
+        self.kept, self.dropped = kept, torch.cat(dropped, -1)
         self.logits = torch.cat(logits, -1)
-        self.means, variance = far_means(self.layer, torch.float32)
-        self.variance = variance[None, :, None, None]
+        means, variance = far_means(self.layer, torch.float32)
+        self.summed = torch.cat(
+            [means, torch.ones_like(variance)[..., None], variance[..., None]], -1
+        )
         if self.alpha is not None:
-            energy = (0.5 * self.scale**2) * self.q.square().sum(-1, keepdim=True)
-            alpha = self.alpha[-1].view(1, *self.q.shape[1:3], 1, 1)
-            self.second = alpha * energy * self.variance
+            energy = (0.5 * self.scale**2) * q[0].square().sum(-1, keepdim=True)
+            alpha = self.alpha[-1].view(*q.shape[1:3], 1, 1)
+            self.second = alpha * energy * variance[:, None, None]
+        slope = torch.bmm(q[0].flatten(1, 2), self.layer.value_slope.float().mT)
+        self.tilt = self.scale * slope.view_as(q[0])[:, None]
 
-    def error(self, rule: int, far_field: FarField, part: Tensor | None) -> Tensor:
-        """Mean squared distance from dense of one rule, `[Hq]`."""
-        return self._distance(self._near(rule), rule, far_field, part)
+    def attend(self) -> None:
+        """Exact attention to all keys, and to those that every rule keeps."""
+        layer, rows = self.layer, self.queries.flatten(1, 2)  # [Hkv, G * n, D]
+        # On a GPU in the precision of the values: what rounding adds is far below any error here.
+        values = layer.values if layer.values.is_cuda else layer.values.float()
+        logits = float_product(rows, layer.keys.mT).mul_(self.scale)
+        top = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(top).exp_().to(values.dtype)
+        self.logits -= top.view(*self.queries.shape[:3], 1)
+        owner = owners(layer.levels[-1].key_offsets, layer.tokens)[:, layer.pinned :]
+        front, behind = weights.split([layer.pinned, layer.clustered], -1)
+        near = kept_products(behind, values[:, layer.pinned :], owner, self.kept)
+        pinned = float_product(front, values[:, : layer.pinned])
+        mass = front.sum(-1, keepdim=True, dtype=torch.float32)
+        output, mass = (
+            (some + always[:, None]).unflatten(2, self.queries.shape[1:3])
+            for some, always in zip(near, (pinned, mass), strict=True)
+        )
+        self.dense = output[:, -1] / mass[:, -1]
+        self.near = output[:, :-1], mass[:, :-1]
+
+    def errors(self, far_field: FarField, part: Tensor | None) -> Tensor:
+        """Mean squared distance from dense of every rule, `[S, Hq]`."""
+        if far_field == "none":
+            return self._distance(*self.near)
+        logits = self.logits if part is None else torch.addcmul(self.logits, part, self.second)
+        weights = logits.exp()[:, None] * self.dropped.transpose(0, 1)[:, :, None]
+        return self._distance(*self._with_far(self.near, weights, part is not None))
 
     def part(self, rule: int) -> Tensor:
-        """The one of `FAR_PARTS` with the least error of each query head, `[1, Hkv, G, 1, 1]`."""
-        near, ones = self._near(rule), torch.ones_like(self.top[:, :, :, :1])
-        errors = [self._distance(near, rule, "second_order", p * ones) for p in FAR_PARTS]
-        best = torch.stack(errors).argmin(0)
-        return self.top.new_tensor(FAR_PARTS)[best].view_as(ones)
+        """The one of `FAR_PARTS` with the least error of each query head, `[Hkv, G, 1, 1]`."""
+        parts = _far_parts(self.queries.device)
+        logits = torch.addcmul(self.logits[:, None], parts.view(-1, 1, 1, 1), self.second[:, None])
+        weights = logits.exp_() * self.dropped[rule][:, None, None]
+        near = tuple(of_rules[:, rule, None] for of_rules in self.near)
+        best = self._distance(*self._with_far(near, weights, True)).argmin(0)
+        return parts[best].view(*self.queries.shape[:2], 1, 1)
 
-    def _near(self, rule: int) -> tuple[Tensor, Tensor]:
-        read = self.kept[rule][None, :, None].to(self.weights.dtype)
-        behind = slice(self.layer.pinned, None)
-        output, mass = self._sum(self.weights[..., behind] * read, self.values[:, behind])
-        return output + self.pinned[0], mass + self.pinned[1]
+    def _with_far(
+        self, near: tuple[Tensor, Tensor], weights: Tensor, tilted: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted values and weights with those of dropped nodes, `weights [Hkv, S, G, n, F]`."""
+        sums = torch.bmm(weights.flatten(1, 3), self.summed).unflatten(1, weights.shape[1:4])
+        far, mass, spread = sums.split([self.summed.shape[2] - 2, 1, 1], -1)
+        output = near[0] + far
+        return torch.addcmul(output, spread, self.tilt) if tilted else output, near[1] + mass
 
-    def _distance(
-        self, near: tuple[Tensor, Tensor], rule: int, far_field: FarField, part: Tensor | None
-    ) -> Tensor:
-        output, mass = near
-        if far_field != "none":
-            far, far_mass, spread = self._far(rule, part)
-            output, mass = output + far, mass + far_mass
-            if part is not None:
-                slope = self.layer.value_slope.float()
-                output = output + spread * torch.einsum(
-                    "bhgqe,hde->bhgqd", self.scale * self.q, slope
-                )
-        return (output / mass - self.dense).square().sum(-1).mean(-1).flatten()
+    def _distance(self, output: Tensor, mass: Tensor) -> Tensor:
+        """Mean squared distance from dense, `[S, Hq]`, from `[Hkv, S, G, n, D]` and weights."""
+        away = (output / mass - self.dense[:, None]).square().sum(-1).mean(-1)
+        return away.transpose(0, 1).flatten(1)
 
-    def _far(self, rule: int, part: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted mean values, weights and weighted variances of the dropped nodes."""
-        logits = self.logits if part is None else torch.addcmul(self.logits, part, self.second)
-        weights = logits.exp() * self.dropped[rule][None, :, None]
-        output, mass = self._sum(weights, self.means)
-        return output, mass, (weights * self.variance).sum(-1, keepdim=True)
+
+@cache
+def _far_parts(device: torch.device) -> Tensor:
+    """`FAR_PARTS` on a device: copied once, for each copy waits for the device."""
+    return torch.tensor(FAR_PARTS, device=device)

@@ -4,7 +4,14 @@ import torch
 
 from squeezed.clustering import cluster_layer
 from squeezed.config import ClusteringConfig
-from squeezed.metric import PLAIN_SHARE, VALUE_WEIGHT, beside_values, query_space
+from squeezed.metric import (
+    PLAIN_SHARE,
+    VALUE_WEIGHT,
+    compared_dimensions,
+    place_points,
+    query_space,
+    weighted_values,
+)
 
 
 def test_squared_distance_is_the_mean_square_of_what_queries_see():
@@ -78,11 +85,25 @@ def test_nodes_keep_raw_means_and_get_the_variance_that_queries_see():
 
 def test_values_beside_keys_have_their_weight_whatever_their_scale():
     generator = torch.Generator().manual_seed(0)
-    keys, values = torch.randn(2, 2, 200, 8, generator=generator)
+    values = torch.randn(2, 200, 8, generator=generator)
+    spread = torch.tensor([3.0, 0.2])
     for scale in (1.0, 1e3):
-        joined = beside_values(keys, scale * values + 7.0)
-        assert joined[..., :8].equal(keys)
-        parts = joined.split([8, joined.shape[-1] - 8], dim=-1)
-        of_keys, of_values = (part.var(1, correction=0).sum(-1) for part in parts)
-        torch.testing.assert_close((of_values / of_keys).sqrt(), torch.full((2,), VALUE_WEIGHT))
-    assert beside_values(keys, 0 * values).isfinite().all()
+        beside = weighted_values(scale * values + 7.0, spread)
+        of_values = beside.var(1, correction=0).sum(-1)
+        torch.testing.assert_close((of_values / spread).sqrt(), torch.full((2,), VALUE_WEIGHT))
+    assert weighted_values(0 * values, spread).isfinite().all()
+
+
+def test_points_are_directions_of_keys_in_the_space_and_values_beside_them():
+    generator = torch.Generator().manual_seed(2)
+    keys, values = torch.randn(2, 2, 90, 8, generator=generator) + 3
+    queries = torch.randn(6, 20, 8, generator=generator)
+    points = torch.full((2, 90, compared_dimensions(8)), float("nan"))
+    space = place_points(keys, values, queries, points)
+    compared = query_space(keys, queries)
+    spread = compared.var(1, correction=0).sum(-1)
+    joined = torch.cat([compared, weighted_values(values, spread)], -1)
+    torch.testing.assert_close(points, torch.nn.functional.normalize(joined, dim=-1))
+    away = compared - compared.mean(1, keepdim=True)
+    torch.testing.assert_close(space.energy, away.square().mean(-1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(keys @ space.factor - space.centre, away, atol=1e-5, rtol=1e-4)

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from squeezed.config import ClusteringConfig
+from squeezed.metric import Space
 from squeezed.ops.triton.clustering_kernels import assign_kernel, centroid_kernel, describe_kernel
 from squeezed.tree import Level
 
@@ -35,12 +36,12 @@ class Owners:
     nodes: Tensor
 
     @staticmethod
-    def of(sizes: Tensor, clusters: Tensor, count: int) -> Owners:
-        """From points and clusters per run, `[S]` each; `count` points in all."""
-        run = torch.repeat_interleave(clusters)
+    def of(sizes: Tensor, clusters: Tensor, points: int, nodes: int) -> Owners:
+        """From points and clusters per run, `[S]` each, and how many there are in all."""
+        run = torch.repeat_interleave(clusters, output_size=nodes)
         starts = sizes.cumsum(0) - sizes, sizes, clusters.cumsum(0) - clusters, clusters
         return Owners(
-            torch.repeat_interleave(sizes, output_size=count), *torch.stack(starts)[:, run]
+            torch.repeat_interleave(sizes, output_size=points), *torch.stack(starts)[:, run]
         )
 
 
@@ -51,7 +52,8 @@ class Runs:
     Attributes:
         start, end: `[S]` int32, points of each run.
         first, last: `[S]` int32, its centroids.
-        tile_run, tile_start: `[tiles]` int32, the run of every tile of points and its first point.
+        tile_run, tile_start: `[tiles]` int32, the run of every tile of points and its first point;
+            tiles that are not needed start at the end of the last run.
         points_per_tile, centroids_per_step: tile shape of the assignment.
     """
 
@@ -65,24 +67,30 @@ class Runs:
     centroids_per_step: int
 
     @staticmethod
-    def of(sizes: Tensor, clusters: Tensor, dim: int) -> Runs:
-        """From points and clusters per run, `[S]` each, of `dim` numbers; an empty run gets no
-        tile."""
+    def of(sizes: Tensor, clusters: Tensor, points: int, nodes: int, dim: int) -> Runs:
+        """From points and clusters per run, `[S]` each, and how many there are in all, of `dim`
+        numbers. Tiles suit a run of mean size, so that nothing waits for the device."""
         end, last = sizes.cumsum(0), clusters.cumsum(0)
-        most, longest = torch.stack([clusters.max(), sizes.max()]).tolist()  # one wait
-        wide = triton.next_power_of_2(dim) > 256  # two tiles must fit the shared memory
-        points = min(64 if wide else 128, max(16, triton.next_power_of_2(longest)))
-        tiles = (sizes + points - 1) // points
-        run = torch.repeat_interleave(tiles)
-        within = torch.arange(len(run), device=sizes.device) - (tiles.cumsum(0) - tiles)[run]
+        per_tile = min(64 if dim > 256 else 128, _tile(points // len(sizes)))
+        tiles_end = ((sizes + per_tile - 1) // per_tile).cumsum(0)
+        tile = torch.arange(points // per_tile + len(sizes), device=sizes.device)
+        run = torch.searchsorted(tiles_end, tile, right=True)
+        before = torch.nn.functional.pad(tiles_end, (1, 0))[run]
         start = end - sizes
+        run = run.clamp(max=len(sizes) - 1)
+        needed = tile < tiles_end[-1]
         return Runs(
             *(t.int() for t in (start, end, last - clusters, last)),
             tile_run=run.int(),
-            tile_start=(start[run] + within * points).int(),
-            points_per_tile=points,
-            centroids_per_step=min(32 if wide else 64, max(16, triton.next_power_of_2(most))),
+            tile_start=torch.where(needed, start[run] + (tile - before) * per_tile, points).int(),
+            points_per_tile=per_tile,
+            centroids_per_step=min(32 if dim > 256 else 64, _tile(nodes // len(sizes))),
         )
+
+
+def _tile(count: int) -> int:
+    """Rows of a tile for so many, at least what a product takes."""
+    return max(16, triton.next_power_of_2(count))
 
 
 def nearest(
@@ -97,15 +105,21 @@ def nearest(
     count, dim = points.shape
     label = torch.empty(count, dtype=torch.int32, device=points.device)
     similarity = torch.empty(count, dtype=torch.float32, device=points.device)
-    if len(runs.tile_run):
-        assign_kernel[(len(runs.tile_run),)](
-            points, centroids, label if live is None else live, runs.start, runs.end, runs.first,
-            runs.last, runs.tile_run, runs.tile_start, label, similarity, DIM=dim,
-            BLOCK_D=triton.next_power_of_2(dim), BLOCK_P=runs.points_per_tile,
-            BLOCK_C=runs.centroids_per_step, MASKED=live is not None,
-            num_warps=8 if runs.points_per_tile == 128 else 4, num_stages=2,
-        )  # fmt: skip
+    main, rest = _widths(dim)
+    assign_kernel[(len(runs.tile_run),)](
+        points, centroids, label if live is None else live, runs.end, runs.first,
+        runs.last, runs.tile_run, runs.tile_start, label, similarity, DIM=dim,
+        MAIN=main, REST=rest, BLOCK_P=runs.points_per_tile,
+        BLOCK_C=runs.centroids_per_step, MASKED=live is not None,
+        num_warps=8 if runs.points_per_tile == 128 else 4, num_stages=2,
+    )  # fmt: skip
     return label, similarity
+
+
+def _widths(dim: int) -> tuple[int, int]:
+    """Powers of two that hold `dim` numbers, the second zero if the first holds them all."""
+    main = max(16, 1 << (dim.bit_length() - 1))
+    return main, _tile(dim - main) if dim > main else 0
 
 
 def assign(points: Tensor, centroids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +134,7 @@ def assign(points: Tensor, centroids: Tensor, live: Tensor) -> tuple[Tensor, Ten
     problems, count, dim = points.shape
     most = centroids.shape[1]
     sizes = torch.full((problems,), count, device=points.device)
-    runs = Runs.of(sizes, torch.full_like(sizes, most), dim)
+    runs = Runs.of(sizes, torch.full_like(sizes, most), problems * count, problems * most, dim)
     flat = centroids.reshape(-1, dim).to(points.dtype)
     label, similarity = nearest(
         points.reshape(-1, dim), flat, runs, live.reshape(-1).to(torch.int8)
@@ -129,19 +143,16 @@ def assign(points: Tensor, centroids: Tensor, live: Tensor) -> tuple[Tensor, Ten
 
 
 def cluster_segments(
-    flat: Tensor, rows: Tensor, sizes: Tensor, clusters: Tensor, config: ClusteringConfig
+    points: Tensor, sizes: Tensor, clusters: Tensor, nodes: int, config: ClusteringConfig
 ) -> Tensor:
-    """Spherical k-means inside every run of rows: label of each row within its run, `[rows]` int64.
+    """Spherical k-means inside every run of rows: label of each row within its run, `[n]` int64.
 
     Args:
-        flat: `[N, D]` unit vectors; float32 ones are compared as float16 on a GPU.
-        rows: `[n]`, the points in the order of the runs.
-        sizes, clusters: `[S]` int64, points and clusters of each run.
+        points: `[n, D]` unit vectors, one run after the other.
+        sizes, clusters: `[S]` int64, points and clusters of each run; `nodes` clusters in all.
     """
-    exact = flat.device.type == "cpu" or flat.dtype != torch.float32
-    points = (flat if exact else flat.half()).index_select(0, rows)
-    runs = Runs.of(sizes, clusters, points.shape[1])
-    owners = Owners.of(sizes, clusters, len(rows))
+    runs = Runs.of(sizes, clusters, len(points), nodes, points.shape[1])
+    owners = Owners.of(sizes, clusters, len(points), nodes)
     centroids = points[_seeds(owners)]
     shift = runs.first[owners.run_of_point]
     for _ in range(config.iterations):
@@ -196,20 +207,23 @@ def describe_level(
     values: Tensor,
     key_offsets: Tensor,
     child_offsets: Tensor | None,
-    compared: Tensor | None = None,
+    space: Space | None = None,
 ) -> Level:
     """`squeezed.kmeans.describe_level`: means and variance of every node, in float32."""
     heads, tokens, dim = keys.shape
     nodes = key_offsets.shape[1] - 1
     centroids, mean_values = keys.new_empty(2, heads, nodes, dim)
     variance = torch.empty(heads, nodes, dtype=torch.float32, device=keys.device)
+    exact = None if space is None else torch.empty_like(centroids, dtype=torch.float32)
     key_offsets = key_offsets.to(torch.int32).contiguous()
     describe_kernel[(heads * nodes,)](
         keys.contiguous(), values.contiguous(), key_offsets, centroids, mean_values, variance,
-        tokens, nodes, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_P=16, num_warps=2,
+        variance if space is None else space.energy, variance if exact is None else exact, tokens,
+        nodes, tokens if space is None else tokens - space.energy.shape[1], DIM=dim,
+        BLOCK_D=triton.next_power_of_2(dim), BLOCK_P=16, SPACE=space is not None, num_warps=2,
     )  # fmt: skip
-    if compared is not None:
-        offsets = key_offsets - (tokens - compared.shape[1])
-        variance = describe_level(compared, compared, offsets, None).variance
+    if space is not None:
+        middle = torch.baddbmm(space.centre, exact, space.factor, beta=-1)
+        variance = (variance - middle.square().mean(-1)).clamp_(min=0)
     children = None if child_offsets is None else child_offsets.to(torch.int32)
     return Level(centroids, mean_values, variance, key_offsets, children)
