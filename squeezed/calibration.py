@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from squeezed.config import Preset, check_budget
 from squeezed.ops.reference.lookup import NEG_INF
 from squeezed.rule import SelectionRule
 from squeezed.thresholds import ObservedLayer, fit_head_thresholds, fit_thresholds
+from squeezed.together import join_in_groups
 from squeezed.tree import ClusteredLayer, Level
 from squeezed.trial import Trials, try_out
 
@@ -82,31 +85,52 @@ def calibrate(
     layers: Sequence[ObservedLayer], preset: Preset, budgets: tuple[float, ...]
 ) -> Calibration:
     """Fit alpha of every query head, thresholds for every budget, and the far field."""
-    alpha = tuple(fit_alpha(seen) if preset.second_order else None for seen in layers)
-    blocks = (1, preset.query_block)
+    joined, blocks = join_in_groups(layers), (1, preset.query_block)
+    alpha = [fit_alpha(seen) if preset.second_order else None for seen in joined]
     if preset.per_head and layers and layers[0].layer.levels:
-        trials = [
-            _try_shares(seen, weight, preset) for seen, weight in zip(layers, alpha, strict=True)
-        ]
-        far_alpha = tuple(trial.far_alpha for trial in trials)
-        shares = allot([trial.errors for trial in trials], budgets)
+        tried = zip(joined, alpha, strict=True)
+        trials = [_try_shares(seen, weight, preset) for seen, weight in tried]
+        far_alpha = [trial.far_alpha for trial in trials]
+        shares = allot(_apart(joined, [trial.errors for trial in trials]), budgets)
         fitted = [
             fit_head_thresholds(seen, weight, preset, own, blocks)
-            for seen, weight, own in zip(layers, alpha, shares, strict=True)
+            for seen, weight, own in zip(joined, alpha, _grouped(joined, shares), strict=True)
         ]
     else:
-        far_alpha = tuple(_far_alpha(preset, weight) for weight in alpha)
-        fitted = fit_thresholds(layers, alpha, preset, budgets, blocks)
-    per_token, per_block = (tuple(grid[kind] for grid in fitted) for kind in range(2))
-    return Calibration(preset, budgets, per_token, per_block, alpha, far_alpha)
+        far_alpha = [_far_alpha(preset, weight) for weight in alpha]
+        fitted = fit_thresholds(joined, alpha, preset, budgets, blocks)
+    grids = _apart(joined, fitted)
+    per_token, per_block = (tuple(grid[kind] for grid in grids) for kind in range(2))
+    of_layers = (tuple(_apart(joined, found)) for found in (alpha, far_alpha))
+    return Calibration(preset, budgets, per_token, per_block, *of_layers)
+
+
+def _apart(joined: Sequence[ObservedLayer], found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Per layer what was found for joined layers, whose heads are the last dimension."""
+    return [
+        own
+        for seen, heads in zip(joined, found, strict=True)
+        for own in ([None] * seen.layers if heads is None else heads.chunk(seen.layers, -1))
+    ]
+
+
+def _grouped(joined: Sequence[ObservedLayer], shares: Sequence[Tensor]) -> list[Tensor]:
+    """Shares of layers, `[budgets, Hkv]` each, as those of joined layers."""
+    rest = iter(shares)
+    return [torch.cat(list(islice(rest, seen.layers)), 1) for seen in joined]
 
 
 def _try_shares(seen: ObservedLayer, alpha: Tensor | None, preset: Preset) -> Trials:
     """How far the heads of a layer are from dense when all of them keep the same share."""
-    heads, device = seen.layer.keys.shape[0], seen.queries.device
-    shares = torch.tensor(SHARES, dtype=torch.float64, device=device)[:, None].expand(-1, heads)
+    shares = _tried_shares(seen.queries.device).expand(-1, len(seen.layer.keys))
     thresholds = fit_head_thresholds(seen, alpha, preset, shares, (1,))[0].float()
     return try_out(seen, alpha, thresholds, preset.far_field, FAR_FITTED_AT)
+
+
+@cache
+def _tried_shares(device: torch.device) -> Tensor:
+    """`SHARES` `[S, 1]` on a device: copied once, for each copy waits for the device."""
+    return torch.tensor(SHARES, dtype=torch.float64, device=device)[:, None]
 
 
 def _far_alpha(preset: Preset, alpha: Tensor | None) -> Tensor | None:

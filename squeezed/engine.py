@@ -11,19 +11,16 @@ import torch
 
 from squeezed import storage
 from squeezed.calibration import calibrate
-from squeezed.clustering import cluster_layer
 from squeezed.config import BEST, DEFAULT_BUDGET, DEFAULT_NEW_TOKENS, IndexConfig
 from squeezed.context import FixedContext
 from squeezed.errors import ContextFileError, SqueezedError
 from squeezed.fingerprint import model_fingerprint, tokenizer_fingerprint
+from squeezed.forest import cluster
 from squeezed.hf.cache import Spending, SqueezedCache, suffix_mask
-from squeezed.hf.capture import CapturedLayer, capture
+from squeezed.hf.capture import capture
 from squeezed.hf.support import layer_kinds, text_config, using_attention
 from squeezed.memory import check_memory
 from squeezed.prompt import PromptTemplate, probe_question
-from squeezed.threads import each_in_a_thread
-from squeezed.thresholds import ObservedLayer
-from squeezed.tree import ClusteredLayer, WindowLayer
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a phase, steps done, and steps in all."""
@@ -72,7 +69,12 @@ def index(
         lambda done: progress("prefill", done, len(tokens)),
     )
     prefilled = time.perf_counter()
-    layers, seen = _cluster(captured, len(tokens), config, progress)
+    layers, seen = cluster(
+        captured,
+        len(tokens),
+        config.clustering,
+        lambda done: progress("cluster", done, len(captured)),
+    )
     clustered = time.perf_counter()
     calibrations = {}
     for done, preset in enumerate(config.presets):
@@ -95,31 +97,6 @@ def index(
             "calibrate": time.perf_counter() - clustered,
         },
     )
-
-
-def _cluster(
-    captured: list[CapturedLayer], tokens: int, config: IndexConfig, progress: Progress
-) -> tuple[list[ClusteredLayer | WindowLayer], list[ObservedLayer]]:
-    """Every captured layer as a tree; a layer's unsorted keys are dropped as soon as it is done."""
-
-    def grow(layer: CapturedLayer) -> tuple[ClusteredLayer | WindowLayer, ObservedLayer | None]:
-        if layer.queries is None:
-            return WindowLayer(layer.keys, layer.values, tokens), None
-        queries = layer.queries if config.clustering.query_space else None
-        tree = cluster_layer(layer.keys, layer.values, config.clustering, queries)
-        return tree, ObservedLayer(tree, layer.queries, layer.scale)
-
-    layers: list[ClusteredLayer | WindowLayer] = []
-    seen: list[ObservedLayer] = []
-    total, on_cpu = len(captured), captured[0].keys.device.type == "cpu"
-    captured.reverse()
-    waiting = (captured.pop() for _ in range(total))
-    for tree, observed in each_in_a_thread(grow, waiting) if on_cpu else map(grow, waiting):
-        layers.append(tree)
-        if observed is not None:
-            seen.append(observed)
-        progress("cluster", len(layers), total)
-    return layers, seen
 
 
 def _document(text: str) -> str:

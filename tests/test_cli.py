@@ -276,7 +276,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("step", ["capture", "cluster_layer"])
+@pytest.mark.parametrize("step", ["capture", "cluster"])
 def test_interrupt_ends_quietly_and_leaves_nothing(step, place, tmp_path):
     (tmp_path / "long.txt").write_text(document(4000), encoding="utf-8")
     words = ["index", str(tmp_path / "long.txt"), "-m", str(place / "model")]

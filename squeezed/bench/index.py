@@ -1,15 +1,17 @@
 """Index build on the GPU: clustering, sorting and statistics of every layer, then calibration.
 
-The time is that of everything after prefill. Layers are indexed one after the other, each with its
-own keys (`squeezed.bench.synthetic`); drawing them is not timed.
+The time is that of everything after prefill, by the functions that `squeezed.index` calls. Every
+layer has keys of its own (`squeezed.bench.synthetic`), drawn before.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import typer
@@ -17,9 +19,13 @@ import typer
 from squeezed.bench.common import print_table, require_gpu, write_record
 from squeezed.bench.synthetic import Parts
 from squeezed.calibration import calibrate
-from squeezed.clustering import cluster_layer
 from squeezed.config import PRESETS, IndexConfig
-from squeezed.thresholds import ObservedLayer
+from squeezed.forest import cluster
+from squeezed.hf.capture import CapturedLayer
+
+Result = TypeVar("Result")
+
+WARM_LAYERS = 4  # as many as are worked on together at 32K tokens
 
 
 @dataclass(frozen=True)
@@ -32,77 +38,61 @@ class Shape:
     dim: int
 
 
-def cluster_layers(
-    shape: Shape, context: int, config: IndexConfig
-) -> tuple[list[ObservedLayer], float, int]:
-    """Cluster every layer: the layers, seconds in all, and the peak of extra memory in bytes."""
-    seen, seconds, peak = [], 0.0, 0
+def captured_layers(shape: Shape, context: int, probe: int) -> list[CapturedLayer]:
+    """What prefill leaves: keys and values in buffers with room for a probe, and its queries."""
+    layers = []
     for number in range(shape.layers):
         parts = Parts.of(shape.kv_heads, shape.dim, "cuda", seed=number)
-        keys = parts.keys(context, torch.bfloat16)
+        keys = parts.keys(context + probe, torch.bfloat16)
         values = torch.randn_like(keys)
-        queries = parts.queries(
-            config.clustering.pinned_last, shape.heads // shape.kv_heads, keys.dtype
+        queries = parts.queries(probe, shape.heads // shape.kv_heads, keys.dtype)[0]
+        layers.append(
+            CapturedLayer(keys[:, :context], values[:, :context], queries, shape.dim**-0.5)
         )
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        layer = cluster_layer(keys, values, config.clustering, queries[0])
-        torch.cuda.synchronize()
-        seconds += time.perf_counter() - started
-        peak = max(peak, torch.cuda.max_memory_allocated() - before)
-        seen.append(ObservedLayer(layer, queries[0], shape.dim**-0.5))
-        del keys, values
-    return seen, seconds, peak
+    return layers
 
 
-def calibration_seconds(
-    seen: list[ObservedLayer], config: IndexConfig, preset: str
-) -> tuple[float, int]:
-    """Seconds to calibrate one preset, and the peak of extra memory in bytes."""
+def timed(work: Callable[[], Result]) -> tuple[Result, float, int]:
+    """What `work` returns, its seconds, and the peak of extra memory in bytes."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    calibrate(seen, PRESETS[preset], config.budgets)
+    result = work()
     torch.cuda.synchronize()
-    return time.perf_counter() - started, torch.cuda.max_memory_allocated() - before
+    seconds = time.perf_counter() - started
+    return result, seconds, torch.cuda.max_memory_allocated() - before
 
 
-def measure(shape: Shape, context: int, presets: list[str], calibrated_layers: int) -> dict:
-    """One context length. Calibration is linear in layers; a few of them stand for all."""
+def measure(shape: Shape, context: int, presets: list[str]) -> dict:
+    """One context length."""
     config = IndexConfig()
-    seen, seconds, peak = cluster_layers(shape, context, config)
+    captured = captured_layers(shape, context, config.clustering.pinned_last)
+    (_, seen), seconds, peak = timed(lambda: cluster(captured, context, config.clustering))
     kv_bytes = sum(s.layer.kv_bytes() for s in seen)
     row = {
         "context": context,
         "layers": shape.layers,
         "cluster_s": seconds,
-        "calibrated_layers": min(calibrated_layers, shape.layers),
         "index_share_of_kv": sum(s.layer.index_bytes() for s in seen) / kv_bytes,
         "calibrate_s": {},
     }
-    some = seen[: row["calibrated_layers"]]
     for preset in presets:
-        calibration_seconds(some[:1], config, preset)  # warm up
-        taken, extra = calibration_seconds(some, config, preset)
-        row["calibrate_s"][preset] = taken * shape.layers / len(some)
+        calibrate_one = partial(calibrate, seen, PRESETS[preset], config.budgets)
+        _, row["calibrate_s"][preset], extra = timed(calibrate_one)
         peak = max(peak, extra)
     row["total_s"] = seconds + sum(row["calibrate_s"].values())
     row["peak_extra_share_of_kv"] = peak / kv_bytes
     return row
 
 
-def run(
-    contexts: list[int], shape: Shape, presets: list[str], calibrated_layers: int
-) -> list[dict]:
-    """One record per context length."""
+def run(contexts: list[int], shape: Shape, presets: list[str]) -> list[dict]:
+    """One record per context length, each measured after a run with few layers that warms up."""
     require_gpu()
-    cluster_layers(Shape(1, shape.heads, shape.kv_heads, shape.dim), 8192, IndexConfig())  # warm up
     rows = []
     for context in contexts:
-        rows.append(measure(shape, context, presets, calibrated_layers))
+        measure(replace(shape, layers=WARM_LAYERS), context, presets)
+        rows.append(measure(shape, context, presets))
         torch.cuda.empty_cache()
     return rows
 
@@ -126,9 +116,6 @@ def main(
     kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
     dim: Annotated[int, typer.Option(help="Head dimension.")] = 128,
     presets: Annotated[list[str], typer.Option(help="Presets to calibrate.")] = ("best", "paper"),
-    calibrated_layers: Annotated[
-        int, typer.Option(help="Layers that are calibrated; the time is scaled to all.")
-    ] = 32,
     output: Annotated[Path, typer.Option(help="Where to write, without the suffix.")] = Path(
         "index"
     ),
@@ -138,7 +125,7 @@ def main(
 ) -> None:
     """Time the index build of a model's attention layers, everything after prefill."""
     settings = dict(locals()) | {"output": str(output)}
-    rows = run(contexts, Shape(layers, heads, kv_heads, dim), presets, calibrated_layers)
+    rows = run(contexts, Shape(layers, heads, kv_heads, dim), presets)
     write_record(output.with_suffix(".json"), settings, rows, at_commit or None)
     report(rows, presets)
 
