@@ -44,7 +44,9 @@ def captured_layers(shape: Shape, context: int, probe: int) -> list[CapturedLaye
     for number in range(shape.layers):
         parts = Parts.of(shape.kv_heads, shape.dim, "cuda", seed=number)
         keys = parts.keys(context + probe, torch.bfloat16)
-        values = torch.randn_like(keys)
+        values = torch.randn(
+            keys.shape, dtype=keys.dtype, device=keys.device, generator=parts.generator
+        )
         queries = parts.queries(probe, shape.heads // shape.kv_heads, keys.dtype)[0]
         layers.append(
             CapturedLayer(keys[:, :context], values[:, :context], queries, shape.dim**-0.5)
