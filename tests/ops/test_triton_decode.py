@@ -9,6 +9,7 @@ from trees import far_alpha_for, random_layer
 
 from squeezed.errors import SqueezedError
 from squeezed.ops import reference
+from squeezed.ops.reference.lookup import lookup
 from squeezed.ops.triton import decode, operator
 from squeezed.ops.triton.step import Step
 from squeezed.ops.triton.workspace import Tuning
@@ -22,14 +23,14 @@ SIZES = (
     dict(tokens=9000, nodes=(80, 400), pinned=116) if ON_GPU else dict(tokens=300, nodes=(6, 24))
 )
 SMALL = Tuning(
-    score_tile=16, chunk=32, nodes=16, write=2, tile=16, stages=3, merge_slots=8,
+    score_tile=16, chunk=32, nodes=16, write=2, tile=16, node_tile=16, stages=3, merge_slots=8,
     overlap=False,
 )  # fmt: skip
 TUNING = None if ON_GPU else SMALL
 BASE = Tuning() if ON_GPU else SMALL
 PATHS = {
     "one round": replace(BASE, walk_programs=64),
-    "several rounds": replace(BASE, walk_programs=1),
+    "several rounds": replace(BASE, walk_programs=1, node_tile=64),
 }
 LEVEL_TENSORS = ("centroids", "mean_values", "variance", "key_offsets", "child_offsets")
 KEEP_ALL, KEEP_NONE = -float("inf"), 1e9
@@ -141,11 +142,30 @@ def test_requests_that_share_a_context_equal_reference(batch, group):
         assert_equals_reference(query, layer, rule, keys, values, mask, tuning=tuning)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("far_field", ["none", "first_order", "second_order"])
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_requests_that_disagree_on_a_coarsest_node_equal_reference(levels, far_field, path):
+    nodes = (20, 80, 400)[-levels:] if ON_GPU else (5, 10, 24)[-levels:]
+    layer = layer_of(nodes=nodes).to(interpreter.DEVICE)
+    query, keys, values = inputs(layer, batch=4, group=2)
+    torch.manual_seed(0)
+    rule = rule_of(layer, 2, far_field=far_field, second_order=True)
+    dropped = torch.zeros(1, dtype=torch.bool)
+    while not (dropped.any(0) & ~dropped.all(0)).any():
+        rule.log_thresholds[0] += 0.25
+        found = lookup(query, layer, rule, query.shape[-1] ** -0.5)
+        dropped = (found.far_logits[..., : nodes[0]] > KEEP_ALL).any(2)[:, :, 0]  # [B, Hkv, C]
+        assert not dropped.all()
+    assert_equals_reference(query, layer, rule, keys, values, tuning=PATHS[path])
+
+
 def test_more_rows_than_a_tile_equal_reference(monkeypatch):
     monkeypatch.setattr("squeezed.ops.triton.workspace.MAX_ROWS", 4)
     layer = layer_of(kv_heads=1, pinned=21)
-    rule = rule_of(layer, 2, far_field="first_order")
-    assert_equals_reference(*_around(layer, rule, inputs(layer, batch=5, group=2, seed=3)))
+    for far_field in ("first_order", "second_order"):
+        rule = rule_of(layer, 2, far_field=far_field)
+        assert_equals_reference(*_around(layer, rule, inputs(layer, batch=5, group=2, seed=3)))
 
 
 def test_neighbours_in_a_batch_do_not_matter():

@@ -12,7 +12,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from squeezed.ops.triton.selection import RUN, RUN_BITS, spread, unpack
 from squeezed.ops.triton.tile import (
-    energy_of,
     fold,
     fold_mass,
     load_query,
@@ -23,11 +22,11 @@ from squeezed.ops.triton.tile import (
 )
 
 UNIT = tl.constexpr(16)
-"""Rows of one unit of the stream."""
+"""Rows of one unit of the stream; of dropped nodes it has more, since those bring no keys."""
 
 
 @triton.jit
-def stream(counters, problems, Z_PAD: tl.constexpr):
+def stream(counters, problems, Z_PAD: tl.constexpr, NODE_UNIT: tl.constexpr):
     """Kept runs and dropped nodes of every problem, the units of the runs, and where its units
     begin and end in the stream, `[Z_PAD]`.
     """
@@ -36,7 +35,7 @@ def stream(counters, problems, Z_PAD: tl.constexpr):
     counted = tl.load(counters + z, mask=z < problems, other=0, cache_modifier=".cg")
     runs, dropped = unpack(counted)
     near = tl.cdiv(runs * RUN, UNIT)
-    units = tl.where(z < problems, tl.maximum(near + tl.cdiv(dropped, UNIT), 1), 0)
+    units = tl.where(z < problems, tl.maximum(near + tl.cdiv(dropped, NODE_UNIT), 1), 0)
     end = tl.cumsum(units, 0)
     return runs, dropped, near, end - units, end
 
@@ -76,25 +75,21 @@ def attend_runs(
         attended = live[None, :]
         if SHARED:
             wanted = tl.load(run_bits + start + entry, mask=start + entry < stop, other=0)
-            attended = attended & spread(repeat(wanted, TILE), row, 1, GROUP)
+            attended = attended & spread(repeat(wanted, TILE), row // GROUP, 1)
         logits = tl.where(attended, logits, float("-inf"))
         high, mass, sum_ = fold(high, mass, sum_, logits, value)
     return high, mass, sum_
 
 
 @triton.jit
-def listed_places(start, TILE: tl.constexpr):
-    """Places `[start, start + TILE)` of a list as a matrix: a vector would be loaded again in every
-    layout that its uses ask for."""
+def listed(entries, start, stop, TILE: tl.constexpr):
+    """Entries `[start, start + TILE)` of a list that ends at `stop`, zero behind it.
+
+    Read as a matrix: a vector would be loaded again in every layout that its uses ask for.
+    """
     line, lane = tl.arange(0, RUN)[:, None], tl.arange(0, TILE // RUN)[None, :]
-    return start + line * (TILE // RUN) + lane
-
-
-@triton.jit
-def listed(entries, start, stop, other, TILE: tl.constexpr):
-    """Entries `[start, start + TILE)` of a list that ends at `stop`."""
-    place = listed_places(start, TILE)
-    return tl.reshape(tl.load(entries + place, mask=place < stop, other=other), (TILE,))
+    place = start + line * (TILE // RUN) + lane
+    return tl.reshape(tl.load(entries + place, mask=place < stop, other=0), (TILE,))
 
 
 @triton.jit
@@ -108,59 +103,43 @@ def node_rows(bases, bounds, node, head, D: tl.constexpr):
 
 
 @triton.jit
-def listed_variances(nodes, variances, bounds, start, stop, head, TILE: tl.constexpr):
-    """Variances of the nodes that `listed` gives."""
-    place = listed_places(start, TILE)
-    node = tl.load(nodes + place, mask=place < stop, other=0)
-    return tl.reshape(tl.load(node_rows(variances, bounds, node, head, 1)), (TILE,))
-
-
-@triton.jit
 def attend_nodes(
-    q, high, mass, sum_, energy, centroids, means, variances, bounds, nodes, masses, node_bits,
-    count, first, last, head, row, scale_bits,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
-    SHARED: tl.constexpr, DIPOLE: tl.constexpr, STAGES: tl.constexpr,
+    high, mass, sum_, means, bounds, nodes, variances, logits, count, first, last, head, row,
+    exists, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
+    NODE_UNIT: tl.constexpr, DIPOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add units `first:last` of a list of `count` dropped nodes to a running softmax.
 
     Returns with it the sum of the nodes' variances, weighted alike, `[M]`; zero without DIPOLE.
     """
-    stop = tl.minimum(last * UNIT, count)
-    d = tl.arange(0, D_PAD)
-    inside = (d < D)[None, :]
+    stop = tl.minimum(last * NODE_UNIT, count)
+    d, lane = tl.arange(0, D_PAD), tl.arange(0, TILE)
     moved = tl.zeros(row.shape, tl.float32)
-    for start in tl.range(first * UNIT, last * UNIT, TILE, num_stages=STAGES):
-        node = listed(nodes, start, stop, 0, TILE)
-        size = listed(masses, start, stop, float("-inf"), TILE)
-        places = node_rows(centroids, bounds, node, head, D)
-        key = tl.load(places[:, None] + d[None, :], mask=inside, other=0.0)
-        places = node_rows(means, bounds, node, head, D)
-        value = tl.load(places[:, None] + d[None, :], mask=inside, other=0.0)
-        logits = tl.dot(q, tl.trans(key)) * scale_bits + size[None, :]
-        if DIPOLE:
-            variance = listed_variances(nodes, variances, bounds, start, stop, head, TILE)
-            logits += energy[:, None] * variance[None, :]
-        if SHARED:
-            wanted = listed(node_bits, start, stop, 0, TILE)
-            logits = tl.where(spread(wanted, row, 1, GROUP), logits, float("-inf"))
-        high, mass, weight, decay = fold_mass(high, mass, logits, 1)
+    for start in tl.range(first * NODE_UNIT, stop, TILE, num_stages=STAGES):
+        node = listed(nodes, start, stop, TILE)
+        rows = node_rows(means, bounds, node, head, D)
+        value = tl.load(rows[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
+        live = start + lane < stop
+        places = (start + lane).to(tl.int64)[None, :] * ROWS + row[:, None]
+        logit = tl.load(logits + places, mask=exists[:, None] & live[None, :], other=float("-inf"))
+        high, mass, weight, decay = fold_mass(high, mass, logit, 1)
         sum_ = tl.dot(weight.to(value.dtype), value, acc=sum_ * decay[:, None])
         if DIPOLE:
+            variance = tl.load(variances + start + lane, mask=live, other=0.0)
             moved = moved * decay + tl.sum(weight * variance[None, :], 1)
     return high, mass, sum_, moved
 
 
 @triton.jit
 def attend_kernel(
-    query, keys, values, far_alpha, runs, run_bits, centroids, means, variances, bounds, far_nodes,
-    far_masses, far_bits, counters, sums, highs, masses, spreads,
+    query, keys, values, runs, run_bits, means, bounds, far_nodes, far_variances, far_logits,
+    counters, sums, highs, masses, spreads,
     query_stride_batch, query_stride_head, batch, problems, context_tokens, run_capacity,
     far_capacity, scale_bits,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
-    Z_PAD: tl.constexpr, SHARED: tl.constexpr, FAR: tl.constexpr,
-    DIPOLE: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
+    NODE_TILE: tl.constexpr, NODE_UNIT: tl.constexpr, Z_PAD: tl.constexpr, SHARED: tl.constexpr,
+    FAR: tl.constexpr, DIPOLE: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program's part of the stream; grid `(programs,)`."""
     program = tl.program_id(0)
@@ -168,7 +147,7 @@ def attend_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    runs_of, dropped_of, near_of, begin, end = stream(counters, problems, Z_PAD)
+    runs_of, dropped_of, near_of, begin, end = stream(counters, problems, Z_PAD, NODE_UNIT)
     total = tl.max(end)
     share = tl.cdiv(total, tl.num_programs(0))
     cursor = program * share
@@ -196,13 +175,12 @@ def attend_kernel(
         slot = program + z
         if FAR:
             first_node = z.to(tl.int64) * far_capacity
-            energy = energy_of(q, far_alpha, head, row, scale_bits, GROUP, DIPOLE)
             high, mass, sum_, moved = attend_nodes(
-                q, high, mass, sum_, energy, centroids, means, variances, bounds,
-                far_nodes + first_node, far_masses + first_node, far_bits + first_node,
+                high, mass, sum_, means, bounds, far_nodes + first_node,
+                far_variances + first_node, far_logits + first_node * ROWS,
                 at(dropped_of, z, Z_PAD), tl.maximum(first - near, 0), tl.maximum(last - near, 0),
-                head.to(tl.int64), row, scale_bits,
-                GROUP, D, D_PAD, TILE, SHARED, DIPOLE, STAGES,
+                head.to(tl.int64), row, exists,
+                ROWS, D, D_PAD, NODE_TILE, NODE_UNIT, DIPOLE, STAGES,
             )  # fmt: skip
             if DIPOLE:
                 tl.store(spreads + slot.to(tl.int64) * ROWS + row, moved, mask=exists)

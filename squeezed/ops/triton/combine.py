@@ -61,7 +61,7 @@ def combine_kernel(
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DIMS: tl.constexpr,
     Z_PAD: tl.constexpr, SLOTS: tl.constexpr, CLUSTERED: tl.constexpr, DIPOLE: tl.constexpr,
-    PDL: tl.constexpr,
+    NODE_UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid `(problems, ROWS, dimensions / DIMS)`; a program writes a part of one output row."""
     z, row, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -74,7 +74,7 @@ def combine_kernel(
         line += (head * GROUP + row % GROUP) * query_stride_head
         along = slope_along(query + line, slope, head, d, scale_bits / LOG2_E, D, D_PAD)
     if CLUSTERED:  # the kernel before starts this one only when the lists are complete
-        _runs, _dropped, _near, begin, end = stream(counters, problems, Z_PAD)
+        _runs, _dropped, _near, begin, end = stream(counters, problems, Z_PAD, NODE_UNIT)
         units = tl.cdiv(tl.max(end), programs)  # of a program of `attend_kernel`
         near = at(begin, z, Z_PAD) // units + z
         near_slots = (at(end, z, Z_PAD) - 1) // units + z - near + 1

@@ -2,8 +2,8 @@
 
 From query to output without a host synchronisation and with static shapes, so that a CUDA graph can
 hold the step: `open` scores the coarsest level and attends to pinned and recent rows; `descend`,
-one per further level, lists what is kept and what is dropped; `attend` reads the rows of the one
-and the mean values of the other; `combine` merges.
+one per further level, lists what is kept and, with its mass, what is dropped; `attend` reads the
+rows of the one and the mean values of the other; `combine` merges.
 """
 
 from __future__ import annotations
@@ -180,11 +180,12 @@ def chosen_tuning(shape: Shape) -> Tuning:
     parents = shape.kv_heads * shape.nodes[-2] if len(shape.nodes) > 1 else 0
     rows = rows_of(shape)
     if rows > 16:  # programs are large: two of the attention kernel fit on a multiprocessor
-        walk = replace(tuning, nodes=64, walk_programs=4, registers=128, warps=(4, 4, 4))
+        nodes = 32 if shape.far and rows > 32 else 64  # masses take registers too
+        walk = replace(tuning, nodes=nodes, walk_programs=4, registers=128, warps=(4, 4, 4))
         return replace(walk, programs=2, stages=3)
     if shape.batch > 1:
-        return replace(tuning, nodes=64, walk_programs=4, warps=(4, 4, 4))
-    if shape.dipole:  # three programs of the attention kernel only fit with fewer registers
+        return replace(tuning, nodes=64, walk_programs=4, registers=128, warps=(4, 4, 4))
+    if shape.dipole:  # three programs of the attention kernel fit on a multiprocessor
         tuning = replace(tuning, attend_registers=168, stages=4 if parents >= MANY_PARENTS else 2)
     if parents < FEW_PARENTS:  # waiting counts, not bytes
         tuning = replace(tuning, nodes=16, walk_programs=32)

@@ -37,9 +37,9 @@ def load_nodes(
 
 
 @triton.jit
-def node_logits(q, mean, size, scale_bits):
-    """First-order logits `[N, R]` of nodes for query rows `[R, D_PAD]`, `-inf` where empty."""
-    return tl.where((size > 0)[:, None], tl.dot(mean, tl.trans(q)) * scale_bits, float("-inf"))
+def node_logits(q, mean, scale_bits):
+    """First-order logits `[N, R]` of nodes for query rows `[R, D_PAD]`."""
+    return tl.dot(mean, tl.trans(q)) * scale_bits
 
 
 @triton.jit
@@ -70,7 +70,8 @@ def weigh_nodes(
         if NESTED:  # asked for now, needed behind the scores
             child = tl.load(child_offsets + node, mask=live, other=0)
             end = tl.load(child_offsets + node + 1, mask=live, other=0)
-        score = node_scores(node_logits(q, mean, size, scale_bits), energy, variances, SECOND)
+        score = node_scores(node_logits(q, mean, scale_bits), energy, variances, SECOND)
+        score = tl.where((size > 0)[:, None], score, float("-inf"))
         place = (z.to(tl.int64) * nodes + node)[:, None] * ROWS + row[None, :]
         tl.store(scores + place, score, mask=live[:, None] & exists[None, :])
         if NESTED:

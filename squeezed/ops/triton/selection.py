@@ -15,18 +15,22 @@ def either(a, b):
 
 
 @triton.jit
-def keep_bits(score, threshold, selects, row, GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, BITS):
-    """Which requests keep each node `[N]`: bit `b` is set if any head of request `b` keeps it."""
-    kept = ((score > threshold) & selects[None, :]).to(BITS)
+def keep_bits(score, bar, row, GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, BITS):
+    """Which requests keep each node `[N]`: bit `b` is set if a head of request `b` clears the bar.
+
+    Args:
+        score: `[N, R]`; bar: `[R]`, what it must exceed, the normaliser included.
+    """
     if TILE_BATCH == 1:
-        return tl.max(kept, 1)
-    return tl.reduce(kept << (row // GROUP)[None, :], 1, either)
+        return tl.max((score > bar[None, :]).to(BITS), 1)
+    own = tl.full(row.shape, 1, BITS) << (row // GROUP)
+    return tl.reduce(tl.where(score > bar[None, :], own[None, :], 0), 1, either)
 
 
 @triton.jit
-def spread(bits, row, AXIS: tl.constexpr, GROUP: tl.constexpr):
-    """Bit masks `[N]` -> which rows they mean, bool; the masks lie along `AXIS`."""
-    request = tl.expand_dims(row // GROUP, AXIS)
+def spread(bits, request, AXIS: tl.constexpr):
+    """Bit masks `[N]` -> which of some rows' requests they name, bool; they lie along `AXIS`."""
+    request = tl.expand_dims(request, AXIS)
     return ((tl.expand_dims(bits, 1 - AXIS) >> request) & 1) != 0
 
 
@@ -72,14 +76,24 @@ def append_runs(
 
 @triton.jit
 def append_nodes(
-    nodes, masses, node_bits, first, chosen, bits, node, size, SHARED: tl.constexpr
+    nodes, variances, logits, first, dropped, node, variance, logit, row, exists,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr, DIPOLE: tl.constexpr,
 ):  # fmt: skip
-    """Write the chosen nodes, the logarithms of their sizes and whom they concern, from `first`."""
-    at = first + tl.cumsum(chosen, 0) - chosen
-    tl.store(nodes + at, node, mask=chosen != 0)
-    tl.store(masses + at, log_size(size), mask=chosen != 0)
+    """Write the nodes that any request dropped from place `first` on, with variances and masses.
+
+    Args:
+        dropped: `[N]`, which requests drop a node, as bits; to the others it counts nothing.
+        logit: `[N, R]`, logarithms of the masses, in bits.
+    """
+    chosen = dropped != 0
+    at = first + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(nodes + at, node, mask=chosen)
+    if DIPOLE:
+        tl.store(variances + at, variance, mask=chosen)
     if SHARED:
-        tl.store(node_bits + at, bits, mask=chosen != 0)
+        logit = tl.where(spread(dropped, row // GROUP, 0), logit, float("-inf"))
+    place = at.to(tl.int64)[:, None] * ROWS + row[None, :]
+    tl.store(logits + place, logit, mask=chosen[:, None] & exists[None, :])
 
 
 @triton.jit
@@ -102,6 +116,8 @@ def normaliser(
         total = total * tl.exp2(top - safe) + tl.sum(mass * tl.exp2(high - safe[None, :]), 0)
         top = new
     norm = top + tl.log2(total)
+    if row.shape[0] == ROWS_PAD:
+        return norm  # no padding to bring back
     return tl.sum(tl.where(row[:, None] == line[None, :], norm[None, :], 0.0), 1)
 
 

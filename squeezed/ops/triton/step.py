@@ -83,17 +83,19 @@ class Step:
         parent, child = levels[above], levels[own]
         leaves = child.child_offsets is None
         norm_pad = power_of_two(cut.splits)
-        descend.descend_kernel[cut.problems, cut.parts[stage]](
-            self.query, self._alpha(own), s.scores, s.parents_of, s.states[max(stage - 1, 0)],
-            s.states[0 if leaves else stage],
-            child.key_offsets if leaves else child.child_offsets,
-            parent.key_offsets if flat else parent.child_offsets, parent.key_offsets,
-            child.centroids, child.key_offsets, child.variance, s.norm_highs, s.norm_masses,
-            s.runs, s.run_bits, s.far_nodes, s.far_masses, s.far_bits, s.counters, s.read_counts,
-            s.highs,
+        listers = cut.listers if stage == 0 else 0
+        descend.descend_kernel[cut.problems, cut.parts[stage] + listers](
+            self.query, self._alpha(above), self._alpha(own),
+            rule.far_alpha if shape.dipole else self.query, s.scores, s.parents_of,
+            s.states[max(stage - 1, 0)], s.states[0 if leaves else stage],
+            child.key_offsets if leaves else child.child_offsets, parent.key_offsets,
+            parent.variance, child.centroids, child.key_offsets, child.variance,
+            s.norm_highs, s.norm_masses, s.runs, s.run_bits, s.far_nodes, s.far_variances,
+            s.far_logits, s.counters, s.read_counts, s.highs,
             self.query.stride(0), self.query.stride(1), shape.batch,
             parent.nodes, child.nodes, 0 if leaves else levels[own + 1].nodes, cut.bounds[own],
-            cut.bounds[above], s.runs.shape[1], s.far_nodes.shape[1], cut.splits,
+            cut.bounds[above], s.runs.shape[1], s.far_nodes.shape[1],
+            listers, cut.splits,
             cut.fixed_base + cut.pinned_chunks, cut.fixed_slots, cut.recent_chunks,
             rule.log_thresholds[above], rule.log_thresholds[own], self.scale_bits,
             TOP=stage == 0, FLAT=flat, LEAVES=leaves,
@@ -101,27 +103,24 @@ class Step:
             NORM_PAD=norm_pad, ROWS_PAD=power_of_two(cut.rows),
             NORM_STEP=min(norm_pad, max(16, 2048 // power_of_two(cut.rows))),
             RECENT_PAD=power_of_two(max(cut.recent_chunks, 1)),
+            REQUESTS=power_of_two(cut.tile_batch),
             BITS=triton.language.int32 if cut.bits == torch.int32 else triton.language.int64,
             EVERYONE=cut.everyone, SHARED=cut.tile_batch > 1, SECOND=rule.alpha is not None,
-            MASKED=self.mask is not None or shape.recent == 0, FAR=shape.far,
+            MASKED=self.mask is not None or shape.recent == 0, FAR=shape.far, DIPOLE=shape.dipole,
             **self._launch(tuning.warps[1], dependent=True, registers=tuning.registers),
         )  # fmt: skip
 
     def attend(self) -> None:
         cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
-        levels = self.layer.levels
         attention.attend_kernel[(cut.programs,)](
-            self.query, self.layer.keys, self.layer.values,
-            self.rule.far_alpha if shape.dipole else self.query, s.runs, s.run_bits,
-            tuple(level.centroids for level in levels),
-            tuple(level.mean_values for level in levels),
-            tuple(level.variance for level in levels), cut.bounds, s.far_nodes, s.far_masses,
-            s.far_bits, s.counters, s.sums, s.highs, s.masses, s.spreads,
+            self.query, self.layer.keys, self.layer.values, s.runs, s.run_bits,
+            tuple(level.mean_values for level in self.layer.levels), cut.bounds, s.far_nodes,
+            s.far_variances, s.far_logits, s.counters, s.sums, s.highs, s.masses, s.spreads,
             self.query.stride(0), self.query.stride(1), shape.batch, cut.problems, shape.tokens,
             s.runs.shape[1], s.far_nodes.shape[1], self.scale_bits,
-            **self._tile(), M=cut.row_pad, TILE=tuning.tile, Z_PAD=power_of_two(cut.problems),
-            SHARED=cut.tile_batch > 1, FAR=shape.far, DIPOLE=shape.dipole,
-            STAGES=tuning.stages,
+            **self._tile(), M=cut.row_pad, TILE=tuning.tile, NODE_TILE=tuning.node_tile,
+            NODE_UNIT=tuning.node_unit, Z_PAD=power_of_two(cut.problems),
+            SHARED=cut.tile_batch > 1, FAR=shape.far, DIPOLE=shape.dipole, STAGES=tuning.stages,
             **self._launch(tuning.warps[2], dependent=True, registers=tuning.attend_registers),
         )  # fmt: skip
 
@@ -134,6 +133,6 @@ class Step:
             self.query.stride(1), self.output.stride(0), shape.batch, cut.problems,
             cut.programs, cut.fixed_base, cut.fixed_slots, self.scale_bits,
             **self._tile(), DIMS=dims, Z_PAD=power_of_two(cut.problems), SLOTS=tuning.merge_slots,
-            CLUSTERED=bool(shape.nodes), DIPOLE=shape.dipole,
+            CLUSTERED=bool(shape.nodes), DIPOLE=shape.dipole, NODE_UNIT=tuning.node_unit,
             **self._launch(tuning.merge_warps, dependent=True),
         )  # fmt: skip

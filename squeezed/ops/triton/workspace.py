@@ -26,7 +26,8 @@ class Tuning:
         nodes: nodes per program of the walk.
         walk_programs: most programs per multiprocessor of the walk.
         write: runs of each kept leaf that one store of the walk appends.
-        tile: kept rows per step of the attention kernel.
+        tile, node_tile: kept rows and dropped nodes per step of the attention kernel.
+        node_unit: dropped nodes that weigh as much as 16 kept rows when its work is shared out.
         stages: of the attention kernel's pipeline: indices, loads in flight, arithmetic.
         programs: programs of the attention kernel per multiprocessor.
         warps: of the first, the walking and the attention kernel.
@@ -44,6 +45,8 @@ class Tuning:
     walk_programs: int = 16
     write: int = 8
     tile: int = 64
+    node_tile: int = 64
+    node_unit: int = 32
     stages: int = 4
     programs: int = 3
     warps: tuple[int, int, int] = (4, 1, 4)
@@ -75,8 +78,9 @@ class Shape:
 @dataclass(frozen=True)
 class Plan:
     """Grids and scratch sizes of one shape. `problems` = KV heads x tiles of requests; `parts` has
-    the programs per problem of every launch of the walk; nodes of level `i` are numbered from
-    `bounds[i]` on."""
+    the programs per problem of every launch of the walk, `listers` those beside them in the first
+    that list dropped nodes of the coarsest level; nodes of level `i` are numbered from `bounds[i]`
+    on."""
 
     group: int
     tile_batch: int
@@ -88,6 +92,7 @@ class Plan:
     pinned_chunks: int
     recent_chunks: int
     parts: tuple[int, ...]
+    listers: int
     bounds: tuple[int, ...]
     programs: int
     fixed_base: int
@@ -125,6 +130,17 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def walkers(shape: Shape, tuning: Tuning, problems: int) -> tuple[tuple[int, ...], int]:
+    """Programs per problem of every launch of the walk, and those that the first has besides."""
+    most = max(1, tuning.walk_programs * shape.multiprocessors // problems)
+    top, *below = [ceil_div(nodes, tuning.nodes) for nodes in shape.nodes] or [0]
+    if not below:
+        return (min(top, most),) if top else (), 0
+    listers = min(top, ceil_div(most * top, top + below[0])) if shape.far else 0
+    rooms = (max(1, most - listers), *(most for _ in below[1:]))
+    return tuple(map(min, below, rooms)), listers
+
+
 @lru_cache(maxsize=256)
 def plan(shape: Shape, tuning: Tuning) -> Plan:
     """Cut the work of one decode step."""
@@ -133,8 +149,7 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
     tile_batch = ceil_div(shape.batch, tiles)
     problems = shape.kv_heads * tiles
     nodes = shape.nodes
-    most = max(1, tuning.walk_programs * shape.multiprocessors // problems)
-    parts = tuple(min(ceil_div(n, tuning.nodes), most) for n in nodes[1:] or nodes)
+    parts, listers = walkers(shape, tuning, problems)
     scorers = ceil_div(tuning.score_programs * shape.multiprocessors, problems)
     splits = min(ceil_div(nodes[0], tuning.score_tile), scorers) if nodes else 0
     pinned_chunks = ceil_div(shape.pinned, tuning.chunk)
@@ -152,6 +167,7 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
         pinned_chunks=pinned_chunks,
         recent_chunks=recent_chunks,
         parts=parts,
+        listers=listers,
         bounds=tuple(itertools.accumulate(nodes, initial=0)),
         programs=programs,
         fixed_base=fixed_base,
@@ -172,8 +188,9 @@ class Workspace:
         states: `[Z, C]` per level from the third on: which requests keep a node's parent.
         runs, run_bits: `[Z, capacity]` int32 kept runs, and which requests keep them; as small as
             possible when there is one request.
-        far_nodes, far_masses, far_bits: `[Z, nodes]` dropped nodes of all levels, log2 of their
-            sizes, and which requests drop them; as small as possible without a far field.
+        far_nodes, far_variances, far_logits: `[Z, nodes]` dropped nodes of all levels, their
+            variances, and `[Z, nodes, rows]` log2 of their masses, `-inf` for a row whose request
+            does not drop the node; as small as possible where the far field needs none.
         sums, highs, masses: `[slots, rows, D]`, `[slots, rows]` unnormalised softmax sums: of kept
             rows and dropped nodes, and of pinned and recent rows.
         spreads: `[slots, rows]`, the dropped nodes' variances in the same sums.
@@ -189,8 +206,8 @@ class Workspace:
     runs: Tensor
     run_bits: Tensor
     far_nodes: Tensor
-    far_masses: Tensor
-    far_bits: Tensor
+    far_variances: Tensor
+    far_logits: Tensor
     sums: Tensor
     highs: Tensor
     masses: Tensor
@@ -206,7 +223,7 @@ class Workspace:
             return torch.empty(size, dtype=dtype, device=device)
 
         runs = ceil_div(shape.tokens - shape.pinned, RUN.value) + shape.nodes[-1] if levels else 1
-        far = (z, sum(shape.nodes)) if shape.far else unused
+        far = (z, sum(shape.nodes))
         return Workspace(
             scores=new(z, shape.nodes[0] if levels else 1, rows),
             parents_of=new(z, shape.nodes[1] if levels > 1 else 1, dtype=torch.int32),
@@ -217,9 +234,9 @@ class Workspace:
             states=tuple(new(z, n, dtype=cut.bits) for n in shape.nodes[2:] or (1,)),
             runs=new(z, runs, dtype=torch.int32),
             run_bits=new(*((z, runs) if shared else unused), dtype=cut.bits),
-            far_nodes=new(*far, dtype=torch.int32),
-            far_masses=new(*far),
-            far_bits=new(*(far if shared else unused), dtype=cut.bits),
+            far_nodes=new(*(far if shape.far else unused), dtype=torch.int32),
+            far_variances=new(*(far if shape.dipole else unused)),
+            far_logits=new(*((*far, rows) if shape.far else unused)),
             sums=new(cut.slots, rows, shape.dim),
             highs=new(cut.slots, rows),
             masses=new(cut.slots, rows),
