@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 SHARES = (0.005, 0.015, 0.04, 0.1, 0.2, 0.4, 0.7, 0.92)
 """Shares of a head's keys at which its error is measured."""
@@ -18,6 +19,10 @@ FAR_FITTED_AT = 2
 FIRST_LAYER_WEIGHT = 3.0
 """How much more an error of the first layer counts: all others build on it."""
 
+LEAST_SHARE = 0.65
+"""Part of the budget that every layer gets at least: a probe is short, and may not ask what a
+question asks (DESIGN.md)."""
+
 STEPS = 97  # shares that a head may get, evenly spaced by logarithm up to all keys
 BISECTIONS = 50
 LOWEST_ERROR = 1e-12
@@ -27,7 +32,8 @@ def allot(errors: list[Tensor], budgets: tuple[float, ...]) -> list[Tensor]:
     """The shares with the least error in sum whose mean over all heads is the budget.
 
     The price of a key is the same for all heads: each takes the share that minimises its error
-    plus the price of its keys, and bisection finds the price at which the budget is spent.
+    plus the price of its keys, and bisection finds the price at which the budget is spent. A layer
+    gets at least what it would at the price at which it spends `LEAST_SHARE` of the budget.
 
     Args:
         errors: per layer, first to last, `[len(SHARES), Hkv]`, squared errors.
@@ -38,22 +44,36 @@ def allot(errors: list[Tensor], budgets: tuple[float, ...]) -> list[Tensor]:
     heads = [of_layer.shape[1] for of_layer in errors]
     weighted = [errors[0] * FIRST_LAYER_WEIGHT, *errors[1:]]
     shares, curves = _curves(torch.cat(weighted, 1).double())
-    wanted = shares.new_tensor(budgets)
-    low, high = wanted.new_full(wanted.shape, -40.0), wanted.new_full(wanted.shape, 20.0)
-    for _ in range(BISECTIONS):
-        price = (low + high) / 2
-        over = _cheapest(shares, curves, price).mean(-1) > wanted
-        low, high = torch.where(over, price, low), torch.where(over, high, price)
-    more, less = (_cheapest(shares, curves, price) for price in (low, high))
-    left = (wanted - less.mean(-1)) / (more - less).mean(-1).clamp(min=1e-12)
-    found = torch.lerp(less, more, left[:, None])  # shares move in steps: go part of the last one
+    wanted = shares.new_tensor(budgets)[:, None]
+    layer = torch.repeat_interleave(torch.tensor(heads)).to(shares.device)
+    alone = (LEAST_SHARE * wanted).expand(-1, len(heads))
+    least = _spend(shares, curves, alone, layer, torch.zeros_like(wanted))
+    found = _spend(shares, curves, wanted, torch.zeros_like(layer), least)
     return list(found.split(heads, 1))
 
 
-def _cheapest(shares: Tensor, curves: Tensor, log_price: Tensor) -> Tensor:
-    """Share of each head at each price, `[prices, N]`."""
-    costs = curves + log_price.exp()[:, None, None] * shares[:, None]
-    return shares[costs.argmin(1)]
+def _spend(shares: Tensor, curves: Tensor, wanted: Tensor, group: Tensor, least: Tensor) -> Tensor:
+    """Shares `[budgets, N]` at one price per group of heads, none below `least`.
+
+    Args:
+        wanted: mean share of every group, `[budgets, groups]`.
+        group: of every head, `[N]`.
+    """
+    low, high = torch.full_like(wanted, -40.0), torch.full_like(wanted, 20.0)
+    averages = one_hot(group, wanted.shape[1]).to(wanted)
+    averages /= averages.sum(0)
+
+    def at(log_price: Tensor) -> Tensor:
+        costs = curves + log_price.exp()[:, None, group] * shares[:, None]
+        return shares[costs.argmin(1)].clamp(min=least)
+
+    for _ in range(BISECTIONS):
+        price = (low + high) / 2
+        over = at(price) @ averages > wanted
+        low, high = torch.where(over, price, low), torch.where(over, high, price)
+    more, less = at(low), at(high)
+    left = (wanted - less @ averages) / ((more - less) @ averages).clamp(min=1e-12)
+    return torch.lerp(less, more, left[:, group])  # shares move in steps: part of the last one
 
 
 def _curves(errors: Tensor) -> tuple[Tensor, Tensor]:

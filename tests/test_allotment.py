@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from squeezed.allotment import SHARES, allot
+from squeezed.allotment import LEAST_SHARE, SHARES, allot
 
 BUDGETS = (0.025, 0.1, 0.3)
 
@@ -59,3 +59,14 @@ def test_an_error_that_rises_with_the_share_counts_as_flat():
 def test_the_first_layer_gets_more_than_another_with_the_same_errors():
     first, second = allot([curve(1.0, 1.0), curve(1.0, 1.0)], (0.1,))
     assert first > second
+
+
+def test_no_layer_falls_below_its_part_of_the_budget():
+    errors = [curve(1.0, 1.0), curve(1e-9, 1.0).expand(-1, 3), curve(0.5, 0.5)]
+    shares = allot(errors, BUDGETS)
+    means = torch.stack([of_layer.mean(1) for of_layer in shares])
+    budgets = torch.tensor(BUDGETS, dtype=torch.float64)
+    assert means[1].tolist() == pytest.approx((LEAST_SHARE * budgets).tolist(), rel=0.06)
+    assert (means >= LEAST_SHARE * budgets * (1 - 1e-9)).all()
+    assert (torch.cat(shares, 1).diff(dim=0) >= -1e-9).all()
+    assert torch.cat(shares, 1).mean(1).tolist() == pytest.approx(BUDGETS, rel=1e-3)

@@ -180,17 +180,16 @@ def chosen_tuning(shape: Shape) -> Tuning:
     parents = shape.kv_heads * shape.nodes[-2] if len(shape.nodes) > 1 else 0
     rows = rows_of(shape)
     if rows > 16:  # programs are large: two of the attention kernel fit on a multiprocessor
-        nodes = 32 if shape.far and rows > 32 else 64  # masses take registers too
-        walk = replace(tuning, nodes=nodes, walk_programs=4, registers=128, warps=(4, 4, 4))
-        return replace(walk, programs=2, stages=3)
+        walk = replace(tuning, nodes=64, walk_programs=4, registers=128, warps=(4, 4, 4))
+        return replace(walk, programs=2, stages=3, node_tile=32, node_unit=8)
     if shape.batch > 1:
         return replace(tuning, nodes=64, walk_programs=4, registers=128, warps=(4, 4, 4))
-    if shape.dipole:  # three programs of the attention kernel fit on a multiprocessor
-        tuning = replace(tuning, attend_registers=168, stages=4 if parents >= MANY_PARENTS else 2)
+    if shape.dipole and parents < MANY_PARENTS:
+        tuning = replace(tuning, stages=2)
     if parents < FEW_PARENTS:  # waiting counts, not bytes
         tuning = replace(tuning, nodes=16, walk_programs=32)
         if shape.dipole:
-            return replace(tuning, tile=32, attend_registers=None, stages=4)
+            return replace(tuning, tile=32, stages=4)
         return tuning if shape.far else replace(tuning, programs=4, stages=2)
     if rows == 1 and parents >= MANY_PARENTS:
         return replace(tuning, nodes=16, walk_programs=32)

@@ -121,7 +121,7 @@ class Step:
             **self._tile(), M=cut.row_pad, TILE=tuning.tile, NODE_TILE=tuning.node_tile,
             NODE_UNIT=tuning.node_unit, Z_PAD=power_of_two(cut.problems),
             SHARED=cut.tile_batch > 1, FAR=shape.far, DIPOLE=shape.dipole, STAGES=tuning.stages,
-            **self._launch(tuning.warps[2], dependent=True, registers=tuning.attend_registers),
+            **self._launch(tuning.warps[2], dependent=True),
         )  # fmt: skip
 
     def combine(self) -> None:

@@ -32,7 +32,6 @@ class Tuning:
         programs: programs of the attention kernel per multiprocessor.
         warps: of the first, the walking and the attention kernel.
         registers: most per thread of the walking kernel; as many as it likes when `None`.
-        attend_registers: the same of the attention kernel.
         merge_slots, merge_dims, merge_warps: partial sums and dimensions per step of the last
             kernel, and its warps.
         overlap: start each kernel while its predecessor drains (programmatic dependent launch).
@@ -46,12 +45,11 @@ class Tuning:
     write: int = 8
     tile: int = 64
     node_tile: int = 64
-    node_unit: int = 32
+    node_unit: int = 16
     stages: int = 4
     programs: int = 3
     warps: tuple[int, int, int] = (4, 1, 4)
     registers: int | None = None
-    attend_registers: int | None = None
     merge_slots: int = 64
     merge_dims: int = 32
     merge_warps: int = 4
