@@ -47,7 +47,7 @@ def dense_peers(query: Tensor, layers: list[ClusteredLayer]) -> dict[str, list[C
 
     def flashinfer(layer: ClusteredLayer) -> Callable:
         return lambda: single_prefill_with_kv_cache(
-            tokens, layer.keys, layer.values, causal=False, kv_layout="HND"
+            tokens, layer.keys, layer.values, causal=False, kv_layout="HND", backend="fa2"
         )
 
     return peers | {"FlashInfer": [flashinfer(layer) for layer in layers]}

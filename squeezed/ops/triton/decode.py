@@ -192,7 +192,7 @@ def chosen_tuning(shape: Shape) -> Tuning:
             return replace(tuning, tile=32, stages=4)
         return tuning if shape.far else replace(tuning, programs=4, stages=2)
     if rows == 1 and parents >= MANY_PARENTS:
-        return replace(tuning, nodes=16, walk_programs=32)
+        return replace(tuning, walk_programs=32)
     return tuning
 
 

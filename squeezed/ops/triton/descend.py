@@ -174,24 +174,29 @@ def descend_kernel(
                 )  # fmt: skip
             else:
                 inherited = tl.load(states + wide * nodes + node, mask=live, other=0)
-            mean, start, length, variances = load_nodes(
-                centroids, key_offsets, variance, node, inherited != 0, head, nodes,
-                D, D_PAD, SECOND or DIPOLE,
-            )  # fmt: skip
-            inherited = tl.where(length > 0, inherited, 0)
-            logit = node_logits(q, mean, scale_bits)
-            score = node_scores(logit, energy, variances, SECOND)
-            kept = inherited & keep_bits(score, bar, row, GROUP, TILE_BATCH, BITS)
-            list_found(
-                kept, inherited, base + node, start, length, variances, logit, far_energy,
-                row, exists, runs + wide * run_capacity, run_bits + wide * run_capacity,
-                far_nodes, far_variances, far_logits, counters + z,
-                GROUP, ROWS, WRITE, SHARED, LEAVES, FAR, DIPOLE,
-            )  # fmt: skip
-            if LEAVES:
-                wanted = spread(kept, request, 0)
-                read += tl.sum(tl.where(wanted, length[:, None], 0), 0)
-            else:
+            kept = inherited & 0
+            busy = True
+            if not TOP and not FLAT:  # few are: a look at the notes of most blocks suffices
+                busy = tl.max((inherited != 0).to(tl.int32)) > 0
+            if busy:
+                mean, start, length, variances = load_nodes(
+                    centroids, key_offsets, variance, node, inherited != 0, head, nodes,
+                    D, D_PAD, SECOND or DIPOLE,
+                )  # fmt: skip
+                inherited = tl.where(length > 0, inherited, 0)
+                logit = node_logits(q, mean, scale_bits)
+                score = node_scores(logit, energy, variances, SECOND)
+                kept = inherited & keep_bits(score, bar, row, GROUP, TILE_BATCH, BITS)
+                list_found(
+                    kept, inherited, base + node, start, length, variances, logit, far_energy,
+                    row, exists, runs + wide * run_capacity, run_bits + wide * run_capacity,
+                    far_nodes, far_variances, far_logits, counters + z,
+                    GROUP, ROWS, WRITE, SHARED, LEAVES, FAR, DIPOLE,
+                )  # fmt: skip
+                if LEAVES:
+                    wanted = spread(kept, request, 0)
+                    read += tl.sum(tl.where(wanted, length[:, None], 0), 0)
+            if not LEAVES:
                 at = child_offsets + head * (nodes + 1) + node
                 child = tl.load(at, mask=live, other=0)
                 end = tl.load(at + 1, mask=live, other=0)
