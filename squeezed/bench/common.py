@@ -8,8 +8,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -104,12 +106,15 @@ def commit() -> str:
 def versions() -> dict[str, str]:
     import triton
 
-    return {
+    found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "triton": triton.__version__,
     }
+    with suppress(PackageNotFoundError):
+        found["flashinfer-python"] = version("flashinfer-python")
+    return found
 
 
 def write_record(

@@ -46,6 +46,7 @@ def dense_peers(query: Tensor, layers: list[ClusteredLayer]) -> dict[str, list[C
     tokens = query[:, :, 0].contiguous()  # [B, Hq, D]
 
     def flashinfer(layer: ClusteredLayer) -> Callable:
+        # What "auto" takes on Hopper ("fa3") divides by zero in 0.6.13 and ends the process.
         return lambda: single_prefill_with_kv_cache(
             tokens, layer.keys, layer.values, causal=False, kv_layout="HND", backend="fa2"
         )
