@@ -8,8 +8,6 @@ import triton.language as tl
 from squeezed.ops.triton.prefill_plan import stretch, tile_at
 from squeezed.ops.triton.prefill_select import LOG2E, query_energy
 
-LENGTHS = "tokens m_b m_q tiles blocks rows suffix pinned capacity pass_tiles".split()
-"""Arguments that differ from prompt to prompt: no length must wait for a compiler."""
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 
 
@@ -31,17 +29,15 @@ def softmax_step(raw, scale, acc, peak, total, v):
 @triton.jit
 def attend_rows(
     q, scale, acc, peak, total, keys, values, list_, first, last, count,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    LISTED: tl.constexpr, PARTIAL: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """Units `first:last` of one head's rows: all of them, or those of `list_`.
+    """Units `first:last` of the rows of one head in `list_`.
 
     With `PARTIAL` the last of the `count` rows may end inside a unit.
     """
     dims, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     row = first * BLOCK_N + lane
-    if LISTED:
-        row = tl.load(list_ + row, mask=row < count, other=0)
+    row = tl.load(list_ + row, mask=row < count, other=0)
     for unit in range(first, last):
         slot = unit * BLOCK_N + lane
         at = row[:, None].to(tl.int64) * DIM + dims
@@ -55,35 +51,35 @@ def attend_rows(
         if PARTIAL:
             raw = tl.where((slot < count)[None, :], raw, NEG_INF)
         acc, peak, total, _, _ = softmax_step(raw, scale, acc, peak, total, v)
-        row = slot + BLOCK_N
-        if LISTED:  # one unit ahead, so that no key waits for its address
-            row = tl.load(list_ + row, mask=row < count, other=0)
+        row = slot + BLOCK_N  # one unit ahead, so that no key waits for its address
+        row = tl.load(list_ + row, mask=row < count, other=0)
     return acc, peak, total
 
 
 @triton.jit
 def attend_nodes(
-    q, scale, acc, peak, total, moved, energy, centroids, means, variances, list_, masses,
+    q, scale, acc, peak, total, moved, energy, centroids, means, list_, masses, variances,
     first, last, count,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DIPOLE: tl.constexpr,
 ):  # fmt: skip
     """Units `first:last` of one level's dropped nodes; `masses` say how many keys each stands for.
 
-    `moved` sums their variances with the weights of the softmax, `[BLOCK_M]`, if DIPOLE.
+    If DIPOLE, `moved` sums their `variances` with the weights of the softmax, `[BLOCK_M]`.
     """
     dims, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     slot = first * BLOCK_N + lane
     mass = tl.load(masses + slot, mask=slot < count, other=NEG_INF)
     node = tl.load(list_ + slot, mask=slot < count, other=0)
+    variance = mass
+    if DIPOLE:
+        variance = tl.load(variances + slot, mask=slot < count, other=0.0)
     for unit in range(first, last):
         at = node[:, None].to(tl.int64) * DIM + dims
         inside = (dims < DIM)[None, :]
         k = tl.load(centroids + at, mask=inside, other=0.0)
         v = tl.load(means + at, mask=inside, other=0.0)
         raw = tl.dot(q, tl.trans(k), input_precision="ieee") + (mass / scale)[None, :]
-        variance = mass
         if DIPOLE:
-            variance = tl.load(variances + node)
             raw += (energy / scale)[:, None] * variance[None, :]
         acc, peak, total, weights, shrink = softmax_step(raw, scale, acc, peak, total, v)
         if DIPOLE:
@@ -91,6 +87,8 @@ def attend_nodes(
         slot = (unit + 1) * BLOCK_N + lane  # one unit ahead, so that no key waits for its address
         mass = tl.load(masses + slot, mask=slot < count, other=NEG_INF)
         node = tl.load(list_ + slot, mask=slot < count, other=0)
+        if DIPOLE:
+            variance = tl.load(variances + slot, mask=slot < count, other=0.0)
     return acc, peak, total, moved
 
 
@@ -146,7 +144,6 @@ def clip(first, last, start, end):
         "blocks",
         "rows",
         "suffix",
-        "pinned",
         "capacity",
         "pass_tiles",
     ]
@@ -154,12 +151,12 @@ def clip(first, last, start, end):
 def attention_kernel(
     query, q_b, q_h, q_r, keys, values, tokens, suffix_keys, k_b, k_h, k_s,
     suffix_values, v_b, v_h, v_s, mask, m_b, m_q, m_s,
-    ends, bounds, row_list, row_count, centroids, mean_values, variances, nodes, dropped, masses,
+    ends, bounds, row_list, row_count, centroids, mean_values, nodes, dropped, masses, variances,
     dropped_counts, far_alpha, part, part_lse, part_moved,
-    tiles, blocks, rows, suffix, pinned, capacity, pass_tiles, scale,
+    tiles, blocks, rows, suffix, capacity, pass_tiles, scale,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_M: tl.constexpr,
-    LEVELS: tl.constexpr, CLASSES: tl.constexpr, DIPOLE: tl.constexpr, INDEXED: tl.constexpr,
+    LEVELS: tl.constexpr, CLASSES: tl.constexpr, DIPOLE: tl.constexpr,
     CAUSAL: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One program's stretches of the line of units, one in every pass."""
@@ -192,26 +189,19 @@ def attention_kernel(
             peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             k_head, v_head = keys + h * tokens * DIM, values + h * tokens * DIM
-            kept_end, pinned_end = tl.load(bound), tl.load(bound + 1)
-            if INDEXED:
-                count = tl.load(row_count + t)
-                first, last, whole = lo, tl.minimum(hi, kept_end), count // BLOCK_N
-                rows_here = row_list + wide * capacity
-                acc, peak, total = attend_rows(
-                    q, scale, acc, peak, total, k_head, v_head, rows_here,
-                    first, tl.minimum(last, whole), count, DIM, BLOCK_D, BLOCK_N, True, False,
-                )  # fmt: skip
-                acc, peak, total = attend_rows(
-                    q, scale, acc, peak, total, k_head, v_head, rows_here,
-                    tl.maximum(first, whole), last, count, DIM, BLOCK_D, BLOCK_N, True, True,
-                )  # fmt: skip
-            first, last = clip(lo, hi, kept_end, pinned_end)
+            count, rows_end = tl.load(row_count + t), tl.load(bound)
+            first, last, whole = lo, tl.minimum(hi, rows_end), count // BLOCK_N
+            rows_here = row_list + wide * capacity
             acc, peak, total = attend_rows(
-                q, scale, acc, peak, total, k_head, v_head, row_list,
-                first, last, pinned, DIM, BLOCK_D, BLOCK_N, False, True,
+                q, scale, acc, peak, total, k_head, v_head, rows_here,
+                first, tl.minimum(last, whole), count, DIM, BLOCK_D, BLOCK_N, False,
             )  # fmt: skip
-            end = tl.load(bound + 2)
-            first, last = clip(lo, hi, pinned_end, end)
+            acc, peak, total = attend_rows(
+                q, scale, acc, peak, total, k_head, v_head, rows_here,
+                tl.maximum(first, whole), last, count, DIM, BLOCK_D, BLOCK_N, True,
+            )  # fmt: skip
+            end = tl.load(bound + 1)
+            first, last = clip(lo, hi, rows_end, end)
             acc, peak, total = attend_suffix(
                 q, scale, acc, peak, total, suffix_keys + b.to(tl.int64) * k_b + h * k_h, k_s,
                 suffix_values + b.to(tl.int64) * v_b + h * v_h, v_s, mask + b.to(tl.int64) * m_b,
@@ -225,12 +215,12 @@ def attention_kernel(
             for level in tl.static_range(LEVELS):
                 head, line = h * nodes[level], wide * nodes[level]
                 start = end
-                end = tl.load(bound + 3 + level)
+                end = tl.load(bound + 2 + level)
                 first, last = clip(lo, hi, start, end)
                 acc, peak, total, moved = attend_nodes(
                     q, scale, acc, peak, total, moved, energy, centroids[level] + head * DIM,
-                    mean_values[level] + head * DIM, variances[level] + head,
-                    dropped[level] + line, masses[level] + line, first, last,
+                    mean_values[level] + head * DIM, dropped[level] + line, masses[level] + line,
+                    variances[level] + line, first, last,
                     tl.load(dropped_counts[level] + t), DIM, BLOCK_D, BLOCK_N, DIPOLE,
                 )  # fmt: skip
             if DIPOLE:

@@ -7,28 +7,33 @@ import triton.language as tl
 
 
 @triton.jit
-def _write_nodes(list_, masses, count, counts, node, mass, chosen, wide, chunk, chunks, live,
-                 capacity, CHUNKS: tl.constexpr):  # fmt: skip
-    """Append the `chosen` nodes and their masses to the tile's list, and its length if first."""
+def _write_nodes(list_, masses, spreads, count, counts, node, mass, spread, chosen, wide, chunk,
+                 chunks, live, capacity, CHUNKS: tl.constexpr, SPREAD: tl.constexpr):  # fmt: skip
+    """Append the `chosen` nodes to the lists of the tile, and write their length if first."""
     other = tl.arange(0, CHUNKS)
     parts = tl.load(counts + wide * chunks + other, mask=other < live, other=0)
     base = tl.sum(tl.where(other < chunk, parts, 0), 0)
     at = base + tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(list_ + wide * capacity + at, node, mask=chosen)
     tl.store(masses + wide * capacity + at, mass, mask=chosen)
+    if SPREAD:
+        tl.store(spreads + wide * capacity + at, spread, mask=chosen)
     if chunk == 0:
         tl.store(count + wide, tl.sum(parts, 0))
 
 
-@triton.jit(do_not_specialize=["nodes", "blocks", "chunks", "tiles", "capacity"])
+@triton.jit(do_not_specialize=["nodes", "blocks", "chunks", "tiles", "capacity", "pinned"])
 def expand_kernel(
-    key_offsets, member_offsets, candidates, candidate_count, state, counts,
-    member_list, member_count, dropped_list, dropped_mass, dropped_count,
-    nodes, blocks, chunks, tiles, capacity,
+    key_offsets, member_offsets, variance, candidates, candidate_count, state, counts,
+    member_list, member_count, dropped_list, dropped_mass, dropped_spread, dropped_count,
+    nodes, blocks, chunks, tiles, capacity, pinned,
     HEADS_KV: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr, RUN: tl.constexpr,
-    LISTED: tl.constexpr, DROPPED: tl.constexpr,
+    LISTED: tl.constexpr, DROPPED: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """Write the members of the kept nodes of one chunk, and the dropped nodes."""
+    """Write the members of the kept nodes of one chunk, and the dropped nodes.
+
+    Rows `0:pinned`, which every query reads, lead the list.
+    """
     pid, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     h, wide = (pid // blocks) % HEADS_KV, pid.to(tl.int64)
     length = tl.load(candidate_count + pid) if LISTED else nodes
@@ -46,9 +51,12 @@ def expand_kernel(
     members = tl.load(member + 1, mask=fate == 1, other=0) - start
     other = tl.arange(0, CHUNKS)
     parts = tl.load(counts + wide * chunks + other, mask=other < live, other=0)
-    at = tl.sum(tl.where(other < chunk, parts, 0), 0) + tl.cumsum(members, 0) - members
+    at = pinned + tl.sum(tl.where(other < chunk, parts, 0), 0) + tl.cumsum(members, 0) - members
     if chunk == 0:
-        tl.store(member_count + pid, tl.sum(parts, 0))
+        tl.store(member_count + pid, pinned + tl.sum(parts, 0))
+        for first in range(0, pinned, BLOCK_C):
+            row = first + tl.arange(0, BLOCK_C)
+            tl.store(member_list + wide * capacity + row, row, mask=row < pinned)
     lane = tl.arange(0, RUN)
     for step in range(0, tl.max(members, 0), RUN):
         more = (step + lane)[None, :] < members[:, None]
@@ -58,5 +66,9 @@ def expand_kernel(
         edge = key_offsets + h * (nodes + 1) + node
         size = tl.load(edge + 1, mask=inside, other=1) - tl.load(edge, mask=inside, other=0)
         mass = tl.log2(tl.maximum(size, 1).to(tl.float32))
-        _write_nodes(dropped_list, dropped_mass, dropped_count, counts + tiles * chunks, node, mass,
-                     fate == 2, wide, chunk, chunks, live, nodes, CHUNKS)  # fmt: skip
+        spread = mass
+        if SPREAD:
+            spread = tl.load(variance + h * nodes + node, mask=fate == 2, other=0.0)
+        _write_nodes(dropped_list, dropped_mass, dropped_spread, dropped_count,
+                     counts + tiles * chunks, node, mass, spread, fate == 2, wide, chunk, chunks,
+                     live, nodes, CHUNKS, SPREAD)  # fmt: skip

@@ -49,13 +49,15 @@ class NodeList:
     """Per tile, `nodes[t, :count[t]]` in ascending order; the rest is unwritten.
 
     Attributes:
-        nodes: `[T, capacity]` int32.
+        nodes: `[T, capacity]` int32; of stride 0 if all tiles share one list.
         mass: `[T, capacity]` float32, log2 of the keys each stands for; empty if not needed.
+        variance: `[T, capacity]` float32, of the keys each stands for; empty if not needed.
         count: `[T]` int32.
     """
 
     nodes: Tensor
     mass: Tensor
+    variance: Tensor
     count: Tensor
 
 
@@ -64,7 +66,7 @@ class Found:
     """What every tile reads.
 
     Attributes:
-        rows: rows of the sorted keys that are read exactly.
+        rows: rows of the sorted keys that are read exactly, the pinned ones first.
         dropped: per level, the nodes whose far field counts; empty without a far field.
     """
 
@@ -72,10 +74,13 @@ class Found:
     dropped: tuple[NodeList, ...]
 
     @staticmethod
-    def nothing(device: torch.device) -> Found:
+    def all_rows(sizes: Geometry, layer: ClusteredLayer) -> Found:
         """Of a context without a tree, where every row is pinned."""
-        unused = NodeList(*(torch.empty(1, dtype=torch.int32, device=device) for _ in range(3)))
-        return Found(unused, ())
+        device = layer.keys.device
+        rows = torch.arange(layer.tokens, dtype=torch.int32, device=device)
+        count = torch.full((sizes.tiles,), layer.tokens, dtype=torch.int32, device=device)
+        nothing = rows.new_empty(0, dtype=torch.float32)
+        return Found(NodeList(rows.expand(sizes.tiles, -1), nothing, nothing, count), ())
 
 
 def lookup(
@@ -94,7 +99,7 @@ def lookup(
         scale: softmax scale.
     """
     if not layer.levels:
-        return Found.nothing(query.device)
+        return Found.all_rows(sizes, layer)
     partial = _normaliser(query, layer, rule, sizes, scale)
     candidates, dropped = None, []
     for depth in range(len(layer.levels)):
@@ -211,17 +216,18 @@ class _Step:
     ) -> tuple[NodeList, NodeList]:
         """Lists of the kept nodes' members and of the dropped nodes."""
         level, sizes, leaf = self.level, self.sizes, self.level.child_offsets is None
-        capacity = self.layer.clustered if leaf else self.layer.levels[self.depth + 1].nodes
-        far = self.rule.far_field != "none"
-        members = _new_list(sizes, capacity, state.device, massive=False)
-        dropped = _new_list(sizes, level.nodes if far else 0, state.device)
+        capacity = self.layer.tokens if leaf else self.layer.levels[self.depth + 1].nodes
+        far, spread = self.rule.far_field != "none", self.rule.far_field == "second_order"
+        members = _new_list(sizes, capacity, state.device)
+        dropped = _new_list(sizes, level.nodes if far else 0, state.device, mass=far, spread=spread)
         expand_kernel[(sizes.tiles * self.chunks,)](
-            level.key_offsets, self.members, *_listed(candidates, state), state, counts,
-            members.nodes, members.count, dropped.nodes, dropped.mass, dropped.count,
-            level.nodes, sizes.blocks, self.chunks, sizes.tiles, capacity,
+            level.key_offsets, self.members, level.variance, *_listed(candidates, state), state,
+            counts, members.nodes, members.count, dropped.nodes, dropped.mass, dropped.variance,
+            dropped.count, level.nodes, sizes.blocks, self.chunks, sizes.tiles, capacity,
+            self.layer.pinned if leaf else 0,
             HEADS_KV=sizes.kv_heads, BLOCK_C=NODES_PER_PROGRAM,
             CHUNKS=triton.next_power_of_2(self.chunks), RUN=32 if leaf else 8,
-            LISTED=candidates is not None, DROPPED=far, num_warps=4,
+            LISTED=candidates is not None, DROPPED=far, SPREAD=spread, num_warps=4,
         )  # fmt: skip
         return members, dropped
 
@@ -231,8 +237,10 @@ def _listed(candidates: NodeList | None, unused: Tensor) -> tuple[Tensor, Tensor
 
 
 def _new_list(
-    sizes: Geometry, capacity: int, device: torch.device, massive: bool = True
+    sizes: Geometry, capacity: int, device: torch.device, mass: bool = False, spread: bool = False
 ) -> NodeList:
     nodes = torch.empty(sizes.tiles, capacity, dtype=torch.int32, device=device)
-    mass = torch.empty(sizes.tiles, capacity if massive else 0, device=device)
-    return NodeList(nodes, mass, torch.empty(sizes.tiles, dtype=torch.int32, device=device))
+    masses = torch.empty(sizes.tiles, capacity if mass else 0, device=device)
+    spreads = torch.empty(sizes.tiles, capacity if spread else 0, device=device)
+    count = torch.empty(sizes.tiles, dtype=torch.int32, device=device)
+    return NodeList(nodes, masses, spreads, count)

@@ -1,8 +1,8 @@
 """Kernels around the prefill attention: share out its work, and merge what was shared out.
 
 The work of a tile (a request, a KV head, a block of queries, up to `BLOCK_M` of its rows) is a row
-of *units* of `BLOCK_N` keys, in this order: kept rows, pinned rows, suffix, and the dropped nodes
-of each level. `plan_kernel` lays all tiles end to end and the line is cut into passes of a few
+of *units* of `BLOCK_N` keys, in this order: pinned and kept rows, suffix, and the dropped nodes of
+each level. `plan_kernel` lays all tiles end to end and the line is cut into passes of a few
 heads; every program of `attention_kernel` takes an equal stretch of each pass, so heads that keep
 many keys hold nobody up, and blocks of one head run side by side and find each other's keys in the
 cache. `combine_kernel` merges the stretches of each tile. The stretch of program `p` in tile `w` of
@@ -22,7 +22,7 @@ def plan_kernel(
     ends, bounds, keys_read, row_count, dropped_counts, valid_count,
     tiles, blocks, rows, suffix, pinned,
     HEADS_KV: tl.constexpr, SPLIT_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    LEVELS: tl.constexpr, CLASSES: tl.constexpr, INDEXED: tl.constexpr,
+    LEVELS: tl.constexpr, CLASSES: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """`bounds[w, c]`: first unit after class `c` of tile `w`; `ends[w]`: the same on the line."""
@@ -31,28 +31,24 @@ def plan_kernel(
         w = at + tl.arange(0, STEP)
         inside = w < tiles * SPLIT_M
         t = w // SPLIT_M
-        units = tl.zeros([STEP], tl.int32)
-        if INDEXED:
-            count = tl.load(row_count + t, mask=inside, other=0)
-            units += tl.cdiv(count, BLOCK_N)
-            from_end = (blocks - 1 - t % blocks) * BLOCK  # query rows after this block
-            b = t // blocks // HEADS_KV
-            valid = tl.minimum(rows - from_end, BLOCK)
-            if MASKED:
-                valid = tl.load(valid_count + b * blocks + t % blocks, mask=inside, other=0)
-            reads = count.to(tl.int64) * valid
-            tl.atomic_add(keys_read + b, reads, mask=inside & (w % SPLIT_M == 0))
+        count = tl.load(row_count + t, mask=inside, other=pinned)
+        from_end = (blocks - 1 - t % blocks) * BLOCK  # query rows after this block
+        b = t // blocks // HEADS_KV
+        valid = tl.minimum(rows - from_end, BLOCK)
+        if MASKED:
+            valid = tl.load(valid_count + b * blocks + t % blocks, mask=inside, other=0)
+        reads = (count - pinned).to(tl.int64) * valid
+        tl.atomic_add(keys_read + b, reads, mask=inside & (w % SPLIT_M == 0))
+        units = tl.cdiv(count, BLOCK_N)
         tl.store(bounds + w * CLASSES, units, mask=inside)
-        units += tl.cdiv(pinned, BLOCK_N)
-        tl.store(bounds + w * CLASSES + 1, units, mask=inside)
         seen = tl.zeros([STEP], tl.int32) + suffix
         if CAUSAL:
-            seen = tl.maximum(seen - (blocks - 1 - t % blocks) * BLOCK, 0)
+            seen = tl.maximum(seen - from_end, 0)
         units += tl.cdiv(seen, BLOCK_N)
-        tl.store(bounds + w * CLASSES + 2, units, mask=inside)
+        tl.store(bounds + w * CLASSES + 1, units, mask=inside)
         for level in tl.static_range(LEVELS):
             units += tl.cdiv(tl.load(dropped_counts[level] + t, mask=inside, other=0), BLOCK_N)
-            tl.store(bounds + w * CLASSES + 3 + level, units, mask=inside)
+            tl.store(bounds + w * CLASSES + 2 + level, units, mask=inside)
         units = tl.where(inside, units, 0)
         tl.store(ends + w, done + tl.cumsum(units, 0), mask=inside)
         done += tl.sum(units, 0)

@@ -66,10 +66,6 @@ class Work:
     tile: Tile
 
     @property
-    def indexed(self) -> bool:
-        return len(self.layer.levels) > 0
-
-    @property
     def split_m(self) -> int:
         return triton.cdiv(self.sizes.group * self.sizes.block, self.tile.rows)
 
@@ -84,7 +80,7 @@ class Work:
 
     @property
     def dipole(self) -> bool:
-        return self.indexed and self.rule.far_field == "second_order"
+        return self.far_levels > 0 and self.rule.far_field == "second_order"
 
     @property
     def far_levels(self) -> int:
@@ -92,12 +88,7 @@ class Work:
 
     @property
     def classes(self) -> int:
-        return 3 + self.far_levels
-
-    @property
-    def pinned(self) -> int:
-        """Rows that every query reads: all of them where there is no tree."""
-        return self.layer.pinned if self.indexed else self.layer.tokens
+        return 2 + self.far_levels
 
     def plan(self, valid: Tensor | None, suffix: int, causal: bool) -> tuple[Tensor, ...]:
         """`ends [W]`, `bounds [W, classes]` int32 and keys read `[B]` int64."""
@@ -110,10 +101,10 @@ class Work:
         plan_kernel[(1,)](
             ends, bounds, keys_read, found.rows.count, tuple(gone.count for gone in found.dropped),
             ends if valid is None else _valid_per_block(valid, sizes),
-            sizes.tiles, sizes.blocks, sizes.rows, suffix, self.pinned,
+            sizes.tiles, sizes.blocks, sizes.rows, suffix, self.layer.pinned,
             HEADS_KV=sizes.kv_heads, SPLIT_M=self.split_m, BLOCK=sizes.block,
             BLOCK_N=self.tile.keys, LEVELS=self.far_levels,
-            CLASSES=self.classes, INDEXED=self.indexed,
+            CLASSES=self.classes,
             MASKED=valid is not None, CAUSAL=causal, STEP=1024, num_warps=8,
         )  # fmt: skip
         return ends, bounds, keys_read
@@ -134,16 +125,16 @@ class Work:
             suffix_keys, *suffix_keys.stride()[:3], suffix_values, *suffix_values.stride()[:3],
             mask, *mask_strides, ends, bounds, found.nodes, found.count,
             tuple(lv.centroids for lv in levels), tuple(lv.mean_values for lv in levels),
-            tuple(lv.variance for lv in levels), tuple(lv.nodes for lv in levels),
-            tuple(gone.nodes for gone in dropped),
-            tuple(gone.mass for gone in dropped), tuple(gone.count for gone in dropped),
+            tuple(lv.nodes for lv in levels), tuple(gone.nodes for gone in dropped),
+            tuple(gone.mass for gone in dropped), tuple(gone.variance for gone in dropped),
+            tuple(gone.count for gone in dropped),
             self.rule.far_alpha if self.dipole else query, *parts.values(),
-            sizes.tiles, sizes.blocks, sizes.rows, suffix_keys.shape[2], self.pinned,
-            layer.clustered, self.pass_tiles, scale * LOG2E,
+            sizes.tiles, sizes.blocks, sizes.rows, suffix_keys.shape[2],
+            found.nodes.stride(0), self.pass_tiles, scale * LOG2E,
             HEADS_KV=sizes.kv_heads, GROUP=sizes.group,
             BLOCK=sizes.block, DIM=sizes.dim, BLOCK_D=triton.next_power_of_2(sizes.dim),
             BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT_M=self.split_m, LEVELS=self.far_levels,
-            CLASSES=self.classes, DIPOLE=self.dipole, INDEXED=self.indexed,
+            CLASSES=self.classes, DIPOLE=self.dipole,
             CAUSAL=suffix_mask is None, STEP=512, num_warps=tile.warps, num_stages=tile.stages,
             **(two_per_multiprocessor(query.device) if tile.programs * tile.warps == 16 else {}),
         )  # fmt: skip
