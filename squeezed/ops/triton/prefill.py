@@ -37,7 +37,7 @@ def attend(
     """
     query, suffix_keys, suffix_values = map(_rows_contiguous, (query, suffix_keys, suffix_values))
     rows, suffix = query.shape[2], suffix_keys.shape[2]
-    outputs, keys_read = [], 0
+    outputs, keys_read = [], []
     for first, last in _pieces(query, layer, rule):
         seen = suffix if suffix_mask is not None else max(0, suffix - (rows - last))
         output, read = _attend_piece(
@@ -46,8 +46,10 @@ def attend(
             None if suffix_mask is None else suffix_mask[:, :, first:last], scale,
         )  # fmt: skip
         outputs.append(output)
-        keys_read = keys_read + read
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2), keys_read
+        keys_read.append(read)
+    if len(outputs) == 1:  # as a rule: no launch more than needed
+        return outputs[0], keys_read[0]
+    return torch.cat(outputs, 2), torch.stack(keys_read).sum(0)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer, Level
 
 NODES_PER_PROGRAM = 128
+PROGRAMS_PER_MULTIPROCESSOR = 2
+"""As many as the shorter kernels of a prefill are split into."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def _normaliser(
     level, heads = layer.levels[0], query.shape[1]
     block_r = row_tile(sizes.rows, query.dtype)
     row_tiles = sizes.batch * heads * triton.cdiv(sizes.rows, block_r)
-    wanted = triton.cdiv(4 * multiprocessors(query.device), row_tiles)
+    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(query.device), row_tiles)
     share = 64 * triton.cdiv(level.nodes, 64 * wanted)  # nodes that one program adds up
     splits = triton.cdiv(level.nodes, share)
     partial = query.new_empty(sizes.batch, heads, sizes.rows, splits, dtype=torch.float32)
@@ -152,8 +154,7 @@ def _normaliser(
         alpha_of(rule, 0, query), partial, sizes.rows, level.nodes, splits, share,
         scale, HEADS=heads, GROUP=sizes.group, DIM=sizes.dim,
         BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=block_r, BLOCK_C=64,
-        SECOND=rule.alpha is not None, num_warps=8 if block_r == 128 else 4,
-        num_stages=3,
+        SECOND=rule.alpha is not None, num_warps=4, num_stages=3,
     )  # fmt: skip
     return partial
 
@@ -195,7 +196,10 @@ class _Step:
         state = query.new_empty(sizes.tiles, level.nodes, dtype=torch.int8)
         counts = query.new_empty(2, sizes.tiles, self.chunks, dtype=torch.int32)
         splits = partial.shape[-1]
-        spans = min(self.chunks, triton.cdiv(4 * multiprocessors(query.device), sizes.tiles))
+        spans = min(
+            self.chunks,
+            triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(query.device), sizes.tiles),
+        )
         select_kernel[(sizes.tiles * spans,)](
             query, *query.stride()[:3], query if valid is None else valid, level.centroids,
             level.variance, level.key_offsets, self.members,
@@ -206,8 +210,8 @@ class _Step:
             BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=row_tile(sizes.block, query.dtype),
             BLOCK_C=NODES_PER_PROGRAM, SPLITS=triton.next_power_of_2(splits),
             SECOND=self.rule.alpha is not None, MASKED=valid is not None,
-            LISTED=candidates is not None, FAR=self.rule.far_field != "none", num_warps=8,
-            num_stages=2, **two_per_multiprocessor(query.device),
+            LISTED=candidates is not None, FAR=self.rule.far_field != "none", num_stages=2,
+            num_warps=4,
         )  # fmt: skip
         return state, counts
 
@@ -226,7 +230,7 @@ class _Step:
             dropped.count, level.nodes, sizes.blocks, self.chunks, sizes.tiles, capacity,
             self.layer.pinned if leaf else 0,
             HEADS_KV=sizes.kv_heads, BLOCK_C=NODES_PER_PROGRAM,
-            CHUNKS=triton.next_power_of_2(self.chunks), RUN=32 if leaf else 8,
+            CHUNKS=triton.next_power_of_2(self.chunks), RUN=16 if leaf else 8,
             LISTED=candidates is not None, DROPPED=far, SPREAD=spread, num_warps=4,
         )  # fmt: skip
         return members, dropped

@@ -1,9 +1,9 @@
 """Kernels around the prefill attention: share out its work, and merge what was shared out.
 
 The work of a tile (a request, a KV head, a block of queries, up to `BLOCK_M` of its rows) is a row
-of *units* of `BLOCK_N` keys, in this order: pinned and kept rows, suffix, and the dropped nodes of
-each level. `plan_kernel` lays all tiles end to end and the line is cut into passes of a few
-heads; every program of `attention_kernel` takes an equal stretch of each pass, so heads that keep
+of *units*: of `BLOCK_N` pinned and kept rows, then of `OTHER_N` suffix tokens or dropped nodes,
+level by level. `plan_kernel` lays all tiles end to end and the line is cut into passes of a few
+heads; every program of the attention kernel takes an equal stretch of each pass, so heads that keep
 many keys hold nobody up, and blocks of one head run side by side and find each other's keys in the
 cache. `combine_kernel` merges the stretches of each tile. The stretch of program `p` in tile `w` of
 a pass has slot `pass * programs + p + w`: along the line one of the three always grows.
@@ -17,16 +17,20 @@ import triton.language as tl
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 
 
-@triton.jit(do_not_specialize=["tiles", "blocks", "rows", "suffix", "pinned"])
+@triton.jit(do_not_specialize=["tiles", "blocks", "rows", "suffix", "pinned", "batch"])
 def plan_kernel(
     ends, bounds, keys_read, row_count, dropped_counts, valid_count,
-    tiles, blocks, rows, suffix, pinned,
+    tiles, blocks, rows, suffix, pinned, batch,
     HEADS_KV: tl.constexpr, SPLIT_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    LEVELS: tl.constexpr, CLASSES: tl.constexpr,
+    OTHER_N: tl.constexpr, LEVELS: tl.constexpr, CLASSES: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """`bounds[w, c]`: first unit after class `c` of tile `w`; `ends[w]`: the same on the line."""
     done = tl.zeros([], tl.int32)
+    for at in range(0, batch, STEP):
+        b = at + tl.arange(0, STEP)
+        tl.store(keys_read + b, tl.zeros([STEP], tl.int64), mask=b < batch)
+    tl.debug_barrier()  # the zeros come before the sums
     for at in range(0, tiles * SPLIT_M, STEP):
         w = at + tl.arange(0, STEP)
         inside = w < tiles * SPLIT_M
@@ -44,10 +48,10 @@ def plan_kernel(
         seen = tl.zeros([STEP], tl.int32) + suffix
         if CAUSAL:
             seen = tl.maximum(seen - from_end, 0)
-        units += tl.cdiv(seen, BLOCK_N)
+        units += tl.cdiv(seen, OTHER_N)
         tl.store(bounds + w * CLASSES + 1, units, mask=inside)
         for level in tl.static_range(LEVELS):
-            units += tl.cdiv(tl.load(dropped_counts[level] + t, mask=inside, other=0), BLOCK_N)
+            units += tl.cdiv(tl.load(dropped_counts[level] + t, mask=inside, other=0), OTHER_N)
             tl.store(bounds + w * CLASSES + 2 + level, units, mask=inside)
         units = tl.where(inside, units, 0)
         tl.store(ends + w, done + tl.cumsum(units, 0), mask=inside)
@@ -110,7 +114,7 @@ def combine_kernel(
     ok = ((member < GROUP * BLOCK) & (row >= 0))[:, None] & (dims < DIM)
     out = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     lse, moved = tl.full([BLOCK_R], float("-inf"), tl.float32), tl.zeros([BLOCK_R], tl.float32)
-    for p in range(p_first, p_last + 1):
+    for p in tl.range(p_first, p_last + 1, loop_unroll_factor=4):  # several loads at once
         at = (number * programs + p + w).to(tl.int64) * BLOCK_M + m
         value = tl.load(part + at[:, None] * DIM + dims, mask=(dims < DIM)[None, :], other=0.0)
         old, new, lse = merge_shares(lse, tl.load(part_lse + at))

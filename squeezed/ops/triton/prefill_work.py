@@ -10,7 +10,9 @@ import triton
 from torch import Tensor
 
 from squeezed.config import FarField
+from squeezed.ops.triton import prefill_hopper
 from squeezed.ops.triton.prefill_attention import attention_kernel
+from squeezed.ops.triton.prefill_hopper import hopper_attention_kernel
 from squeezed.ops.triton.prefill_lookup import (
     Found,
     Geometry,
@@ -22,8 +24,6 @@ from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
 LOG2E = 1 / math.log(2)
-STRETCHES_PER_TILE = 2
-"""Programs that share a tile of a pass: more fit the cache better and leave more to merge."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,16 @@ class Tile:
     warps: int
     stages: int
     programs: int  # per multiprocessor
+    stretches: int = 2  # programs that share a tile: more fit the cache better, and merge more
+    others: int = 0  # keys of the suffix and nodes in a tile, if not as many
+    hopper: bool = False  # by the kernel of `prefill_hopper`
 
 
 def choose_tile(query: Tensor, sizes: Geometry, far_field: FarField) -> Tile:
     """The shape measured best on an H200 (benchmarks/h200/prefill-tiles.json)."""
     rows = max(16, triton.next_power_of_2(sizes.group * sizes.block))
+    if prefill_hopper.fits(query, rows, sizes.dim):
+        return Tile(**prefill_hopper.SHAPE, stretches=1, hopper=True)
     if query.dtype == torch.float32:
         return Tile(min(rows, 32), 32, warps=4, stages=2, programs=2)
     if sizes.dim > 128:
@@ -72,7 +77,7 @@ class Work:
     @property
     def pass_tiles(self) -> int:
         """Tiles that run side by side."""
-        return triton.cdiv(self.programs, STRETCHES_PER_TILE)
+        return triton.cdiv(self.programs, self.tile.stretches)
 
     @property
     def programs(self) -> int:
@@ -96,15 +101,16 @@ class Work:
         spans = sizes.tiles * self.split_m
         ends = torch.empty(spans, dtype=torch.int32, device=device)
         bounds = torch.empty(spans, self.classes, dtype=torch.int32, device=device)
-        keys_read = torch.zeros(sizes.batch, dtype=torch.int64, device=device)
+        keys_read = torch.empty(sizes.batch, dtype=torch.int64, device=device)
         found = self.found
         plan_kernel[(1,)](
             ends, bounds, keys_read, found.rows.count, tuple(gone.count for gone in found.dropped),
             ends if valid is None else _valid_per_block(valid, sizes),
             sizes.tiles, sizes.blocks, sizes.rows, suffix, self.layer.pinned,
+            sizes.batch,
             HEADS_KV=sizes.kv_heads, SPLIT_M=self.split_m, BLOCK=sizes.block,
-            BLOCK_N=self.tile.keys, LEVELS=self.far_levels,
-            CLASSES=self.classes,
+            BLOCK_N=self.tile.keys, OTHER_N=self.tile.others or self.tile.keys,
+            LEVELS=self.far_levels, CLASSES=self.classes,
             MASKED=valid is not None, CAUSAL=causal, STEP=1024, num_warps=8,
         )  # fmt: skip
         return ends, bounds, keys_read
@@ -120,7 +126,8 @@ class Work:
         parts = self._parts(query)
         mask = bounds if suffix_mask is None else suffix_mask.view(torch.int8)
         mask_strides = (0, 0, 0) if suffix_mask is None else _mask_strides(suffix_mask)
-        attention_kernel[(self.programs,)](
+        kernel, settings = self._kernel(query)
+        kernel[(self.programs,)](
             query, *query.stride()[:3], layer.keys, layer.values, layer.tokens,
             suffix_keys, *suffix_keys.stride()[:3], suffix_values, *suffix_values.stride()[:3],
             mask, *mask_strides, ends, bounds, found.nodes, found.count,
@@ -131,14 +138,22 @@ class Work:
             self.rule.far_alpha if self.dipole else query, *parts.values(),
             sizes.tiles, sizes.blocks, sizes.rows, suffix_keys.shape[2],
             found.nodes.stride(0), self.pass_tiles, scale * LOG2E,
-            HEADS_KV=sizes.kv_heads, GROUP=sizes.group,
-            BLOCK=sizes.block, DIM=sizes.dim, BLOCK_D=triton.next_power_of_2(sizes.dim),
+            HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
             BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT_M=self.split_m, LEVELS=self.far_levels,
-            CLASSES=self.classes, DIPOLE=self.dipole,
-            CAUSAL=suffix_mask is None, STEP=512, num_warps=tile.warps, num_stages=tile.stages,
-            **(two_per_multiprocessor(query.device) if tile.programs * tile.warps == 16 else {}),
+            CLASSES=self.classes, DIPOLE=self.dipole, CAUSAL=suffix_mask is None, STEP=512,
+            num_warps=tile.warps, **settings,
         )  # fmt: skip
         return parts
+
+    def _kernel(self, query: Tensor) -> tuple[triton.JITFunction, dict[str, int]]:
+        """The kernel of the tile's shape, and what only that one takes."""
+        tile = self.tile
+        if tile.hopper:
+            return hopper_attention_kernel, {"STAGES": tile.stages, "OTHER_N": tile.others}
+        settings = {"BLOCK_D": triton.next_power_of_2(self.sizes.dim), "num_stages": tile.stages}
+        if tile.programs * tile.warps == 16:
+            settings |= two_per_multiprocessor(query.device)
+        return attention_kernel, settings
 
     def _parts(self, query: Tensor) -> dict[str, Tensor]:
         spans = self.sizes.tiles * self.split_m
