@@ -37,16 +37,18 @@ def compile_only(found):
     JITFunction.run = run
 
 
-def main(dtype, dim, group, block, far_field):
+def main(dtype, dim, group, block, far_field, hopper):
     triton.runtime.driver.set_active(Hopper())
     found = {}
     compile_only(found)
 
     from trees import random_layer
 
+    from squeezed.ops.triton import prefill_hopper
     from squeezed.ops.triton.prefill import attend
     from squeezed.rule import SelectionRule
 
+    prefill_hopper.is_hopper = lambda device: hopper == "hopper"
     dtype, versions = getattr(torch, dtype), []
     far_alpha = torch.ones(2 * group) if far_field == "second_order" else None
     thresholds = torch.tensor([[-8.0] * 2, [-6.0] * 2])
@@ -63,4 +65,4 @@ def main(dtype, dim, group, block, far_field):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5])
+    main(sys.argv[1], *map(int, sys.argv[2:5]), *sys.argv[5:])

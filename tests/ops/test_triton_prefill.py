@@ -9,7 +9,7 @@ import torch
 from trees import far_alpha_for, random_layer
 
 from squeezed.ops.reference import attend as reference
-from squeezed.ops.triton import prefill
+from squeezed.ops.triton import prefill, prefill_hopper
 from squeezed.ops.triton.prefill import attend
 from squeezed.rule import SelectionRule
 
@@ -248,19 +248,81 @@ def test_prefill_accepts_strided_queries_and_suffixes():
     assert torch.equal(output, expected)
 
 
-@pytest.mark.skipif(not LARGE, reason="needs a GPU: tensor cores in half precision")
+half_precision = pytest.mark.skipif(not LARGE, reason="needs a GPU: 16-bit tensor cores")
+
+
+@pytest.fixture(params=["hopper", "any GPU"])
+def kernel(request, monkeypatch):
+    """Both attention kernels on a Hopper GPU, the common one elsewhere."""
+    if request.param == "any GPU":
+        monkeypatch.setattr(prefill_hopper, "is_hopper", lambda device: False)
+    elif not prefill_hopper.is_hopper(torch.device(DEVICE)):
+        pytest.skip("needs a Hopper GPU")
+
+
+def half_inputs(dim=128, dtype=torch.bfloat16, nodes=(50, 250), **settings):
+    layer = layer_of(dim=dim, dtype=dtype, tokens=5000, nodes=nodes)
+    return layer, *inputs(dim=dim, dtype=dtype, **{"rows": 300, "suffix": 310} | settings)
+
+
+def half_rule(layer, far_field, block=128):
+    upper = upper_threshold(layer)
+    return rule_of((upper - 1.5,) * (len(layer.levels) - 1) + (upper,), far_field, block)
+
+
+@half_precision
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "dim, group, block", [(128, 1, 128), (64, 4, 64), (96, 2, 64), (256, 1, 64)]
+    "dim, group, block", [(128, 1, 128), (64, 4, 64), (128, 3, 128), (96, 2, 64), (256, 1, 64)]
 )
-def test_prefill_half_precision_equals_reference(dtype, dim, group, block):
-    layer = layer_of(dim=dim, dtype=dtype, tokens=5000, nodes=(50, 250))
-    query, keys, values = inputs(group=group, rows=300, suffix=310, dim=dim, dtype=dtype)
+def test_prefill_half_precision_equals_reference(kernel, dtype, dim, group, block):
+    layer, *operands = half_inputs(dim, dtype, group=group)
     for far_field in FAR_FIELDS:
-        check(
-            layer,
-            rule_of((upper_threshold(layer) - 1.5, upper_threshold(layer)), far_field, block),
-            query,
-            keys,
-            values,
-        )
+        check(layer, half_rule(layer, far_field, block), *operands)
+
+
+@half_precision
+@pytest.mark.parametrize("far_field", ["none", "second_order"])
+def test_prefill_half_precision_under_a_mask_equals_reference(kernel, far_field):
+    layer, *operands = half_inputs(batch=2)
+    check(layer, half_rule(layer, far_field), *operands, mask_of(300, 310, [0, 150]))
+
+
+@half_precision
+@pytest.mark.parametrize("nodes", [(1, 1), (250,), (9, 50, 250)])
+@pytest.mark.parametrize("leaf", [NEG_INF, None, 1e4])
+def test_prefill_half_precision_of_any_tree_and_share_equals_reference(kernel, nodes, leaf):
+    layer, *operands = half_inputs(nodes=nodes, kv_heads=2)
+    rule = half_rule(layer, "second_order")
+    if leaf is not None:
+        rule.log_thresholds[-1] = leaf
+    check(layer, rule, *operands)
+
+
+@half_precision
+def test_prefill_half_precision_without_tree_is_dense(kernel):
+    layer, *operands = half_inputs()
+    layer = replace(layer, pinned=layer.tokens, levels=())
+    _, keys_read = check(layer, rule_of((-7.0, -5.5), block=128), *operands)
+    assert int(keys_read) == 0
+
+
+@half_precision
+def test_prefill_half_precision_of_unaligned_suffixes_equals_reference(kernel):
+    layer, query, *suffix = half_inputs()
+    wide = [
+        torch.full((1, 2, 310, 131), float("nan"), dtype=x.dtype, device=DEVICE) for x in suffix
+    ]
+    views = [w[..., 1:129].copy_(x) for w, x in zip(wide, suffix, strict=True)]
+    check(layer, half_rule(layer, "none"), query, *views)
+
+
+@half_precision
+def test_prefill_half_precision_is_the_same_every_time(kernel):
+    layer, *operands = half_inputs()
+    rule = half_rule(layer, "second_order")
+    rule = replace(rule, far_alpha=far_alpha_for(layer, rule.far_field, 1))
+    first, _ = attend(operands[0], layer, rule, *operands[1:], None, 0.1)
+    for _ in range(50):  # a race would show in one of them
+        again, _ = attend(operands[0], layer, rule, *operands[1:], None, 0.1)
+        assert torch.equal(again, first)

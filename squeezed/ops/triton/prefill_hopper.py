@@ -33,15 +33,21 @@ NEG_INF = gl.constexpr(float("-inf"))
 LOG2E = gl.constexpr(1.4426950408889634)
 
 
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def fits(query: Tensor, rows: int, dim: int) -> bool:
-    """Whether this kernel can run for tiles of `rows` query rows."""
-    return (
-        query.device.type == "cuda"
-        and torch.cuda.get_device_capability(query.device)[0] == 9
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and rows >= SHAPE["rows"]
-        and dim in (64, 128)
-    )
+    """Whether this kernel can run for tiles of `rows` query rows: enough of them, in 16 bits."""
+    shaped = rows >= SHAPE["rows"] and dim in (64, 128) and query.element_size() == 2
+    return shaped and is_hopper(query.device)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x` with rows that can be copied 16 bytes at a time: as it is, as a rule."""
+    strides = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+    fine = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides[:-1])
+    return x if fine else x.contiguous().clone()
 
 
 @gluon.jit

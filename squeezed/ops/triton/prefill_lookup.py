@@ -22,8 +22,6 @@ from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer, Level
 
 NODES_PER_PROGRAM = 128
-PROGRAMS_PER_MULTIPROCESSOR = 2
-"""As many as the shorter kernels of a prefill are split into."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def _normaliser(
     level, heads = layer.levels[0], query.shape[1]
     block_r = row_tile(sizes.rows, query.dtype)
     row_tiles = sizes.batch * heads * triton.cdiv(sizes.rows, block_r)
-    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(query.device), row_tiles)
+    wanted = triton.cdiv(2 * multiprocessors(query.device), row_tiles)
     share = 64 * triton.cdiv(level.nodes, 64 * wanted)  # nodes that one program adds up
     splits = triton.cdiv(level.nodes, share)
     partial = query.new_empty(sizes.batch, heads, sizes.rows, splits, dtype=torch.float32)
@@ -196,10 +194,8 @@ class _Step:
         state = query.new_empty(sizes.tiles, level.nodes, dtype=torch.int8)
         counts = query.new_empty(2, sizes.tiles, self.chunks, dtype=torch.int32)
         splits = partial.shape[-1]
-        spans = min(
-            self.chunks,
-            triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(query.device), sizes.tiles),
-        )
+        programs, settings = self._select_programs(query.device)
+        spans = min(self.chunks, triton.cdiv(programs, sizes.tiles))
         select_kernel[(sizes.tiles * spans,)](
             query, *query.stride()[:3], query if valid is None else valid, level.centroids,
             level.variance, level.key_offsets, self.members,
@@ -211,9 +207,20 @@ class _Step:
             BLOCK_C=NODES_PER_PROGRAM, SPLITS=triton.next_power_of_2(splits),
             SECOND=self.rule.alpha is not None, MASKED=valid is not None,
             LISTED=candidates is not None, FAR=self.rule.far_field != "none", num_stages=2,
-            num_warps=4,
+            **settings,
         )  # fmt: skip
         return state, counts
+
+    def _select_programs(self, device: torch.device) -> tuple[int, dict[str, int]]:
+        """How many programs select, and how they are compiled: measured on an H200.
+
+        One tile of queries stays in shared memory while nodes go by; those of a group's heads are
+        fetched anew for every chunk of nodes, which more and smaller programs hide.
+        """
+        sizes, units = self.sizes, multiprocessors(device)
+        if sizes.group > 1 or sizes.dim > 128:
+            return 4 * units, {"num_warps": 8} | two_per_multiprocessor(device)
+        return 2 * units, {"num_warps": 8 if sizes.tiles <= units else 4}
 
     def expand(
         self, state: Tensor, counts: Tensor, candidates: NodeList | None
@@ -230,7 +237,7 @@ class _Step:
             dropped.count, level.nodes, sizes.blocks, self.chunks, sizes.tiles, capacity,
             self.layer.pinned if leaf else 0,
             HEADS_KV=sizes.kv_heads, BLOCK_C=NODES_PER_PROGRAM,
-            CHUNKS=triton.next_power_of_2(self.chunks), RUN=16 if leaf else 8,
+            CHUNKS=triton.next_power_of_2(self.chunks), RUN=8,
             LISTED=candidates is not None, DROPPED=far, SPREAD=spread, num_warps=4,
         )  # fmt: skip
         return members, dropped

@@ -145,66 +145,61 @@ def select_kernel(
     """Keep or drop every `spans`-th chunk of one tile's candidates; count what becomes of them.
 
     The mean score of a block exceeds the threshold T when the scores over T add up to more than the
-    block has rows: one pass, and nothing that overflows or underflows changes the answer. The heads
-    of a group take turns, and a fate is final after the last of them.
+    block has rows: one pass, and nothing that overflows or underflows changes the answer.
     """
     pid, span = tl.program_id(0) // spans, tl.program_id(0) % spans
     h, b, wide = (pid // blocks) % HEADS_KV, pid // blocks // HEADS_KV, pid.to(tl.int64)
     length = tl.load(candidate_count + pid) if LISTED else nodes
-    WHOLE: tl.constexpr = BLOCK <= BLOCK_R
+    SINGLE: tl.constexpr = (GROUP == 1) and (BLOCK <= BLOCK_R)
     dims, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     q_base = query + b.to(tl.int64) * q_b + (h * GROUP).to(tl.int64) * q_h
     lead = (b * HEADS_KV + h).to(tl.int64) * GROUP * rows
     first = tile_rows(pid, 0, blocks, rows, BLOCK)
     mine = valid + b.to(tl.int64) * rows
     threshold = tl.maximum(tl.load(thresholds + h) * LOG2E, LOWEST)
-    for g in range(GROUP if WHOLE else 1):
-        q, energy, bar, ok = _query_tile(
-            q_base + g * q_h, q_r, first, 0, mine,
-            tl.load(alpha + h * GROUP + g) if SECOND else 0.0, partial, lead + g * rows,
-            rows, splits, scale, threshold, BLOCK, DIM, BLOCK_D, BLOCK_R, SPLITS, SECOND, MASKED,
-        )  # fmt: skip
-        count = tl.sum(ok.to(tl.int32), 0)
-        node = span * BLOCK_C + lane
-        if LISTED:
+    q, energy, bar, ok = _query_tile(
+        q_base, q_r, first, 0, mine, tl.load(alpha + h * GROUP) if SECOND else 0.0, partial, lead,
+        rows, splits, scale, threshold, BLOCK, DIM, BLOCK_D, BLOCK_R, SPLITS, SECOND, MASKED,
+    )  # fmt: skip
+    count = tl.sum(ok.to(tl.int32), 0)
+    node = span * BLOCK_C + lane
+    if LISTED:
+        node = tl.load(candidates + wide * nodes + node, mask=node < length, other=0)
+    for chunk in range(span, tl.cdiv(length, BLOCK_C), spans):
+        slot = chunk * BLOCK_C + lane
+        inside = slot < length
+        c_rows = centroids + (h.to(tl.int64) * nodes + node[:, None]) * DIM
+        c = tl.load(c_rows + dims, mask=inside[:, None] & (dims < DIM), other=0.0)
+        spread = tl.zeros([BLOCK_C], tl.float32)
+        if SECOND:
+            spread = tl.load(variance + h * nodes + node, mask=inside, other=0.0)
+        member = member_offsets + h * (nodes + 1) + node
+        members = tl.load(member + 1, mask=inside, other=0)
+        members -= tl.load(member, mask=inside, other=0)
+        there = inside
+        if FAR:  # an empty node must count as nothing; to keep it costs nothing
+            edge = key_offsets + h * (nodes + 1) + node
+            size = tl.load(edge + 1, mask=inside, other=0) - tl.load(edge, mask=inside, other=0)
+            there = size > 0
+        if SINGLE:
+            wanted = _weights(q, energy, bar, c, spread, scale) > count
+        else:
+            wanted, count = _any_head(
+                q_base, q_h, q_r, first, mine, alpha + h * GROUP, partial, lead, c, spread, rows,
+                splits, scale, threshold, GROUP, BLOCK, DIM, BLOCK_D, BLOCK_R, BLOCK_C, SPLITS,
+                SECOND, MASKED,
+            )  # fmt: skip
+        kept = wanted & there
+        dropped = there & ~kept
+        fate = tl.where(kept, 1, tl.where(dropped, 2, 0))
+        tl.store(state + wide * nodes + slot, fate.to(tl.int8), mask=inside)
+        out = counts + pid * chunks + chunk
+        tl.store(out, tl.sum(tl.where(kept, members, 0), 0))
+        if FAR:
+            tl.store(out + tiles * chunks, tl.sum(dropped.to(tl.int32), 0))
+        node = slot + spans * BLOCK_C
+        if LISTED:  # one chunk ahead, so that no centroid waits for its address
             node = tl.load(candidates + wide * nodes + node, mask=node < length, other=0)
-        for chunk in range(span, tl.cdiv(length, BLOCK_C), spans):
-            slot = chunk * BLOCK_C + lane
-            inside = slot < length
-            c_rows = centroids + (h.to(tl.int64) * nodes + node[:, None]) * DIM
-            c = tl.load(c_rows + dims, mask=inside[:, None] & (dims < DIM), other=0.0)
-            spread = tl.zeros([BLOCK_C], tl.float32)
-            if SECOND:
-                spread = tl.load(variance + h * nodes + node, mask=inside, other=0.0)
-            member = member_offsets + h * (nodes + 1) + node
-            members = tl.load(member + 1, mask=inside, other=0)
-            members -= tl.load(member, mask=inside, other=0)
-            there = inside
-            if FAR:  # an empty node must count as nothing; to keep it costs nothing
-                edge = key_offsets + h * (nodes + 1) + node
-                size = tl.load(edge + 1, mask=inside, other=0) - tl.load(edge, mask=inside, other=0)
-                there = size > 0
-            fates = state + wide * nodes + slot
-            if WHOLE:
-                wanted = _weights(q, energy, bar, c, spread, scale) > count
-                if GROUP > 1:  # by a head before this one
-                    wanted = wanted | (tl.load(fates, mask=inside & (g > 0), other=0) == 1)
-            else:
-                wanted = _any_head(
-                    q_base, q_h, q_r, first, mine, alpha + h * GROUP, partial, lead, c, spread,
-                    rows, splits, scale, threshold, GROUP, BLOCK, DIM, BLOCK_D, BLOCK_R, BLOCK_C,
-                    SPLITS, SECOND, MASKED,
-                )  # fmt: skip
-            kept = wanted & there
-            dropped = there & ~kept
-            tl.store(fates, tl.where(kept, 1, tl.where(dropped, 2, 0)).to(tl.int8), mask=inside)
-            out = counts + pid * chunks + chunk
-            tl.store(out, tl.sum(tl.where(kept, members, 0), 0))
-            if FAR:
-                tl.store(out + tiles * chunks, tl.sum(dropped.to(tl.int32), 0))
-            node = slot + spans * BLOCK_C
-            if LISTED:  # one chunk ahead, so that no centroid waits for its address
-                node = tl.load(candidates + wide * nodes + node, mask=node < length, other=0)
 
 
 @triton.jit
@@ -215,8 +210,9 @@ def _any_head(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr, SECOND: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Whether any head of the group wants each node, `[BLOCK_C]`, if a block is several tiles."""
+    """Whether any head of the group wants each node, `[BLOCK_C]`, and the block's valid rows."""
     wanted = tl.zeros([BLOCK_C], tl.int32)
+    count = 0
     for g in range(GROUP):
         total = tl.zeros([BLOCK_C], tl.float32)
         count = 0
@@ -229,4 +225,4 @@ def _any_head(
             total += _weights(q, energy, bar, nodes_tile, variance, scale)
             count += tl.sum(ok.to(tl.int32), 0)
         wanted = wanted | (total > count).to(tl.int32)
-    return wanted != 0
+    return wanted != 0, count

@@ -12,7 +12,7 @@ from torch import Tensor
 from squeezed.config import FarField
 from squeezed.ops.triton import prefill_hopper
 from squeezed.ops.triton.prefill_attention import attention_kernel
-from squeezed.ops.triton.prefill_hopper import hopper_attention_kernel
+from squeezed.ops.triton.prefill_hopper import aligned, hopper_attention_kernel
 from squeezed.ops.triton.prefill_lookup import (
     Found,
     Geometry,
@@ -126,6 +126,8 @@ class Work:
         parts = self._parts(query)
         mask = bounds if suffix_mask is None else suffix_mask.view(torch.int8)
         mask_strides = (0, 0, 0) if suffix_mask is None else _mask_strides(suffix_mask)
+        if tile.hopper:
+            suffix_keys, suffix_values = map(aligned, (suffix_keys, suffix_values))
         kernel, settings = self._kernel(query)
         kernel[(self.programs,)](
             query, *query.stride()[:3], layer.keys, layer.values, layer.tokens,
