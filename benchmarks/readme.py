@@ -1,4 +1,4 @@
-"""Write the README's claim, demo table and GPU table from the stored results: run after a new one.
+"""Write the README's claim and tables from the stored results: run after a new one.
 
 python benchmarks/readme.py
 """
@@ -33,6 +33,17 @@ DECODE_COLUMNS = (
     "share of the limit",
 )
 DECODE = ("decode-8x4", "decode-32", "decode-shared")
+PREFILL_COLUMNS = (
+    "context",
+    "user tokens",
+    "query / KV heads",
+    "best dense, µs",
+    "squeezed, µs (10th–90th percentile)",
+    "speed-up",
+    "with far field, µs",
+    "speed-up",
+)
+PREFILL = ("prefill", "prefill-8x4")
 
 
 def stored(name):
@@ -102,21 +113,48 @@ def decode_table(records):
     return "\n".join(lines)
 
 
+def prefill_table(records):
+    """One line per case of several records, the longest context first."""
+    lines = ["| " + " | ".join(PREFILL_COLUMNS) + " |", "|---:|---:|---|---|---|---:|---:|---:|"]
+    rows = [row for record in records for row in record["rows"]]
+    for row in sorted(rows, key=lambda row: (-row["context"], -row["kv_heads"], row["rows"])):
+        ours = row["methods"]["squeezed, far field none"]
+        far = row["methods"]["squeezed, far field second_order"]["median_us"]
+        cells = (
+            f"{row['context']:,}",
+            f"{row['rows']:,}",
+            f"{row['heads']} / {row['kv_heads']}",
+            f"{row['best_dense_us']:.0f} ({row['best_dense'].removeprefix('dense, ')})",
+            f"{ours['median_us']:.0f} ({ours['low_us']:.0f}–{ours['high_us']:.0f})",
+            f"{row['speed_up']:.2f}",
+            f"{far:.0f}",
+            f"{row['best_dense_us'] / far:.2f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def fill(text, mark, content):
     """Replace what lies between `<!-- mark -->` and `<!-- /mark -->`."""
     pattern = rf"(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)"
     return re.sub(pattern, lambda found: found[1] + content + found[2], text, flags=re.DOTALL)
 
 
-def main():
-    demo, text = stored("demo.json"), README.read_text(encoding="utf-8")
+def filled(text):
+    """The README's text with every marked part made anew."""
+    demo = stored("demo.json")
     for mark, content in (
         ("claim", claim(demo)),
         ("table", demo_table(demo)),
         ("decode", decode_table([stored(f"h200/{name}.json") for name in DECODE])),
+        ("prefill", prefill_table([stored(f"h200/{name}.json") for name in PREFILL])),
     ):
         text = fill(text, mark, content)
-    README.write_text(text, encoding="utf-8")
+    return text
+
+
+def main():
+    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The README keeps its word: snippets run, commands parse, paths exist, the table is stored."""
 
-import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -9,7 +9,6 @@ import pytest
 from tiny import document, tiny_model, tiny_tokenizer
 
 from squeezed.cli.app import group
-from squeezed.cli.demo import table_row
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,9 +72,6 @@ def test_readme_tree_names_what_exists():
             assert (folder / name).exists(), name
 
 
-def test_readme_table_is_the_stored_run():
-    record = json.loads((ROOT / "benchmarks" / "demo.json").read_text(encoding="utf-8"))
-    rows = [line for line in README.splitlines() if line.startswith("|")]
-    for asked in record["asked"]:
-        cells = [" ".join(cell.split()) for cell in table_row(asked)]
-        assert "| " + " | ".join(cells) + " |" in rows
+def test_readme_figures_are_the_stored_runs():
+    script = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
+    assert script["filled"](README) == README
