@@ -124,7 +124,7 @@ def prefill_table(records):
             f"{row['context']:,}",
             f"{row['rows']:,}",
             f"{row['heads']} / {row['kv_heads']}",
-            f"{row['best_dense_us']:.0f} ({row['best_dense'].removeprefix('dense, ')})",
+            f"{row['best_dense_us']:.0f} ({row['best_dense']})",
             f"{ours['median_us']:.0f} ({ours['low_us']:.0f}–{ours['high_us']:.0f})",
             f"{row['speed_up']:.2f}",
             f"{far:.0f}",

@@ -1,8 +1,7 @@
 """Prefill of user tokens over a long context, lookup included, against the best dense attention.
 
 The context is clustered for real; its keys, and the queries, come from `squeezed.bench.synthetic`.
-Dense peers run in the same process: torch's flash attention with the causal mask, and cuDNN, which
-has no such mask for fewer queries than keys, without one (it computes under 1 % more).
+Dense peers run in the same process (`squeezed.bench.dense`).
 """
 
 from __future__ import annotations
@@ -13,9 +12,6 @@ from typing import Annotated
 
 import torch
 import typer
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
 
 from squeezed.bench.common import (
     Timing,
@@ -24,6 +20,7 @@ from squeezed.bench.common import (
     time_in_graph,
     write_record,
 )
+from squeezed.bench.dense import prefill_peers, time_or_reason
 from squeezed.bench.layers import with_far_field
 from squeezed.bench.prefill_cases import Case, Inputs, rule_for
 from squeezed.errors import SqueezedError
@@ -59,27 +56,16 @@ def oracle_error(inputs: Inputs, rule: SelectionRule) -> float:
 
 
 def dense_times(inputs: Inputs, replays: int) -> dict[str, Timing]:
-    """The dense peers over context and suffix."""
+    """The dense peers over context and suffix, those that take the shape."""
     keys = torch.cat([inputs.layer.keys[None], inputs.suffix_keys], 2)
     values = torch.cat([inputs.layer.values[None], inputs.suffix_values], 2)
-    causal = causal_lower_right(inputs.query.shape[2], keys.shape[2])
-    gqa = keys.shape[1] != inputs.query.shape[1]
     found = {}
-    for name, backend, mask in (
-        ("dense, torch flash", SDPBackend.FLASH_ATTENTION, causal),
-        ("dense, cuDNN", SDPBackend.CUDNN_ATTENTION, None),
-    ):
-
-        def step(backend=backend, mask=mask):
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(
-                    inputs.query, keys, values, attn_mask=mask, enable_gqa=gqa
-                )
-
-        try:
-            found[name] = time_in_graph([step], replays)
-        except RuntimeError as error:  # no such kernel in this build: say so, time the others
-            typer.echo(f"{name}: {str(error).splitlines()[0]}", err=True)
+    for name, call in prefill_peers(inputs.query, keys, values).items():
+        timing = time_or_reason([call], replays)
+        if isinstance(timing, Timing):
+            found[name] = timing
+        else:
+            typer.echo(f"{name}: {timing}", err=True)
     return found
 
 
