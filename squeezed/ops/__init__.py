@@ -54,4 +54,11 @@ def implementation(name: str, device: torch.device) -> Callable[..., tuple[Tenso
     Raises:
         SqueezedError: an unknown name, or one that cannot run on `device`.
     """
-    return importlib.import_module(IMPLEMENTATIONS[choose(name, device)]).attend
+    chosen = choose(name, device)
+    try:
+        return importlib.import_module(IMPLEMENTATIONS[chosen]).attend
+    except ModuleNotFoundError as error:
+        raise SqueezedError(
+            f"implementation: {chosen!r} needs the package {error.name}, found none; install it, or"
+            " use 'reference'"
+        ) from error

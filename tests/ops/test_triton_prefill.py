@@ -9,7 +9,7 @@ import torch
 from trees import far_alpha_for, random_layer
 
 from squeezed.ops.reference import attend as reference
-from squeezed.ops.triton import prefill, prefill_hopper
+from squeezed.ops.triton import gpus, prefill, prefill_hopper
 from squeezed.ops.triton.prefill import attend
 from squeezed.rule import SelectionRule
 
@@ -255,8 +255,8 @@ half_precision = pytest.mark.skipif(not LARGE, reason="needs a GPU: 16-bit tenso
 def kernel(request, monkeypatch):
     """Both attention kernels on a Hopper GPU, the common one elsewhere."""
     if request.param == "any GPU":
-        monkeypatch.setattr(prefill_hopper, "is_hopper", lambda device: False)
-    elif not prefill_hopper.is_hopper(torch.device(DEVICE)):
+        monkeypatch.setattr(prefill_hopper, "fits", lambda *sizes: False)
+    elif gpus.of(torch.device(DEVICE)).generation != gpus.HOPPER:
         pytest.skip("needs a Hopper GPU")
 
 

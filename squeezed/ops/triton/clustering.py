@@ -16,6 +16,7 @@ from torch import Tensor
 from squeezed.config import ClusteringConfig
 from squeezed.metric import Space
 from squeezed.ops.triton.clustering_kernels import assign_kernel, centroid_kernel, describe_kernel
+from squeezed.ops.triton.gpus import compiled_or_refused
 from squeezed.tree import Level
 
 
@@ -122,6 +123,7 @@ def _widths(dim: int) -> tuple[int, int]:
     return main, _tile(dim - main) if dim > main else 0
 
 
+@compiled_or_refused()
 def assign(points: Tensor, centroids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     """`squeezed.kmeans.assign` without the `[N, n, k]` scores.
 
@@ -142,6 +144,7 @@ def assign(points: Tensor, centroids: Tensor, live: Tensor) -> tuple[Tensor, Ten
     return label.view(problems, count).long(), similarity.view(problems, count)
 
 
+@compiled_or_refused()
 def cluster_segments(
     points: Tensor, sizes: Tensor, clusters: Tensor, nodes: int, config: ClusteringConfig
 ) -> Tensor:
@@ -202,6 +205,7 @@ def _refill(
     centroids.copy_(torch.where(empty[:, None], moved, centroids))
 
 
+@compiled_or_refused()
 def describe_level(
     keys: Tensor,
     values: Tensor,

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from squeezed.config import FarField
 from squeezed.errors import SqueezedError
+from squeezed.ops.triton import gpus
 from squeezed.ops.triton.selection import RUN
 from squeezed.ops.triton.step import Step
 from squeezed.ops.triton.workspace import Shape, Tuning
@@ -26,11 +26,11 @@ from squeezed.tree import ClusteredLayer
 MAX_GROUP = 16
 MAX_DIM = 256
 MAX_TOKENS = (1 << 31) // RUN.value
-INTERPRETED_MULTIPROCESSORS = 2
 FEW_PARENTS, MANY_PARENTS = 6_000, 30_000
 """Nodes above the leaves, over all KV heads, where other block sizes become faster."""
 
 
+@gpus.compiled_or_refused()
 def attend(
     query: Tensor,
     layer: ClusteredLayer,
@@ -163,20 +163,21 @@ def shape_of(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, far: Far
         nodes=tuple(level.nodes for level in layer.levels),
         far=far != "none" and bool(layer.levels),
         dipole=far == "second_order" and bool(layer.levels),
-        multiprocessors=multiprocessors(query.device),
+        gpu=gpus.of(query.device),
     )
 
 
-@lru_cache(maxsize=16)
-def multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETED_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def chosen_tuning(shape: Shape) -> Tuning:
-    """Block sizes by shape, as measured best (`benchmarks/h200/decode-tried.json`)."""
-    tuning = Tuning(overlap=shape.multiprocessors != INTERPRETED_MULTIPROCESSORS)
+    """Block sizes by shape: as measured best, smaller where a GPU's shared memory asks for it."""
+    tuning = measured_tuning(shape)
+    if shape.gpu.small and shape.dim > 128:
+        return replace(tuning, score_tile=32, tile=32)
+    return tuning
+
+
+def measured_tuning(shape: Shape) -> Tuning:
+    """Block sizes by shape, as measured best on an H200 (`benchmarks/h200/decode-tried.json`)."""
+    tuning = Tuning(overlap=shape.gpu.overlaps)
     parents = shape.kv_heads * shape.nodes[-2] if len(shape.nodes) > 1 else 0
     rows = rows_of(shape)
     if rows > 16:  # programs are large: two of the attention kernel fit on a multiprocessor

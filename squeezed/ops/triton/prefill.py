@@ -11,6 +11,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from squeezed.ops.triton.gpus import compiled_or_refused
 from squeezed.ops.triton.prefill_lookup import geometry, lookup
 from squeezed.ops.triton.prefill_work import Work, choose_tile
 from squeezed.rule import SelectionRule
@@ -20,6 +21,7 @@ WORK_BYTES = 1 << 29
 """Most bytes of row lists and partial outputs; longer prompts go in pieces of whole blocks."""
 
 
+@compiled_or_refused()
 def attend(
     query: Tensor,
     layer: ClusteredLayer,

@@ -10,7 +10,6 @@ last, which may be partial, to the first.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from squeezed.ops.triton import gpus
 
 SHAPE = {"rows": 128, "keys": 128, "others": 64, "warps": 4, "stages": 3, "programs": 1}
 """Of the tile, in the words of `prefill_work.Tile`: what registers and shared memory hold."""
@@ -33,14 +34,10 @@ NEG_INF = gl.constexpr(float("-inf"))
 LOG2E = gl.constexpr(1.4426950408889634)
 
 
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def fits(query: Tensor, rows: int, dim: int) -> bool:
     """Whether this kernel can run for tiles of `rows` query rows: enough of them, in 16 bits."""
     shaped = rows >= SHAPE["rows"] and dim in (64, 128) and query.element_size() == 2
-    return shaped and is_hopper(query.device)
+    return shaped and gpus.of(query.device).generation == gpus.HOPPER
 
 
 def aligned(x: Tensor) -> Tensor:

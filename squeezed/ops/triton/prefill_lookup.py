@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from squeezed.ops.triton import gpus
 from squeezed.ops.triton.prefill_expand import expand_kernel
 from squeezed.ops.triton.prefill_select import normaliser_kernel, select_kernel
 from squeezed.rule import SelectionRule
@@ -117,21 +118,9 @@ def geometry(query: Tensor, layer: ClusteredLayer, rule: SelectionRule) -> Geome
     return Geometry(batch, kv_heads, heads // kv_heads, rows, block, dim)
 
 
-def multiprocessors(device: torch.device) -> int:
-    """The GPU's; 2 for the interpreter, which runs programs one by one."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def two_per_multiprocessor(device: torch.device) -> dict[str, int]:
-    """Registers for two programs of 8 warps: one computes while the other waits for its bytes."""
-    return {"maxnreg": 128} if device.type == "cuda" else {}
-
-
-def row_tile(rows: int, dtype: torch.dtype) -> int:
-    """Rows of a tile of queries: a power of two the tensor cores accept, fewer in float32."""
-    most = 32 if dtype == torch.float32 else 128
+def row_tile(rows: int, query: Tensor) -> int:
+    """Rows of a tile of queries: a power of two the tensor cores accept, fewer of wide ones."""
+    most = 32 if query.dtype == torch.float32 else 128 if query.shape[-1] <= 128 else 64
     return min(most, max(16, triton.next_power_of_2(rows)))
 
 
@@ -140,9 +129,9 @@ def _normaliser(
 ) -> Tensor:
     """Shares of the log2 of every row's estimated denominator, `[B, Hq, Q, splits]`."""
     level, heads = layer.levels[0], query.shape[1]
-    block_r = row_tile(sizes.rows, query.dtype)
+    block_r = row_tile(sizes.rows, query)
     row_tiles = sizes.batch * heads * triton.cdiv(sizes.rows, block_r)
-    wanted = triton.cdiv(2 * multiprocessors(query.device), row_tiles)
+    wanted = triton.cdiv(2 * gpus.of(query.device).multiprocessors, row_tiles)
     share = 64 * triton.cdiv(level.nodes, 64 * wanted)  # nodes that one program adds up
     splits = triton.cdiv(level.nodes, share)
     partial = query.new_empty(sizes.batch, heads, sizes.rows, splits, dtype=torch.float32)
@@ -203,7 +192,7 @@ class _Step:
             counts, sizes.rows, level.nodes, sizes.blocks, self.chunks, sizes.tiles, splits, spans,
             scale, self.rule.log_thresholds[self.depth],
             HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
-            BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=row_tile(sizes.block, query.dtype),
+            BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=row_tile(sizes.block, query),
             BLOCK_C=NODES_PER_PROGRAM, SPLITS=triton.next_power_of_2(splits),
             SECOND=self.rule.alpha is not None, MASKED=valid is not None,
             LISTED=candidates is not None, FAR=self.rule.far_field != "none", num_stages=2,
@@ -217,10 +206,11 @@ class _Step:
         One tile of queries stays in shared memory while nodes go by; those of a group's heads are
         fetched anew for every chunk of nodes, which more and smaller programs hide.
         """
-        sizes, units = self.sizes, multiprocessors(device)
+        sizes, gpu = self.sizes, gpus.of(device)
         if sizes.group > 1 or sizes.dim > 128:
-            return 4 * units, {"num_warps": 8} | two_per_multiprocessor(device)
-        return 2 * units, {"num_warps": 8 if sizes.tiles <= units else 4}
+            return 4 * gpu.multiprocessors, {"num_warps": 8} | gpu.two_programs_of_8_warps()
+        warps = 8 if sizes.tiles <= gpu.multiprocessors else 4
+        return 2 * gpu.multiprocessors, {"num_warps": warps}
 
     def expand(
         self, state: Tensor, counts: Tensor, candidates: NodeList | None

@@ -97,7 +97,7 @@ def combine_kernel(
     tiles, blocks, rows, programs, pass_tiles, scale,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
-    CLASSES: tl.constexpr, DIPOLE: tl.constexpr,
+    CLASSES: tl.constexpr, DIPOLE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Merge all stretches of `BLOCK_R` rows of one tile into the output `[B, Hq, Q, D]`."""
     w, m = tl.program_id(0), tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -111,7 +111,8 @@ def combine_kernel(
     head = (t // blocks) % HEADS_KV * GROUP + member // BLOCK
     row = rows - (blocks - t % blocks) * BLOCK + member % BLOCK
     dims, request = tl.arange(0, BLOCK_D), t // blocks // HEADS_KV
-    ok = ((member < GROUP * BLOCK) & (row >= 0))[:, None] & (dims < DIM)
+    there = (member < GROUP * BLOCK) & (row >= 0)
+    ok = there[:, None] & (dims < DIM)
     out = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     lse, moved = tl.full([BLOCK_R], float("-inf"), tl.float32), tl.zeros([BLOCK_R], tl.float32)
     for p in tl.range(p_first, p_last + 1, loop_unroll_factor=4):  # several loads at once
@@ -123,10 +124,15 @@ def combine_kernel(
             moved = moved * old + tl.load(part_moved + at) * new
     if DIPOLE:
         q_rows = query + request.to(tl.int64) * q_b + head[:, None] * q_h
-        q = tl.load(q_rows + row[:, None].to(tl.int64) * q_r + dims, mask=ok, other=0.0)
         lines = slope + (t // blocks % HEADS_KV).to(tl.int64) * DIM * DIM
-        inside = (dims < DIM)[:, None] & (dims < DIM)[None, :]
-        along = tl.load(lines + dims[None, :] * DIM + dims[:, None], mask=inside, other=0.0)
-        out += (moved * scale)[:, None] * tl.dot(q, along, input_precision="ieee")
+        along = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        for first in tl.static_range(0, BLOCK_D, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)
+            q_mask = there[:, None] & (k < DIM)
+            q = tl.load(q_rows + row[:, None].to(tl.int64) * q_r + k, mask=q_mask, other=0.0)
+            inside = (k < DIM)[:, None] & (dims < DIM)[None, :]
+            matrix = tl.load(lines + dims[None, :] * DIM + k[:, None], mask=inside, other=0.0)
+            along = tl.dot(q, matrix, along, input_precision="ieee")
+        out += (moved * scale)[:, None] * along
     line = (request * (HEADS_KV * GROUP) + head).to(tl.int64) * rows + row
     tl.store(output + line[:, None] * DIM + dims, out.to(output.dtype.element_ty), mask=ok)

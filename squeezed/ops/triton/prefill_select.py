@@ -133,6 +133,15 @@ def _weights(q, energy, bar, nodes, variance, scale):
     return tl.sum(tl.exp2(logits - bar[None, :]), 1)
 
 
+@triton.jit
+def _store_sum(target, values, BLOCK_C: tl.constexpr):
+    """Store the sum of `values [BLOCK_C]`, as a matrix of one row.
+
+    Triton 3.6 and 3.7 do not compile the sum of a vector that came from a product for a B200.
+    """
+    tl.store(target + tl.arange(0, 1), tl.sum(tl.reshape(values, (1, BLOCK_C)), 1))
+
+
 @triton.jit(do_not_specialize=["rows", "nodes", "blocks", "chunks", "tiles", "splits", "spans"])
 def select_kernel(
     query, q_b, q_h, q_r, valid, centroids, variance, key_offsets, member_offsets, alpha, partial,
@@ -194,9 +203,9 @@ def select_kernel(
         fate = tl.where(kept, 1, tl.where(dropped, 2, 0))
         tl.store(state + wide * nodes + slot, fate.to(tl.int8), mask=inside)
         out = counts + pid * chunks + chunk
-        tl.store(out, tl.sum(tl.where(kept, members, 0), 0))
+        _store_sum(out, tl.where(kept, members, 0), BLOCK_C)
         if FAR:
-            tl.store(out + tiles * chunks, tl.sum(dropped.to(tl.int32), 0))
+            _store_sum(out + tiles * chunks, dropped.to(tl.int32), BLOCK_C)
         node = slot + spans * BLOCK_C
         if LISTED:  # one chunk ahead, so that no centroid waits for its address
             node = tl.load(candidates + wide * nodes + node, mask=node < length, other=0)

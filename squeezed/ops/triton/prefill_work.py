@@ -10,14 +10,12 @@ import triton
 from torch import Tensor
 
 from squeezed.config import FarField
-from squeezed.ops.triton import prefill_hopper
+from squeezed.ops.triton import gpus, prefill_hopper
 from squeezed.ops.triton.prefill_attention import attention_kernel
 from squeezed.ops.triton.prefill_hopper import aligned, hopper_attention_kernel
 from squeezed.ops.triton.prefill_lookup import (
     Found,
     Geometry,
-    multiprocessors,
-    two_per_multiprocessor,
 )
 from squeezed.ops.triton.prefill_plan import combine_kernel, plan_kernel
 from squeezed.rule import SelectionRule
@@ -51,11 +49,11 @@ def choose_tile(query: Tensor, sizes: Geometry, far_field: FarField) -> Tile:
         return Tile(min(rows, 64), 32, warps=4, stages=2, programs=2)
     if rows < 128:
         return Tile(rows, 64, warps=4, stages=3, programs=2)
-    if far_field == "second_order":  # two programs would spill
+    if far_field == "second_order" or gpus.of(query.device).small:  # two programs would spill
         return Tile(128, 64, warps=8, stages=2, programs=1)
     if far_field != "none":
         return Tile(128, 64, warps=8, stages=2, programs=2)
-    if sizes.tiles <= multiprocessors(query.device):
+    if sizes.tiles <= gpus.of(query.device).multiprocessors:
         return Tile(128, 64, warps=8, stages=4, programs=1)
     return Tile(128, 128, warps=8, stages=3, programs=1)
 
@@ -81,7 +79,7 @@ class Work:
 
     @property
     def programs(self) -> int:
-        return multiprocessors(self.layer.keys.device) * self.tile.programs
+        return gpus.of(self.layer.keys.device).multiprocessors * self.tile.programs
 
     @property
     def dipole(self) -> bool:
@@ -154,7 +152,7 @@ class Work:
             return hopper_attention_kernel, {"STAGES": tile.stages, "OTHER_N": tile.others}
         settings = {"BLOCK_D": triton.next_power_of_2(self.sizes.dim), "num_stages": tile.stages}
         if tile.programs * tile.warps == 16:
-            settings |= two_per_multiprocessor(query.device)
+            settings |= gpus.of(query.device).two_programs_of_8_warps()
         return attention_kernel, settings
 
     def _parts(self, query: Tensor) -> dict[str, Tensor]:
@@ -176,7 +174,8 @@ class Work:
             self.pass_tiles, scale,
             HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
             BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_M=tile.rows, BLOCK_R=16,
-            SPLIT_M=self.split_m, CLASSES=self.classes, DIPOLE=self.dipole, num_warps=4,
+            SPLIT_M=self.split_m, CLASSES=self.classes, DIPOLE=self.dipole,
+            BLOCK_K=min(128, triton.next_power_of_2(sizes.dim)), num_warps=4,
         )  # fmt: skip
         return output
 

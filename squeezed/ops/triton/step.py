@@ -45,7 +45,7 @@ class Step:
         """Launch options; a dependent kernel may start while its predecessor drains."""
         overlap = self.tuning.overlap
         options = dict(num_warps=warps, num_stages=stages, PDL=overlap)
-        if overlap and registers:
+        if self.shape.gpu.generation and registers:
             options["maxnreg"] = registers
         return options | dict(launch_pdl=True) if overlap and dependent else options
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from squeezed.ops.triton.gpus import Gpu
 from squeezed.ops.triton.selection import RUN
 
 MAX_ROWS = 64
@@ -70,7 +71,7 @@ class Shape:
     nodes: tuple[int, ...]
     far: bool
     dipole: bool
-    multiprocessors: int
+    gpu: Gpu
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def power_of_two(n: int) -> int:
 
 def walkers(shape: Shape, tuning: Tuning, problems: int) -> tuple[tuple[int, ...], int]:
     """Programs per problem of every launch of the walk, and those that the first has besides."""
-    most = max(1, tuning.walk_programs * shape.multiprocessors // problems)
+    most = max(1, tuning.walk_programs * shape.gpu.multiprocessors // problems)
     top, *below = [ceil_div(nodes, tuning.nodes) for nodes in shape.nodes] or [0]
     if not below:
         return (min(top, most),) if top else (), 0
@@ -148,11 +149,11 @@ def plan(shape: Shape, tuning: Tuning) -> Plan:
     problems = shape.kv_heads * tiles
     nodes = shape.nodes
     parts, listers = walkers(shape, tuning, problems)
-    scorers = ceil_div(tuning.score_programs * shape.multiprocessors, problems)
+    scorers = ceil_div(tuning.score_programs * shape.gpu.multiprocessors, problems)
     splits = min(ceil_div(nodes[0], tuning.score_tile), scorers) if nodes else 0
     pinned_chunks = ceil_div(shape.pinned, tuning.chunk)
     recent_chunks = ceil_div(shape.recent, tuning.chunk)
-    programs = tuning.programs * shape.multiprocessors if nodes else 0
+    programs = tuning.programs * shape.gpu.multiprocessors if nodes else 0
     fixed_base = programs + problems if nodes else 0
     return Plan(
         group=group,
