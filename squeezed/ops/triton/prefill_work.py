@@ -13,10 +13,7 @@ from squeezed.config import FarField
 from squeezed.ops.triton import gpus, prefill_hopper
 from squeezed.ops.triton.prefill_attention import attention_kernel
 from squeezed.ops.triton.prefill_hopper import aligned, hopper_attention_kernel
-from squeezed.ops.triton.prefill_lookup import (
-    Found,
-    Geometry,
-)
+from squeezed.ops.triton.prefill_lookup import Found, Geometry
 from squeezed.ops.triton.prefill_plan import combine_kernel, plan_kernel
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
