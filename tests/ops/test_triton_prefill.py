@@ -12,6 +12,7 @@ from squeezed.ops.reference import attend as reference
 from squeezed.ops.triton import gpus, prefill, prefill_hopper
 from squeezed.ops.triton.prefill import attend
 from squeezed.rule import SelectionRule
+from squeezed.tree import ClusteredLayer, Level
 
 DEVICE = interpreter.DEVICE
 LARGE = DEVICE == "cuda"
@@ -326,3 +327,44 @@ def test_prefill_half_precision_is_the_same_every_time(kernel):
     for _ in range(50):  # a race would show in one of them
         again, _ = attend(operands[0], layer, rule, *operands[1:], None, 0.1)
         assert torch.equal(again, first)
+
+
+@half_precision
+@pytest.mark.parametrize("far_field", FAR_FIELDS)
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_prefill_half_precision_survives_extreme_logits(kernel, far_field, offset):
+    generator = torch.Generator().manual_seed(5)
+    raw = torch.randn(2, 3000, 128, generator=generator)
+    raw[:, :, 0] = offset / 4  # with the query's first entry at 16 and scale 1/4: logits of offset
+    layer = layer_of(keys=raw.half(), nodes=(40, 120), dim=128, dtype=torch.float16)
+    query, keys, values = inputs(rows=200, suffix=200, dim=128, dtype=torch.float16)
+    query[..., 0], keys[..., 0] = 16.0, offset / 4
+    rule = rule_of((-9.0, -8.0), far_field, 128)
+    output, _ = attend(query, layer, rule, keys, values, None, 0.25)
+    wide = (query.double(), layer, rule, keys.double(), values.double(), None, 0.25)
+    expected, _ = reference(*wide)
+    # logits of 1e4 keep 2^-10 of absolute precision in float32, weights and output 2^-11
+    torch.testing.assert_close(output.double(), expected, rtol=1e-2, atol=2e-2)
+
+
+@half_precision
+def test_prefill_offsets_beyond_31_bits_equal_reference(kernel):
+    tokens = (1 << 31) // 128 + 4096
+    keys = torch.randn(1, tokens, 128, dtype=torch.bfloat16, device="cuda")
+    ends = torch.tensor([[16, tokens - 4000, tokens - 1000, tokens]], dtype=torch.int32)
+    centroids = torch.stack([keys[:, a:b].float().mean(1) for a, b in ends[0].unfold(0, 2, 1)], 1)
+    level = Level(centroids.bfloat16(), centroids.bfloat16(), torch.zeros(1, 3), ends).to("cuda")
+    slope = keys.new_zeros(1, 128, 128)
+    layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,), slope)
+    query, recent, values = inputs(kv_heads=1, rows=128, suffix=128, dim=128, dtype=keys.dtype)
+    query[:] = 2000 * centroids[0, 2]  # only the last cluster, far beyond 2^31 elements
+    rule = SelectionRule.for_all_heads((-8.0,), layer, None, "none", 128)
+    output, read = attend(query, layer, rule, recent, values, None, 0.1)
+    rows = torch.cat([keys[:, :16], keys[:, tokens - 1000 :]], 1)[None]
+    mask = torch.ones(128, 1144, dtype=torch.bool, device="cuda").tril(1016)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query.float(), torch.cat([rows, recent], 2).float(), torch.cat([rows, values], 2).float(),
+        attn_mask=mask, scale=0.1,
+    )  # fmt: skip
+    assert int(read) == 1000 * 128
+    torch.testing.assert_close(output.float(), dense, atol=2e-2, rtol=2e-2)
