@@ -50,6 +50,12 @@ def stored(name):
     return json.loads((HERE / name).read_text(encoding="utf-8"))
 
 
+def table(columns, sides, rows):
+    """In Markdown; `sides` aligns the columns."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, *rows)]
+    return "\n".join([lines[0], f"|{sides}|", *lines[1:]])
+
+
 def claim(record):
     squeezed = [row for row in record["asked"] if row["budget_asked"] < 1]
     tokens = sum(row["agreement"]["tokens"] for row in squeezed)
@@ -68,10 +74,8 @@ def claim(record):
 
 
 def demo_table(record):
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|---|---:|---:|---:|---:|---:|---:|"]
-    for row in record["asked"]:
-        cells = (" ".join(cell.split()) for cell in table_row(row))
-        lines.append("| " + " | ".join(cells) + " |")
+    rows = ([" ".join(cell.split()) for cell in table_row(row)] for row in record["asked"])
+    lines = table(COLUMNS, "---|---|---|---:|---:|---:|---:|---:|---:", rows)
     machine, seconds = record["machine"], record["index_seconds"]
     notes = (
         f"`squeezed demo`, {machine['threads']} threads of an {machine['processor']}, "
@@ -86,13 +90,12 @@ def demo_table(record):
         "that answer. On a model this small the weights, not the context, take most of a token's "
         "time:\n`squeezed plan` says where that changes."
     )
-    return "\n".join([*lines, "", notes])
+    return f"{lines}\n\n{notes}"
 
 
 def decode_table(records):
     """One line per case of several records, without far field."""
-    lines = ["| " + " | ".join(DECODE_COLUMNS) + " |", "|---:|---|---:|---|---|---:|---:|---:|"]
-    seen = set()
+    lines, seen = [], set()
     for row in (row for record in records for row in record["rows"]):
         case = (row["tokens"], row["kv_heads"], row["batch"])
         if case in seen:
@@ -109,13 +112,13 @@ def decode_table(records):
             f"{row['physical_us']:.1f}",
             f"{row['share_of_limit']:.2f}",
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(DECODE_COLUMNS, "---:|---|---:|---|---|---:|---:|---:", lines)
 
 
 def prefill_table(records):
     """One line per case of several records, the longest context first."""
-    lines = ["| " + " | ".join(PREFILL_COLUMNS) + " |", "|---:|---:|---|---|---|---:|---:|---:|"]
+    lines = []
     rows = [row for record in records for row in record["rows"]]
     for row in sorted(rows, key=lambda row: (-row["context"], -row["kv_heads"], row["rows"])):
         ours = row["methods"]["squeezed, far field none"]
@@ -130,8 +133,8 @@ def prefill_table(records):
             f"{far:.0f}",
             f"{row['best_dense_us'] / far:.2f}",
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(PREFILL_COLUMNS, "---:|---:|---|---|---|---:|---:|---:", lines)
 
 
 def fill(text, mark, content):

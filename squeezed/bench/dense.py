@@ -27,14 +27,14 @@ def dense_peers(query: Tensor, layers: list[ClusteredLayer]) -> dict[str, list[C
     by_head = query.transpose(0, 2).contiguous()  # [1, Hq, B, D]
     packed = by_head.reshape(1, kv_heads, heads // kv_heads * batch, dim)
 
-    def sdpa(rows: Tensor, layer: ClusteredLayer, backend: SDPBackend) -> Callable:
-        return lambda: _sdpa(rows, layer.keys[None], layer.values[None], backend)
+    def over_layers(rows: Tensor, backend: SDPBackend) -> list[Callable]:
+        return [partial(_sdpa, rows, x.keys[None], x.values[None], backend) for x in layers]
 
     peers = {}
     for library, backend in LIBRARIES.items():
-        peers[f"{library}, packed"] = [sdpa(packed, layer, backend) for layer in layers]
+        peers[f"{library}, packed"] = over_layers(packed, backend)
         if heads != kv_heads:
-            peers[library] = [sdpa(by_head, layer, backend) for layer in layers]
+            peers[library] = over_layers(by_head, backend)
     tokens = query[:, :, 0].contiguous()  # [B, Hq, D]
     flashinfer = [_flashinfer(tokens, layer.keys, layer.values, False) for layer in layers]
     return peers | ({"FlashInfer": flashinfer} if all(flashinfer) else {})
@@ -48,8 +48,8 @@ def prefill_peers(query: Tensor, keys: Tensor, values: Tensor) -> dict[str, Call
     """
     causal = causal_lower_right(query.shape[2], keys.shape[2])
     peers = {
-        "torch flash": lambda: _sdpa(query, keys, values, LIBRARIES["torch flash"], causal),
-        "cuDNN": lambda: _sdpa(query, keys, values, LIBRARIES["cuDNN"]),
+        "torch flash": partial(_sdpa, query, keys, values, LIBRARIES["torch flash"], causal),
+        "cuDNN": partial(_sdpa, query, keys, values, LIBRARIES["cuDNN"]),
     }
     if query.shape[1] != keys.shape[1]:
         packed = query.reshape(1, keys.shape[1], -1, query.shape[3])

@@ -84,7 +84,6 @@ def test_a_failure_to_compile_is_one_line(monkeypatch, operation, rows, failure,
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "squeezed.ops.cpu", None)
     monkeypatch.setitem(ops.IMPLEMENTATIONS, "cpu", "no_such_package.attention")
     with pytest.raises(SqueezedError, match="needs the package no_such_package"):
         ops.implementation("cpu", torch.device("cpu"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from squeezed.ops.triton.prefill_plan import stretch, tile_at
+from squeezed.ops.triton.prefill_plan import LENGTHS, stretch, tile_at
 from squeezed.ops.triton.prefill_select import LOG2E, query_energy
 
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
@@ -135,19 +135,7 @@ def clip(first, last, start, end):
     return tl.maximum(first, start) - start, tl.minimum(last, end) - start
 
 
-@triton.jit(
-    do_not_specialize=[
-        "tokens",
-        "m_b",
-        "m_q",
-        "tiles",
-        "blocks",
-        "rows",
-        "suffix",
-        "capacity",
-        "pass_tiles",
-    ]
-)
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_kernel(
     query, q_b, q_h, q_r, keys, values, tokens, suffix_keys, k_b, k_h, k_s,
     suffix_values, v_b, v_h, v_s, mask, m_b, m_q, m_s,

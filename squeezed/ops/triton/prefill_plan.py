@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
+LENGTHS = "tokens m_b m_q tiles blocks rows suffix capacity pass_tiles".split()
+"""Arguments of the attention that differ from prompt to prompt: none must wait for a compiler."""
 
 
 @triton.jit(do_not_specialize=["tiles", "blocks", "rows", "suffix", "pinned", "batch"])
