@@ -139,7 +139,7 @@ def describe_level(
     if space is None:
         energy, middle = rows.square().mean(-1), mean
     else:
-        energy, middle = space.energy, mean @ space.factor - space.centre
+        energy, middle = space.energy, mean @ space.factor - space.middle
     energy = _segment_mean(energy[..., None], sizes)[..., 0]
     return Level(
         mean.to(keys.dtype),

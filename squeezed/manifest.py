@@ -16,7 +16,7 @@ from squeezed.context import FixedContext
 from squeezed.errors import ContextFileError
 from squeezed.prompt import PromptTemplate
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "context.json"
 
 

@@ -24,6 +24,9 @@ PLAIN_SHARE = 0.35
 VALUE_WEIGHT = 0.3
 """Root mean square distance between values, where that between keys is 1 (DESIGN.md)."""
 
+FARTHEST = 10.0
+"""Deviations that the mean compared key may be away (DESIGN.md)."""
+
 VALUE_DIMENSIONS = 0.25
 """Dimensions that values get, as a share of the keys'; all of them were no better."""
 
@@ -34,12 +37,12 @@ class Space:
 
     Attributes:
         factor: `[Hkv, D, D]` float32, raw keys to compared ones.
-        centre: `[Hkv, 1, D]`, the mean compared key.
+        middle: `[Hkv, 1, D]`, the mean compared key, of keys relative to their layer's centre.
         energy: `[Hkv, n]`, mean square over dimensions of every compared key's way from it.
     """
 
     factor: Tensor
-    centre: Tensor
+    middle: Tensor
     energy: Tensor
 
 
@@ -48,25 +51,44 @@ def compared_dimensions(dim: int) -> int:
     return dim + max(1, round(VALUE_DIMENSIONS * dim))
 
 
-def place_points(keys: Tensor, values: Tensor, queries: Tensor, points: Tensor) -> Space:
+def place_points(
+    keys: Tensor, values: Tensor, queries: Tensor, centre: Tensor, points: Tensor
+) -> Space:
     """Write the directions of keys in the queries' space, with their values beside them.
 
     Args:
         keys, values: `[Hkv, n, D]`.
         queries: `[Hq, W, D]`.
+        centre: `[Hkv, D]`, to which the layer's keys will be relative.
         points: `[Hkv, n, compared_dimensions(D)]`, filled with unit vectors.
     """
     dim = keys.shape[2]
     factor = space_factor(queries, len(keys))
     compared = mapped_rows(keys, factor)
-    centre = compared.mean(1, keepdim=True)
-    away = vector_norm(compared - centre, dim=-1).square_()
+    middle = compared.mean(1, keepdim=True)
+    compared -= middle
+    away = vector_norm(compared, dim=-1).square_()
     beside = weighted_values(values, away.mean(1))
+    compared += _in_sight(middle, away.mean(1))
     length = torch.hypot(vector_norm(compared, dim=-1), vector_norm(beside, dim=-1))
     shrink = length.clamp_(min=1e-12).reciprocal_()[..., None]
     torch.mul(compared, shrink, out=points[..., :dim])
     torch.mul(beside, shrink, out=points[..., dim:])
-    return Space(factor, centre, away.div_(dim))
+    return Space(factor, middle - centre[:, None].float() @ factor, away.div_(dim))
+
+
+def _in_sight(middle: Tensor, spread: Tensor) -> Tensor:
+    """The mean compared key, drawn near where it is so far off that keys point all the same way.
+
+    From ten deviations away directions already tell keys apart by their distance alone; from fifty
+    the 11 bits of a float16 hardly do.
+
+    Args:
+        middle: `[Hkv, 1, D]`.
+        spread: `[Hkv]`, mean squared distance of the compared keys from it.
+    """
+    far = vector_norm(middle, dim=-1, keepdim=True).clamp(min=1e-12)
+    return middle * (FARTHEST * spread.sqrt()[:, None, None] / far).clamp(max=1.0)
 
 
 def query_space(keys: Tensor, queries: Tensor) -> Tensor:

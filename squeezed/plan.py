@@ -177,10 +177,10 @@ def level_nodes(tokens: int, clustering: ClusteringConfig) -> list[int]:
 
 def _index_bytes_per_head(shape: ModelShape, tokens: int, nodes: list[int]) -> int:
     """Positions of all rows; means, variance, offsets of all nodes; child links above leaves;
-    the slope of values."""
+    the slope of values and the centre of keys."""
     narrow = tokens <= torch.iinfo(torch.int16).max
     held = tokens * (POSITION_BYTES // 2 if narrow else POSITION_BYTES)
-    held += shape.head_dim * shape.row_bytes
+    held += (shape.head_dim + 1) * shape.row_bytes
     for depth, count in enumerate(nodes):
         held += count * (2 * shape.row_bytes + VARIANCE_BYTES) + (count + 1) * OFFSET_BYTES
         held += (count + 1) * OFFSET_BYTES if depth < len(nodes) - 1 else 0

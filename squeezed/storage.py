@@ -142,7 +142,7 @@ def _layer_tensors(layer: Layer) -> dict[str, Tensor]:
         tensors["window_tokens"] = torch.tensor(layer.tokens)
     else:
         tensors |= {"positions": layer.positions, "pinned": torch.tensor(layer.pinned)}
-        tensors["value_slope"] = layer.value_slope
+        tensors |= {"value_slope": layer.value_slope, "centre": layer.centre}
         for depth, level in enumerate(layer.levels):
             for name in LEVEL_FIELDS:
                 if getattr(level, name) is not None:
@@ -150,6 +150,7 @@ def _layer_tensors(layer: Layer) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+LAYER_FIELDS = ("keys", "values", "positions", "value_slope", "centre")
 LEVEL_FIELDS = ("centroids", "mean_values", "variance", "key_offsets", "child_offsets")
 
 
@@ -167,7 +168,7 @@ def _layer_of(tensors: dict[str, Tensor]) -> Layer:
     return ClusteredLayer(
         levels=levels,
         pinned=int(tensors["pinned"]),
-        **{name: tensors[name] for name in ("keys", "values", "positions", "value_slope")},
+        **{name: tensors[name] for name in LAYER_FIELDS},
     )
 
 

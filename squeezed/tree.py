@@ -16,7 +16,7 @@ class Level:
     """One level of the tree. Node `i` of a head holds the rows `key_offsets[i]:key_offsets[i+1]`.
 
     Attributes:
-        centroids: `[Hkv, C, D]`, mean of the raw keys of each node, in the dtype of the keys.
+        centroids: `[Hkv, C, D]`, mean of the layer's keys in each node, in their dtype.
         mean_values: `[Hkv, C, D]`, mean of the values of each node.
         variance: `[Hkv, C]` float32, the keys' variance, mean over dimensions: of the raw keys, or
             of the keys in the space in which they were clustered (`squeezed.metric`).
@@ -49,13 +49,18 @@ class ClusteredLayer:
 
     Attributes:
         keys, values: `[Hkv, P, D]`. Rows `[0, pinned)` are the pinned tokens, in document order and
-            read by every query; the rest lie in the order of the leaves.
+            read by every query; the rest lie in the order of the leaves. Keys are relative to
+            `centre`: those of the model are `keys + centre`.
         positions: `[Hkv, P]`, the document position of every row; int16 where that holds them.
         pinned: number of pinned rows, the same for all heads.
         levels: coarse to fine; empty if the document is too short to cluster.
         value_slope: `[Hkv, D, D]` in the dtype of the keys: how values move with their keys inside
             a leaf, for a variance of 1 (`squeezed.clustering.value_slope`). A query `q` moves the
             value of a node of variance `v` by `v * value_slope @ (s q)`.
+        centre: `[Hkv, D]` in the dtype of the keys, what a head's keys have in common
+            (`squeezed.clustering.common_part`). A softmax does not see what all its logits share,
+            so whoever joins other keys to these subtracts it from them too (`centred`); mean keys
+            of the levels are relative to it as well.
     """
 
     keys: Tensor
@@ -64,10 +69,15 @@ class ClusteredLayer:
     pinned: int
     levels: tuple[Level, ...]
     value_slope: Tensor
+    centre: Tensor
 
     @property
     def tokens(self) -> int:
         return self.keys.shape[1]
+
+    def centred(self, keys: Tensor) -> Tensor:
+        """Keys of the model `[..., Hkv, S, D]`, of the user's tokens say, relative to `centre`."""
+        return keys - self.centre[:, None].to(keys.dtype)
 
     @property
     def clustered(self) -> int:

@@ -145,7 +145,7 @@ def test_alpha_is_one_for_gaussian_clusters():
     level = level_of(keys, keys, offsets, None)
     slope = keys.new_zeros(1, keys.shape[2], keys.shape[2])
     positions = torch.zeros(1, 4000, dtype=torch.int32)
-    layer = ClusteredLayer(keys, keys, positions, 0, (level,), slope)
+    layer = ClusteredLayer(keys, keys, positions, 0, (level,), slope, keys.new_zeros(1, 32))
     queries = torch.randn(2, 100, 32, generator=generator)
     alpha = fit_alpha(ObservedLayer(layer, queries, SCALE))
     torch.testing.assert_close(alpha, torch.ones(1, 2), atol=0.15, rtol=0)

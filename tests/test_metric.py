@@ -99,11 +99,31 @@ def test_points_are_directions_of_keys_in_the_space_and_values_beside_them():
     keys, values = torch.randn(2, 2, 90, 8, generator=generator) + 3
     queries = torch.randn(6, 20, 8, generator=generator)
     points = torch.full((2, 90, compared_dimensions(8)), float("nan"))
-    space = place_points(keys, values, queries, points)
+    centre = torch.randn(2, 8, generator=generator)
+    space = place_points(keys, values, queries, centre, points)
     compared = query_space(keys, queries)
     spread = compared.var(1, correction=0).sum(-1)
     joined = torch.cat([compared, weighted_values(values, spread)], -1)
     torch.testing.assert_close(points, torch.nn.functional.normalize(joined, dim=-1))
     away = compared - compared.mean(1, keepdim=True)
     torch.testing.assert_close(space.energy, away.square().mean(-1), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(keys @ space.factor - space.centre, away, atol=1e-5, rtol=1e-4)
+    stored = keys - centre[:, None]
+    torch.testing.assert_close(stored @ space.factor - space.middle, away, atol=1e-5, rtol=1e-4)
+
+
+def test_a_far_common_part_leaves_directions_that_tell_keys_apart():
+    generator = torch.Generator().manual_seed(3)
+    keys, values = torch.randn(2, 1, 200, 16, generator=generator)
+    queries = torch.randn(2, 40, 16, generator=generator)
+
+    def neighbours(offset):
+        shifted, dim = keys.double() + offset, compared_dimensions(16)
+        points = torch.empty(1, 200, dim, dtype=torch.float64)
+        place_points(shifted.float(), values, queries, shifted.float().mean(1), points)
+        points = points.to(torch.float16).float()[0]  # what a GPU compares
+        return (points @ points.T).fill_diagonal_(-1).topk(5).indices
+
+    common = torch.randn(16, generator=generator).double()
+    near, far = (neighbours(ratio * common) for ratio in (30, 1000))
+    shared = (near[:, :, None] == far[:, None]).any(-1).float().mean()
+    assert shared > 0.9, "neighbours must not depend on how far off all keys are"

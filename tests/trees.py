@@ -34,9 +34,8 @@ def random_layer(
     ]
     positions = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(kv_heads)])
     slope = 0.3 * torch.randn(kv_heads, keys.shape[2], keys.shape[2], generator=generator)
-    return ClusteredLayer(
-        keys, values, positions.int(), pinned, tuple(levels), slope.to(keys.dtype)
-    )
+    slope, centre = slope.to(keys.dtype), torch.zeros_like(keys[:, 0])
+    return ClusteredLayer(keys, values, positions.int(), pinned, tuple(levels), slope, centre)
 
 
 def level_of(keys, values, key_offsets, child_offsets):

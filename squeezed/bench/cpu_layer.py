@@ -73,10 +73,9 @@ def random_layer(sizes: Sizes, dtype: torch.dtype) -> ClusteredLayer:
         for rows, below in ((nodes, children.int()), (leaves, None))
     )
     positions = torch.arange(sizes.tokens, dtype=torch.int32).repeat(heads, 1)
-    slope = torch.randn(heads, dim, dim)
-    return ClusteredLayer(
-        keys.to(dtype), values.to(dtype), positions, sizes.pinned, levels, slope.to(dtype)
-    )
+    slope, centre = torch.randn(heads, dim, dim).to(dtype), torch.zeros(heads, dim, dtype=dtype)
+    keys, values = keys.to(dtype), values.to(dtype)
+    return ClusteredLayer(keys, values, positions, sizes.pinned, levels, slope, centre)
 
 
 def _level(keys: Tensor, values: Tensor, rows: Tensor, below: Tensor | None, dtype) -> Level:

@@ -79,7 +79,7 @@ class ContextLayer(SuffixLayer):
             self.queries_answered = torch.zeros_like(self.keys_read)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        super().update(key_states, value_states)
+        super().update(self.context.layer.centred(key_states), value_states)
         return self.hand_over()
 
     def hand_over(self) -> tuple[Handover, Handover]:

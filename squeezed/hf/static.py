@@ -83,7 +83,7 @@ class StaticContextLayer(StaticSuffix, ContextLayer):
         keep_address(self.keys_read, self.queries_answered, *self.context.tensors())
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        self.write(key_states, value_states)
+        self.write(self.context.layer.centred(key_states), value_states)
         return self.hand_over()
 
 

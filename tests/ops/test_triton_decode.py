@@ -343,7 +343,8 @@ def test_offsets_beyond_31_bits_equal_reference():
     centroids = torch.stack([keys[:, a:b].float().mean(1) for a, b in ends[0].unfold(0, 2, 1)], 1)
     level = Level(centroids.bfloat16(), centroids.bfloat16(), torch.zeros(1, 3), ends).to("cuda")
     slope = keys.new_zeros(1, keys.shape[2], keys.shape[2])
-    layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,), slope)
+    centre = keys.new_zeros(1, 128)
+    layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,), slope, centre)
     query, recent, values = inputs(layer_of(kv_heads=1, dim=128, dtype=torch.bfloat16))
     query[0, 0, 0] = 2000 * centroids[0, 2]  # only the last cluster, far beyond 2^31 elements
     rule = SelectionRule.for_all_heads((-8.0,), layer, None, "none")

@@ -355,7 +355,8 @@ def test_prefill_offsets_beyond_31_bits_equal_reference(kernel):
     centroids = torch.stack([keys[:, a:b].float().mean(1) for a, b in ends[0].unfold(0, 2, 1)], 1)
     level = Level(centroids.bfloat16(), centroids.bfloat16(), torch.zeros(1, 3), ends).to("cuda")
     slope = keys.new_zeros(1, 128, 128)
-    layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,), slope)
+    centre = keys.new_zeros(1, 128)
+    layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,), slope, centre)
     query, recent, values = inputs(kv_heads=1, rows=128, suffix=128, dim=128, dtype=keys.dtype)
     query[:] = 2000 * centroids[0, 2]  # only the last cluster, far beyond 2^31 elements
     rule = SelectionRule.for_all_heads((-8.0,), layer, None, "none", 128)

@@ -227,7 +227,7 @@ def describe_level(
         BLOCK_D=triton.next_power_of_2(dim), BLOCK_P=16, SPACE=space is not None, num_warps=2,
     )  # fmt: skip
     if space is not None:
-        middle = torch.baddbmm(space.centre, exact, space.factor, beta=-1)
+        middle = torch.baddbmm(space.middle, exact, space.factor, beta=-1)
         variance = (variance - middle.square().mean(-1)).clamp_(min=0)
     children = None if child_offsets is None else child_offsets.to(torch.int32)
     return Level(centroids, mean_values, variance, key_offsets, children)

@@ -31,6 +31,7 @@ def attend(
         layer.values,
         layer.positions,
         layer.value_slope,
+        layer.centre,
         [level.centroids for level in levels],
         [level.mean_values for level in levels],
         [level.variance for level in levels],
@@ -55,6 +56,7 @@ def decode_step(
     values: Tensor,
     positions: Tensor,
     value_slope: Tensor,
+    centre: Tensor,
     centroids: list[Tensor],
     mean_values: list[Tensor],
     variance: list[Tensor],
@@ -74,7 +76,7 @@ def decode_step(
     children = [*child_offsets, None] if centroids else []
     columns = (centroids, mean_values, variance, key_offsets, children)
     levels = tuple(Level(*parts) for parts in zip(*columns, strict=True))
-    layer = ClusteredLayer(keys, values, positions, pinned, levels, value_slope)
+    layer = ClusteredLayer(keys, values, positions, pinned, levels, value_slope, centre)
     rule = SelectionRule(log_thresholds, alpha, far_field, far_alpha=far_alpha)
     return decode.attend(query, layer, rule, suffix_keys, suffix_values, suffix_mask, scale)
 
