@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from squeezed.forks import survive_forks
+
 if TYPE_CHECKING:
     from squeezed.config import ClusteringConfig, IndexConfig, Preset
     from squeezed.context import FixedContext
@@ -31,6 +33,8 @@ __all__ = [
     "index",
     "load",
 ]
+
+survive_forks()
 
 
 def __getattr__(name: str):

@@ -62,3 +62,10 @@ def implementation(name: str, device: torch.device) -> Callable[..., tuple[Tenso
             f"implementation: {chosen!r} needs the package {error.name}, found none; install it, or"
             " use 'reference'"
         ) from error
+    except SqueezedError:
+        raise
+    except (ValueError, RuntimeError) as error:  # Numba reads its settings when it is imported
+        raise SqueezedError(
+            f"implementation: {chosen!r} does not start ({error}); check the variables NUMBA_* of "
+            "the environment, or use 'reference'"
+        ) from error

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from threading import Lock
 
-import numba
 import torch
 from torch import Tensor
 
 from squeezed.ops.cpu import decode, prefill
 from squeezed.ops.cpu.arrays import Suffix
 from squeezed.ops.cpu.rows import QueryRows, from_rows, to_rows
+from squeezed.ops.cpu.threads import threads
 from squeezed.rule import SelectionRule
 from squeezed.tree import ClusteredLayer
 
@@ -22,8 +19,6 @@ PREFILL_ROWS = 48
 
 SLAB_ROWS = {decode: 128, prefill: 1024}
 """Query rows per KV head that are worked on at once; bounds the memory of what lies between."""
-
-_ONE_CALL = Lock()
 
 
 def attend(
@@ -51,7 +46,7 @@ def attend(
     suffix = Suffix.of(suffix_keys, suffix_values)
     path = decode if rows.rows < PREFILL_ROWS else prefill
     outputs, reads = [], []
-    with _threads():
+    with threads():
         for slab in _slabs(rows, SLAB_ROWS[path]):
             output, keys_read = path.attend_units(slab, layer, rule, suffix)
             outputs.append(output)
@@ -65,24 +60,3 @@ def _slabs(rows: QueryRows, most_rows: int) -> Iterator[QueryRows]:
     step = max(1, most_rows // rows.rows)
     for start in range(0, rows.units, step):
         yield rows.slab(start, min(start + step, rows.units))
-
-
-@contextmanager
-def _threads() -> Iterator[None]:
-    """Numba on as many threads as torch, one call at a time: not every pool is re-entrant."""
-    with _ONE_CALL:
-        _start_pool()
-        before = numba.get_num_threads()
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-        try:
-            yield
-        finally:
-            numba.set_num_threads(before)
-
-
-@cache
-def _start_pool() -> None:
-    """Start Numba's threads. OpenMP's are torch's own, and starting them resets their number."""
-    threads = torch.get_num_threads()
-    numba.get_num_threads()  # starts them
-    torch.set_num_threads(threads)

@@ -8,15 +8,16 @@ keep it. A *task* is a run of pieces of one kind and head, with its own softmax 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from squeezed.ops.cpu.compiled import compiled
 from squeezed.ops.cpu.lookup import KEPT
 from squeezed.ops.cpu.numerics import TILE, absorb, dots, prefetch_row
 
 CONTEXT, PINNED, SUFFIX = 0, 1, 2
 
 
-@njit(cache=True)
+@compiled
 def _absorb_rows(q, keys, values, offsets, count, logits, top, mass, acc):
     if count:
         for t in range(count):  # the products take long enough for the values to arrive
@@ -25,7 +26,7 @@ def _absorb_rows(q, keys, values, offsets, count, logits, top, mass, acc):
         absorb(logits, count, values, offsets, top, mass, acc)
 
 
-@njit(cache=True)
+@compiled
 def _all_rows(q, keys, values, first, start, stop, top, mass, acc):
     """Rows `[start, stop)` of the head whose elements begin at `first`."""
     dim = q.shape[1]
@@ -37,7 +38,7 @@ def _all_rows(q, keys, values, first, start, stop, top, mass, acc):
         _absorb_rows(q, keys, values, offsets, count, logits, top, mass, acc)
 
 
-@njit(cache=True)
+@compiled
 def _kept_rows(q, keys, values, first, start, stop, state, key_offsets, top, mass, acc):
     """Rows in `[start, stop)` whose leaf is kept, gathered into full tiles."""
     dim = q.shape[1]
@@ -56,7 +57,7 @@ def _kept_rows(q, keys, values, first, start, stop, state, key_offsets, top, mas
     _absorb_rows(q, keys, values, offsets, count, logits, top, mass, acc)
 
 
-@njit(cache=True)
+@compiled
 def _suffix_rows(q, keys, key_at, values, value_at, start, stop, mask, top, mass, acc):
     """Suffix tokens; `mask [block, S]` repeats for every head of the group.
 
@@ -78,7 +79,7 @@ def _suffix_rows(q, keys, key_at, values, value_at, start, stop, mask, top, mass
         absorb(logits, count, values, from_value, top, mass, acc)
 
 
-@njit(cache=True)
+@compiled
 def _attend_task(
     pieces, q, keys, values, tokens, state, key_offsets,
     suffix_keys, suffix_values, strides, batch, mask, top, mass, acc,
@@ -105,7 +106,7 @@ def _attend_task(
                 )
 
 
-@njit(cache=True, parallel=True)
+@compiled(parallel=True)
 def attend_exact(
     pieces, bounds, q, keys, values, tokens, state, key_offsets,
     suffix_keys, suffix_values, strides, batch, mask, top, mass, acc,

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from squeezed.ops.cpu.compiled import compiled
 from squeezed.ops.cpu.numerics import TILE, absorb, dots, exp_nonpositive, log_sum, prefetch_row
 
 DEAD, DROPPED, KEPT = np.uint8(0), np.uint8(1), np.uint8(2)
 NEG_INF = np.float32(-np.inf)
 
 
-@njit(cache=True)
+@compiled
 def _score(q, centroids, base, state, logits):
     """First-order logits of all nodes that are not dead."""
     rows, dim = q.shape
@@ -38,7 +39,7 @@ def _score(q, centroids, base, state, logits):
             count = 0
 
 
-@njit(cache=True)
+@compiled
 def _log_mass(logits, energy, variance, key_offsets, state, wanted):
     """Log of the sum of `size * exp(logit + energy * variance)` over nodes in the wanted state."""
     terms = np.empty(logits.shape[0], np.float32)
@@ -55,7 +56,7 @@ def _log_mass(logits, energy, variance, key_offsets, state, wanted):
     return log_sum(mass, top)
 
 
-@njit(cache=True)
+@compiled
 def _mean_score(logits, energy, normaliser, variance, valid, score):
     """Raise `score [C]` to the log of the mean over the valid rows of one head of the group."""
     top, mass = np.full(score.shape[0], NEG_INF), np.zeros(score.shape[0], np.float32)
@@ -77,7 +78,7 @@ def _mean_score(logits, energy, normaliser, variance, valid, score):
         score[node] = max(score[node], top[node])
 
 
-@njit(cache=True)
+@compiled
 def _select(logits, energy, normaliser, variance, valid, threshold, state):
     """Mark as kept what exceeds the log threshold."""
     block, nodes = valid.shape[0], state.shape[0]
@@ -90,7 +91,7 @@ def _select(logits, energy, normaliser, variance, valid, threshold, state):
             state[node] = KEPT
 
 
-@njit(cache=True)
+@compiled
 def _add_far(values, base, state, key_offsets, logits, energy, variance, top, mass, spread, acc):
     """Every dropped node as one key of mass `size * exp(logit + energy * variance)` and the node's
     mean value; `spread` sums its variance with the same weights."""
@@ -117,7 +118,7 @@ def _add_far(values, base, state, key_offsets, logits, energy, variance, top, ma
             count = 0
 
 
-@njit(cache=True)
+@compiled
 def _open_children(state, child_offsets, below):
     """Children of kept nodes are alive: dropped, until they are kept themselves."""
     for node in range(state.shape[0]):
@@ -125,14 +126,14 @@ def _open_children(state, child_offsets, below):
             below[child] = DROPPED if state[node] == KEPT else DEAD
 
 
-@njit(cache=True)
+@compiled
 def _bury_empty(state, key_offsets):
     for node in range(state.shape[0]):
         if key_offsets[node + 1] == key_offsets[node]:
             state[node] = DEAD
 
 
-@njit(cache=True)
+@compiled
 def _kept_keys(key_offsets, state):
     keys = 0
     for node in range(state.shape[0]):
@@ -141,7 +142,7 @@ def _kept_keys(key_offsets, state):
     return keys
 
 
-@njit(cache=True)
+@compiled
 def _visit_unit(
     h, u, q, centroids, mean_values, variance, key_offsets, child_offsets, energy, far_energy,
     valid, threshold, is_first, to_score, with_far, normaliser, state, below, logits, keys_read,
@@ -166,7 +167,7 @@ def _visit_unit(
         keys_read[h, u] = _kept_keys(key_offsets, state)
 
 
-@njit(cache=True, parallel=True)
+@compiled(parallel=True)
 def descend(
     q, centroids, mean_values, variance, key_offsets, child_offsets, energy, far_energy, valid,
     threshold, is_first, to_score, with_far, normaliser, state, below, logits, keys_read,

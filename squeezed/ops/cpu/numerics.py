@@ -13,9 +13,11 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from squeezed.ops.cpu.compiled import compiled
 
 REORDER = {"reassoc", "contract", "nsz", "arcp"}
 TILE = 64
@@ -69,7 +71,7 @@ def _prefetch(typing_context, array, index):
     return types.void(array, types.intp), codegen
 
 
-@njit(cache=True)
+@compiled
 def prefetch_row(flat, offset, dim):
     for d in range(0, dim, 64 // flat.itemsize):
         _prefetch(flat, offset + d)
@@ -83,7 +85,7 @@ def _float_of_bits(typing_context, bits):
     return types.float32(types.int32), codegen
 
 
-@njit(cache=True)
+@compiled
 def exp_nonpositive(x):
     """`exp(x)` for `x <= 0`, float32, to about 1 ulp; below -87 it is 0. Written to vectorise."""
     clamped = max(x, _UNDERFLOW)
@@ -96,7 +98,7 @@ def exp_nonpositive(x):
     return value if x >= _UNDERFLOW else np.float32(0.0) * value
 
 
-@njit(cache=True, fastmath=REORDER)
+@compiled(fastmath=REORDER)
 def dots(q, flat, offsets, count, out):
     """`out[r, t] = q[r] . flat[offsets[t]:]` for all rows `r` of `q` and `t < count <= TILE`.
 
@@ -133,7 +135,7 @@ def dots(q, flat, offsets, count, out):
             out[r, t], out[r, t + 1] = s00, s10
 
 
-@njit(cache=True, fastmath=REORDER)
+@compiled(fastmath=REORDER)
 def _add_values(weights, count, flat, offsets, acc):
     """`acc[r] += sum over t of weights[r, t] * flat[offsets[t]:]`, `count` a multiple of 4.
 
@@ -174,7 +176,7 @@ def _add_values(weights, count, flat, offsets, acc):
                 a0[d] += low + w02 * load(flat, o2 + d) + w03 * load(flat, o3 + d)
 
 
-@njit(cache=True)
+@compiled
 def _largest(rows, r, count):
     """Largest of `rows[r, :count]`, `count` a multiple of 4: four chains hide the latency."""
     m0 = m1 = m2 = m3 = np.float32(-np.inf)
@@ -184,7 +186,7 @@ def _largest(rows, r, count):
     return max(max(m0, m1), max(m2, m3))
 
 
-@njit(cache=True, fastmath={"reassoc"})
+@compiled(fastmath={"reassoc"})
 def _exponentiate(rows, r, count, top):
     """Row `r` becomes `exp(row - top)`; returns its sum."""
     for t in range(count):
@@ -195,13 +197,13 @@ def _exponentiate(rows, r, count, top):
     return mass
 
 
-@njit(cache=True)
+@compiled
 def log_sum(mass, top):
     """Logarithm of `mass * exp(top)`; `-inf` if there is no mass."""
     return top + np.float32(math.log(mass)) if mass > 0 else np.float32(-np.inf)
 
 
-@njit(cache=True)
+@compiled
 def _weigh(logits, count, r, top, mass, acc):
     """Turn one row of logits into softmax weights under a running maximum."""
     here = _largest(logits, r, count)
@@ -217,7 +219,7 @@ def _weigh(logits, count, r, top, mass, acc):
         mass[r] += _exponentiate(logits, r, count, top[r])
 
 
-@njit(cache=True)
+@compiled
 def absorb(logits, count, flat, offsets, top, mass, acc):
     """One step of the online softmax: add `count <= TILE` values with these logits.
 

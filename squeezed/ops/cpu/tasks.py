@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from squeezed.ops.cpu.compiled import compiled
 from squeezed.ops.cpu.exact import CONTEXT, PINNED, SUFFIX
 from squeezed.ops.cpu.lookup import KEPT
 
 
-@njit(cache=True)
+@compiled
 def _kept_by_any(state, leaf):
     for unit in range(state.shape[0]):  # noqa: SIM110, Numba compiles no generators
         if state[unit, leaf] == KEPT:
@@ -19,7 +19,7 @@ def _kept_by_any(state, leaf):
     return False
 
 
-@njit(cache=True)
+@compiled
 def _cut_kept(head, state, key_offsets, piece_keys, pieces, count):
     """Row ranges of one head that hold `piece_keys` keys kept by any unit; large leaves are cut."""
     start, held = np.int64(key_offsets[0]), 0
@@ -37,7 +37,7 @@ def _cut_kept(head, state, key_offsets, piece_keys, pieces, count):
     return count
 
 
-@njit(cache=True)
+@compiled
 def _cut_rows(kind, head, rows, piece_keys, pieces, count):
     for start in range(0, rows, piece_keys):
         pieces[count] = kind, head, start, min(start + piece_keys, rows)
@@ -45,7 +45,7 @@ def _cut_rows(kind, head, rows, piece_keys, pieces, count):
     return count
 
 
-@njit(cache=True)
+@compiled
 def cut_pieces(state, key_offsets, pinned, suffix, piece_keys):
     """All pieces of all heads, `[N, 4]`, those of one kind and head side by side."""
     heads = state.shape[0]
@@ -58,7 +58,7 @@ def cut_pieces(state, key_offsets, pinned, suffix, piece_keys):
     return pieces[:count]
 
 
-@njit(cache=True)
+@compiled
 def group_pieces(pieces, tasks):
     """Bounds `[T + 1]` of about `tasks` equal runs of pieces of one kind and head."""
     per_task = max(1, (pieces.shape[0] + tasks - 1) // tasks)
@@ -75,7 +75,7 @@ def group_pieces(pieces, tasks):
     return bounds[: count + 1]
 
 
-@njit(cache=True)
+@compiled
 def _merge_row(tasks, w, top, mass, acc, far_top, far_mass, far_acc, out):
     """Softmax over all tasks and the far field of one query row."""
     highest = far_top if far_mass > 0 else np.float32(-np.inf)
@@ -100,7 +100,7 @@ def _merge_row(tasks, w, top, mass, acc, far_top, far_mass, far_acc, out):
             out[d] /= weights
 
 
-@njit(cache=True)
+@compiled
 def combine(pieces, bounds, top, mass, acc, far_top, far_mass, far_acc, out):
     """Merge the tasks of every head into `out [H, W, D]`; rows that attend to nothing become 0.
 
