@@ -12,6 +12,7 @@ from squeezed.calibration import Calibration
 from squeezed.config import BEST, DEFAULT_BUDGET, IndexConfig, check_budget
 from squeezed.errors import SqueezedError
 from squeezed.prompt import PromptTemplate
+from squeezed.structure import Outline, OutlinedLayers
 from squeezed.tree import ClusteredLayer, WindowLayer
 
 Layer = ClusteredLayer | WindowLayer
@@ -54,7 +55,14 @@ class FixedContext:
     @property
     def is_dense(self) -> bool:
         """Whether the document was too short to cluster, so that all of it is always read."""
-        return not any(layer.levels for layer in self.clustered_layers)
+        return not any(outline.nodes for outline in self.outlines)
+
+    @property
+    def outlines(self) -> Sequence[Outline]:
+        """Kind and shapes of every layer; of a saved context without opening any."""
+        if isinstance(self.layers, OutlinedLayers):
+            return self.layers.outlines
+        return tuple(Outline.of(layer) for layer in self.layers)
 
     def calibration(self, preset: str) -> Calibration:
         """Thresholds of a preset; raises `SqueezedError` for a name the context does not hold."""

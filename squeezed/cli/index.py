@@ -28,13 +28,13 @@ def index(
     json: options.Json = False,
 ) -> None:
     """Turn a document into a fixed context and save it."""
-    from squeezed.storage import check_replaceable
+    from squeezed.storage import prove_writable
 
     config = index_config(levels, iterations, chunk)
     if document.is_dir():
         raise SqueezedError(f"document: {document} is a directory; name a text file")
     target = output or _default_output(document)
-    check_replaceable(target)
+    prove_writable(target)
     context = open_session(document, model, dtype, device, config).context
     context.save(target)
     record = {
