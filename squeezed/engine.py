@@ -18,7 +18,9 @@ from squeezed.fingerprint import model_fingerprint, tokenizer_fingerprint
 from squeezed.forest import cluster
 from squeezed.hf.cache import Spending, SqueezedCache, suffix_mask
 from squeezed.hf.capture import capture
-from squeezed.hf.support import layer_kinds, text_config, using_attention
+from squeezed.hf.positions import check_document, check_room
+from squeezed.hf.rehearsal import rehearse
+from squeezed.hf.support import input_device, layer_kinds, using_attention
 from squeezed.memory import check_memory
 from squeezed.prompt import PromptTemplate, probe_question
 
@@ -56,11 +58,12 @@ def index(
     template = template or PromptTemplate.of(tokenizer)
     kinds = layer_kinds(model)
     tokens = template.document_ids(tokenizer, _document(text))
-    _check_length(model, len(tokens))
+    room = check_document(model, len(tokens))
+    rehearse(model, kinds, tokens)
     check_memory(model, len(tokens), config.clustering)
 
     started = time.perf_counter()
-    probe = template.question_ids(tokenizer, probe_question(text))
+    probe = template.question_ids(tokenizer, probe_question(text))[-room:]
     captured = capture(
         model,
         tokens,
@@ -105,22 +108,13 @@ def _document(text: str) -> str:
     return text
 
 
-def _check_length(model, tokens: int) -> None:
-    longest = getattr(text_config(model), "max_position_embeddings", None)
-    if longest and tokens > longest:
-        raise SqueezedError(
-            f"text: the document has {tokens:,} tokens, the model's positions end at "
-            f"{longest:,}; shorten the document or choose a model for longer contexts"
-        )
-
-
 def load(path: str | Path, model=None) -> FixedContext:
     """Open a saved context, on the model's device, and check that the model made it.
 
     Raises:
         ContextFileError: nothing there, damaged, another format, or made by another model.
     """
-    device = "cpu" if model is None else model.device
+    device = "cpu" if model is None else input_device(model)
     context = storage.load(Path(path), device)
     if model is not None and model_fingerprint(model) != context.model:
         raise ContextFileError(
@@ -183,8 +177,10 @@ def check_tokenizer(tokenizer, context: FixedContext) -> None:
 
 def respond(model, tokenizer, cache: SqueezedCache, ids: torch.Tensor, **arguments) -> Answer:
     """Generate what follows the tokens in `cache` and then `ids` `[S]`; the cache grows by both."""
-    ids = ids[None].to(model.device)
-    defaults = {"max_new_tokens": DEFAULT_NEW_TOKENS, "do_sample": False}
+    ids = ids[None].to(input_device(model))
+    arguments = {"max_new_tokens": DEFAULT_NEW_TOKENS, "do_sample": False} | arguments
+    prompt = int(cache.get_seq_length()) + ids.shape[1]
+    check_room(model, cache.layers[0].tokens, prompt, arguments["max_new_tokens"])
     clock = _Clock()
     with using_attention(model), torch.inference_mode():
         output = model.generate(
@@ -192,7 +188,7 @@ def respond(model, tokenizer, cache: SqueezedCache, ids: torch.Tensor, **argumen
             attention_mask=suffix_mask(cache.get_seq_length(), torch.ones_like(ids)),
             past_key_values=cache,
             stopping_criteria=[clock],
-            **(defaults | arguments),
+            **arguments,
         )
     new = output[0, ids.shape[1] :].cpu()
     return Answer(

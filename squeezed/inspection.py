@@ -21,7 +21,7 @@ class Traffic:
     """Bytes of the context that one generated token reads, mean over the answer.
 
     Attributes:
-        dense: all keys and values.
+        dense: all keys and values, again for every layer that reads those of another one.
         exact: keys and values read exactly, the pinned ones included.
         index: centroids and statistics of the nodes scored, mean values of those dropped.
     """
@@ -41,15 +41,20 @@ def traffic(context: FixedContext, cache: SqueezedCache) -> Traffic:
     The exact keys are the ones that the cache counted, on the question and the answer alike.
     """
     index = exact = 0.0
+    dense = float(context.kv_bytes())
     for entry, scale in zip(cache.context_layers, context.scales, strict=True):
         layer, query = entry.context.layer, answer_queries(entry)
         per_key = layer.kv_bytes() / (layer.keys.shape[0] * layer.tokens)
-        exact += layer.pinned * layer.keys.shape[0] * per_key
-        exact += float(entry.keys_read) / max(1, int(entry.queries_answered)) * per_key
+        tokens, queries = max(1, int(entry.tokens_answered)), int(entry.queries_answered)
+        dense += layer.kv_bytes() * (queries / tokens - 1)
+        exact += layer.pinned * layer.keys.shape[0] * per_key * queries / tokens
+        exact += float(entry.keys_read) / tokens * per_key
         if cache.budget < 1:
-            index += float(entry.context.index_bytes(query, scale)) / query.shape[2]
+            index += (
+                float(entry.context.index_bytes(query, scale)) / query.shape[2] * queries / tokens
+            )
     windows = sum(x.kv_bytes() for x in context.layers if not isinstance(x, ClusteredLayer))
-    return Traffic(context.kv_bytes(), exact + windows, index)
+    return Traffic(round(dense), exact + windows, index)
 
 
 def describe(context: FixedContext) -> dict:

@@ -22,6 +22,7 @@ from transformers.masking_utils import (
 )
 
 from squeezed.errors import SqueezedError, UnsupportedModelError
+from squeezed.hf.rope import check_rope
 
 NAME = "squeezed"
 
@@ -30,14 +31,34 @@ REMEDY = (
     f'{NAME}") first'
 )
 
+UNKNOWN_TO_SDPA = {
+    "softcap": "soft-capped logits",
+    "s_aux": "learned attention sinks",
+    "sinks": "learned attention sinks",
+    "indices": "keys chosen by an indexer",
+    "block_indices": "keys chosen by an indexer",
+}
+"""Arguments of an attention function that would go unheeded, and what they mean."""
+
+UNKNOWN = UNKNOWN_TO_SDPA | {"position_bias": "position biases"}
+
 Attend = Callable[[Tensor, "Tensor | None", float], Tensor]
 
 
 class Handover:
-    """Stands in for the keys and values of a layer; only `squeezed_attention_forward` opens it."""
+    """Stands in for the keys and values of a layer; only `squeezed_attention_forward` opens it.
 
-    def __init__(self, attend: Attend) -> None:
+    Layers without keys of their own get that of the layer they share with, and ask it again.
+    """
+
+    def __init__(self, attend: Attend, document: int = 0, tokens: int = 0) -> None:
+        """`tokens` may be in the cache after a document of `document`; 0 while that is read."""
         self.attend = attend
+        self.document, self.tokens = document, tokens
+
+    def to(self, *args, **kwargs) -> Handover:
+        """Where weights wait on another device, what layers share is moved with them."""
+        return self
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -57,26 +78,31 @@ def squeezed_attention_forward(
     With an ordinary cache, or none, this is scaled-dot-product attention.
     """
     if not isinstance(key, Handover):
+        refuse(module, kwargs, UNKNOWN_TO_SDPA)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    refuse_unsupported(module, kwargs)
+    refuse(module, kwargs, UNKNOWN)
+    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        raise _refusal(module, "attention to later tokens")
+    if key.document:
+        check_rope(module.config, key.document, key.tokens)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return key.attend(query, attention_mask, scale).transpose(1, 2), None
+    return key.attend(query, attention_mask, scale).transpose(1, 2).contiguous(), None
 
 
-def refuse_unsupported(module, kwargs: dict[str, Any]) -> None:
+def refuse(module, kwargs: dict[str, Any], changes: dict[str, str]) -> None:
     """Raise for arguments that change the attention formula in a way we do not reproduce."""
-    for name, what in (
-        ("softcap", "soft-capped logits"),
-        ("s_aux", "learned attention sinks"),
-        ("position_bias", "a position bias"),
-    ):
+    for name, what in changes.items():
         if kwargs.get(name) is not None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} uses {what}, which squeezed attention does not "
-                "reproduce; use a model without them, or dense attention"
-            )
+            raise _refusal(module, what)
+
+
+def _refusal(module, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(module).__name__} uses {what}, which squeezed attention does not "
+        "reproduce; use a model without them, or dense attention"
+    )
 
 
 def squeezed_mask(

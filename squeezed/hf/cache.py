@@ -37,6 +37,11 @@ class SuffixLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.tokens + self.suffix_length
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens held at most, for who must know it without waiting for the device."""
+        return self.get_seq_length()
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The mask covers the suffix, and the context's last tokens if they are a window."""
         visible = self.window_tokens + self.suffix_length + query_length
@@ -69,27 +74,34 @@ class ContextLayer(SuffixLayer):
         self.context = context
         self.select_per_token = False
         self.watch: list[Tensor] | None = None
+        self.asked_again = False  # by a layer that shares these keys
         self.keys_read: Tensor | None = None
         self.queries_answered: Tensor | None = None
+        self.tokens_answered: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         with torch.inference_mode(False):  # so that later calls may count in any mode
             self.keys_read = torch.zeros((), dtype=torch.int64, device=self.device)
             self.queries_answered = torch.zeros_like(self.keys_read)
+            self.tokens_answered = torch.zeros_like(self.keys_read)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         super().update(self.context.layer.centred(key_states), value_states)
         return self.hand_over()
 
     def hand_over(self) -> tuple[Handover, Handover]:
-        handover = Handover(self.attend)
+        self.asked_again = False
+        handover = Handover(self.attend, self.tokens, self.most_tokens)
         return handover, handover
 
     def attend(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Attention of `query [B, Hq, Q, D]`; `mask` covers the suffix only."""
+        """Attention of `query [B, Hq, Q, D]`; `mask` covers the suffix only.
+
+        The model's layer that owns the keys comes first; others that share them may follow.
+        """
         if self.watch is not None:
-            self.watch.append(query)
+            self.watch.append(query[:, :, -1:] if self.asked_again else query)
         per_token = query.shape[2] == 1 or self.select_per_token
         output, keys_read = self.context.attend(
             query, self.keys, self.values, mask, scale, per_token
@@ -101,14 +113,19 @@ class ContextLayer(SuffixLayer):
         """Count in place: a compiled step must not make new tensors that outlive it."""
         self.keys_read.add_(keys_read.sum())
         if mask is None:
-            self.queries_answered.add_(query.shape[0] * query.shape[2])
+            answered = query.shape[0] * query.shape[2]
         else:
-            self.queries_answered.add_(mask.any(-1).expand(query.shape[0], -1, -1).sum())
+            answered = mask.any(-1).expand(query.shape[0], -1, -1).sum()
+        self.queries_answered.add_(answered)
+        if not self.asked_again:
+            self.tokens_answered.add_(answered)
+        self.asked_again = True
 
     def restart_spending(self) -> None:
         if self.is_initialized:
             self.keys_read.zero_()
             self.queries_answered.zero_()
+            self.tokens_answered.zero_()
 
 
 class WindowedLayer(SuffixLayer):
@@ -173,16 +190,16 @@ class SqueezedCache(Cache):
     def spending(self) -> Spending:
         """What was read since the start, or since `restart_spending()`. Waits for the device."""
         read = available = 0.0
-        queries = 0
+        tokens = 0
         for layer in self.context_layers:
             if layer.keys_read is None:
                 continue
-            queries = int(layer.queries_answered)
+            tokens = int(layer.tokens_answered)
             read += float(layer.keys_read)
-            available += queries * layer.context.selectable_keys
+            available += int(layer.queries_answered) * layer.context.selectable_keys
         return Spending(
             budget=read / available if available else 1.0,
-            keys_read=read / queries if queries else 0.0,
+            keys_read=read / tokens if tokens else 0.0,
         )
 
 

@@ -17,7 +17,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from squeezed.hf.attention import Handover
-from squeezed.hf.support import layer_kinds, using_attention
+from squeezed.hf.rope import first_chunk
+from squeezed.hf.support import input_device, layer_kinds, text_config, using_attention
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class CapturedLayer:
 
     Attributes:
         keys, values: `[Hkv, P, D]` in document order (`[Hkv, W, D]` for a sliding window).
-        queries: `[Hq, W, D]`, those of the probe; `None` for a sliding window.
+        queries: `[Hq, W, D]`, those of the probe; `None` for a sliding window. Where further
+            layers read the same keys, their queries follow as more rows.
         scale: the layer's softmax scale.
     """
 
@@ -44,8 +46,8 @@ class CaptureLayer(CacheLayerMixin):
     def __init__(self, tokens: int, probe: int) -> None:
         super().__init__()
         self.tokens, self.capacity, self.filled = tokens, tokens + probe, 0
-        self.queries: Tensor | None = None
-        self.scale = 0.0
+        self.queries: list[Tensor] = []
+        self.scales: set[float] = set()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = (
@@ -68,8 +70,8 @@ class CaptureLayer(CacheLayerMixin):
         """Dense causal attention of one chunk; the queries of the last, the probe, are kept."""
         rows, end = query.shape[2], self.filled
         if end > self.tokens:
-            self.queries = query[0].clone()
-        self.scale = scale
+            self.queries.append(query[0].clone())
+        self.scales.add(scale)
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
         group = query.shape[1] // keys.shape[1]
         if group > 1:
@@ -79,7 +81,7 @@ class CaptureLayer(CacheLayerMixin):
 
     def captured(self) -> CapturedLayer:
         keys, values = self.keys[0, :, : self.tokens], self.values[0, :, : self.tokens]
-        return CapturedLayer(keys, values, self.queries, self.scale)
+        return CapturedLayer(keys, values, torch.cat(self.queries, 1), max(self.scales))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, self.filled  # the mask goes unused: keep it small
@@ -104,7 +106,8 @@ def capture(
     Args:
         model: a causal language model; its attention implementation is restored afterwards.
         probe: `[W]` ids after the document, whose queries are kept and whose keys are not.
-        chunk: tokens per forward pass; peak memory is the keys and values plus one chunk.
+        chunk: tokens per forward pass; peak memory is the keys and values plus one chunk. The first
+            may be longer, where rotary frequencies depend on the length.
         progress: called with the number of tokens done.
     """
     kinds = layer_kinds(model)
@@ -115,16 +118,19 @@ def capture(
         else CaptureLayer(count, probe.shape[0])
         for kind in kinds
     ]
-    cache = Cache(layers=layers)
+    cache, device = Cache(layers=layers), input_device(model)
 
     def read(part: Tensor) -> None:
-        part = part[None].to(model.device)
+        part = part[None].to(device)
         model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
 
     with using_attention(model):
-        for start in range(0, count, chunk):
-            read(tokens[start : start + chunk])
-            progress(min(start + chunk, count))
+        done = 0
+        while done < count:
+            rows = chunk if done else max(chunk, first_chunk(text_config(model), count))
+            read(tokens[done : done + rows])
+            done = min(done + rows, count)
+            progress(done)
         windows = [
             CapturedLayer(layer.keys[0].clone(), layer.values[0].clone(), None, 0.0)
             for layer in layers

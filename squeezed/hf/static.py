@@ -57,6 +57,10 @@ class StaticSuffix(SuffixLayer):
     def get_max_length(self) -> int:
         return self.tokens + self.suffix_tokens
 
+    @property
+    def most_tokens(self) -> int:
+        return self.get_max_length()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.is_initialized:
             self.keys.copy_(self.keys.index_select(0, beam_idx.to(self.device)))
@@ -80,7 +84,8 @@ class StaticContextLayer(StaticSuffix, ContextLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        keep_address(self.keys_read, self.queries_answered, *self.context.tensors())
+        counters = (self.keys_read, self.queries_answered, self.tokens_answered)
+        keep_address(*counters, *self.context.tensors())
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         self.write(self.context.layer.centred(key_states), value_states)
