@@ -1,5 +1,7 @@
 """Attention shapes of Transformers: what is supported equals dense, the rest is refused at once."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import transformers
@@ -21,7 +23,7 @@ QUESTION = "what is alpha? tell me"
 def build(kind, **changes):
     """A tiny random model of any configuration class, by the name before `Config`."""
     torch.manual_seed(0)
-    config = getattr(transformers, kind + "Config")(**COMMON | changes)
+    config = getattr(transformers, kind + "Config")(**COMMON | deepcopy(changes))
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None
     return model
