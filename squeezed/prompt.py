@@ -62,7 +62,38 @@ class PromptTemplate:
 
     def question_ids(self, tokenizer, question: str) -> Tensor:
         """Ids of what follows the fixed context, `[S]` int64."""
-        return _ids(tokenizer, self.between + question + self.after)
+        return continued_ids(tokenizer, self.between + question + self.after)
+
+    def is_chat_of(self, tokenizer) -> bool:
+        """Whether this is the tokenizer's chat template; what stands before may carry a date."""
+        if not getattr(tokenizer, "chat_template", None):
+            return False
+        try:
+            own = PromptTemplate.of(tokenizer)
+        except Exception:  # a chat template that has no place for a document made no context
+            return False
+        return (own.between, own.after) == (self.between, self.after)
+
+
+ANCHORS = ("a", "\n", ".", "0")
+"""Texts behind which a piece is tokenised as inside a text, if no token crosses the seam."""
+
+
+def continued_ids(tokenizer, text: str) -> Tensor:
+    """Ids of a text that continues another one, `[S]` int64.
+
+    Some tokenizers (SentencePiece) put a mark before the first word of whatever they are given. So
+    the text is tokenised behind others, and what belongs to those is cut off.
+    """
+    alone = _ids(tokenizer, text)
+    found = []
+    for anchor in ANCHORS:
+        before, both = _ids(tokenizer, anchor), _ids(tokenizer, anchor + text)
+        if both[: len(before)].equal(before):
+            found.append(both[len(before) :])
+    if not found or any(ids.equal(alone) for ids in found):
+        return alone
+    return found[0]
 
 
 def _ids(tokenizer, text: str) -> Tensor:
