@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal
 
-from squeezed.errors import SqueezedError
+from squeezed.errors import SqueezedError, expect, shares, whole
+
+SEQUENCE = (tuple, list)
 
 FarField = Literal["none", "first_order", "second_order"]
 FAR_FIELDS: tuple[FarField, ...] = ("none", "first_order", "second_order")
@@ -33,19 +36,17 @@ class ClusteringConfig:
     pinned_last: int = 100  # tokens; what a question follows, always read exactly
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", shares("levels", self.levels))
         if not self.levels or any(not 0 < share <= 1 for share in self.levels):
             raise SqueezedError(
                 f"levels: expected shares in (0, 1], coarse to fine, got {self.levels}"
             )
         if any(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
             raise SqueezedError(f"levels: every level must be finer than the last: {self.levels}")
-        if self.iterations < 1:
-            raise SqueezedError(f"iterations: expected at least 1, got {self.iterations}")
-        if self.pinned_first < 0 or self.pinned_last < 0:
-            raise SqueezedError(
-                "pinned_first and pinned_last must be at least 0, got "
-                f"{self.pinned_first} and {self.pinned_last}"
-            )
+        whole("iterations", self.iterations, 1)
+        expect("query_space", self.query_space, bool, "True or False")
+        whole("pinned_first", self.pinned_first, 0)
+        whole("pinned_last", self.pinned_last, 0)
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,18 @@ class Preset:
     query_block: int = 64
 
     def __post_init__(self) -> None:
+        expect("name", self.name, str, "a preset's name (str)")
+        for name in ("second_order", "per_head"):
+            expect(name, getattr(self, name), bool, "True or False")
         if self.far_field not in FAR_FIELDS:
             raise SqueezedError(f"far_field: expected one of {FAR_FIELDS}, got {self.far_field!r}")
         if self.far_field == "second_order" and not self.second_order:
             raise SqueezedError("far_field: 'second_order' needs second_order=True")
-        if self.coarse_share is not None and self.coarse_share < 1:
-            raise SqueezedError(f"coarse_share: expected at least 1, got {self.coarse_share}")
-        if self.single_tokens < 1:
-            raise SqueezedError(f"single_tokens: expected at least 1, got {self.single_tokens}")
-        if self.query_block < 1:
-            raise SqueezedError(f"query_block: expected at least 1, got {self.query_block}")
+        share = expect("coarse_share", self.coarse_share, (Real, type(None)), "a number or None")
+        if share is not None and not 1 <= share < float("inf"):
+            raise SqueezedError(f"coarse_share: expected at least 1, got {share}")
+        whole("single_tokens", self.single_tokens, 1)
+        whole("query_block", self.query_block, 1)
 
 
 PAPER = Preset("paper", second_order=False, far_field="none", coarse_share=None)
@@ -101,8 +104,17 @@ class IndexConfig:
     prefill_chunk: int = 1024  # document tokens per forward pass
 
     def __post_init__(self) -> None:
-        if self.prefill_chunk < 1:
-            raise SqueezedError(f"prefill_chunk: expected at least 1, got {self.prefill_chunk}")
+        wanted = "presets such as squeezed.config.BEST"
+        expect("clustering", self.clustering, ClusteringConfig, "a ClusteringConfig")
+        object.__setattr__(
+            self, "presets", tuple(expect("presets", self.presets, SEQUENCE, wanted))
+        )
+        for preset in self.presets:
+            expect("presets", preset, Preset, wanted)
+        if len({preset.name for preset in self.presets}) < max(1, len(self.presets)):
+            raise SqueezedError(f"presets: expected {wanted}, each once, got {self.presets}")
+        whole("prefill_chunk", self.prefill_chunk, 1)
+        object.__setattr__(self, "budgets", shares("budgets", self.budgets))
         if not self.budgets or any(not 0 < b < 1 for b in self.budgets):
             raise SqueezedError(f"budgets: expected shares in (0, 1), got {self.budgets}")
         if tuple(sorted(set(self.budgets))) != self.budgets:
@@ -111,7 +123,7 @@ class IndexConfig:
 
 def check_budget(budget: float) -> float:
     """Return `budget` as a float in (0, 1], or raise `SqueezedError`."""
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
+    if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < budget <= 1:
         raise SqueezedError(
             f"budget: expected a share of the context's keys in (0, 1], got {budget!r}; "
             "0.1 reads a tenth, 1.0 is dense attention"

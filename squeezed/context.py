@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 from torch import Tensor
 
 from squeezed.calibration import Calibration
 from squeezed.config import BEST, DEFAULT_BUDGET, IndexConfig, check_budget
-from squeezed.errors import SqueezedError
+from squeezed.errors import SqueezedError, expect, whole
 from squeezed.prompt import PromptTemplate
 from squeezed.structure import Outline, OutlinedLayers
 from squeezed.tree import ClusteredLayer, WindowLayer
@@ -66,7 +67,7 @@ class FixedContext:
 
     def calibration(self, preset: str) -> Calibration:
         """Thresholds of a preset; raises `SqueezedError` for a name the context does not hold."""
-        if preset not in self.calibrations:
+        if expect("preset", preset, str, "a preset's name (str)") not in self.calibrations:
             known = ", ".join(self.calibrations)
             raise SqueezedError(
                 f"preset: this context was calibrated for {known}, got {preset!r}; index the "
@@ -98,12 +99,16 @@ class FixedContext:
         from squeezed.hf.build import build_cache
         from squeezed.methods import create
 
+        for name, value in (("preset", preset), ("implementation", implementation)):
+            expect(name, value, str, "a name (str)")
+        if suffix_tokens is not None:
+            whole("suffix_tokens", suffix_tokens, 1)
         chosen = create(method, preset=preset, implementation=implementation)
         attentions = iter(chosen.prepare(self, check_budget(budget)))
         contexts = [
             layer if isinstance(layer, WindowLayer) else next(attentions) for layer in self.layers
         ]
-        return build_cache(contexts, budget, self.tokens, suffix_tokens)
+        return build_cache(contexts, budget, suffix_tokens)
 
     def kv_bytes(self) -> int:
         return sum(layer.kv_bytes() for layer in self.layers)
@@ -116,4 +121,4 @@ class FixedContext:
         """Write the context as a directory; complete under `path`, or not there at all."""
         from squeezed.storage import save
 
-        return save(self, Path(path))
+        return save(self, Path(expect("path", path, (str, PathLike), "a path")))

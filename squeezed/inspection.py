@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor
 
 from squeezed.context import FixedContext
-from squeezed.errors import SqueezedError
+from squeezed.errors import SqueezedError, expect
+from squeezed.failures import cause_of, readable_failures
 from squeezed.hf.cache import SqueezedCache
 from squeezed.manifest import numbers
 from squeezed.sources import answer_queries, rows_read
 from squeezed.tree import ClusteredLayer
+
+PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,30 @@ def budget_by_head(context: FixedContext, cache: SqueezedCache) -> Tensor:
         read = rows_read(entry, answer_queries(entry), scale)
         if read is None:
             raise SqueezedError("method: only squeezed attention spends a budget per head")
-        rows.append(read[:, entry.context.layer.pinned :].mean(1).cpu())
+        clustered = read[:, entry.context.layer.pinned :]
+        share = clustered.mean(1) if clustered.shape[1] else read.new_ones(len(read))
+        rows.append(share.cpu())  # a document too short to cluster is read whole
     return torch.stack(rows)
+
+
+def check_picture(path: Path) -> None:
+    """Raise `SqueezedError` unless a picture can be written to `path`; before any work is done."""
+    expect("plot", path, Path, "a path")
+    if path.suffix.lower() not in PICTURES:
+        known = ", ".join(PICTURES)
+        raise SqueezedError(f"plot: expected a file that ends in {known}, got {path}; name a .png")
+    with readable_failures():
+        if path.is_dir():
+            raise SqueezedError(f"plot: {path} is a directory; name a .png file")
+        if not path.absolute().parent.is_dir():
+            raise SqueezedError(f"plot: {path.parent} is no directory; make it or choose another")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise SqueezedError(f"plot: {path} cannot be written; choose another place")
 
 
 def plot(context: FixedContext, budgets: Tensor, path: Path) -> None:
     """Write a picture: budget by layer and head `[layers, Hkv]`, and the cluster-size histogram."""
+    check_picture(path)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,6 +166,8 @@ def plot(context: FixedContext, budgets: Tensor, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise SqueezedError(f"plot: could not write {path}: {error}; name a .png file") from error
+        raise SqueezedError(
+            f"plot: could not write {path} ({cause_of(error)}); choose another place"
+        ) from error
     finally:
         pyplot.close(figure)

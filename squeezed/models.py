@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from squeezed.errors import SqueezedError
+from squeezed.failures import cause_of, explained, is_out_of_memory, readable_failures
 
 DEMO_MODEL = "demo"
 """Stands for SmolLM2-135M-Instruct, which is fetched when first used."""
@@ -38,22 +40,33 @@ def locate(name: str, report: Callable[[str], None] = lambda line: None) -> Mode
     Raises:
         SqueezedError: nothing lies at a path that `name` can only mean.
     """
+    if not name.strip() or "\0" in name:
+        raise SqueezedError(f"model: expected a directory, .gguf file or hub name, got {name!r}")
     if name == DEMO_MODEL:
         from squeezed.demo.model import demo_model_directory
 
         return ModelSource(str(demo_model_directory(report)))
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return ModelSource(str(path.parent), path.name)
-    if path.is_dir():
-        return _in_directory(path)
+    path = _path(name)
+    with readable_failures():  # a name that is too long, or a directory that nobody may read
+        if path.is_file() and path.suffix == ".gguf":
+            return ModelSource(str(path.parent), path.name)
+        if path.is_dir():
+            return _in_directory(path)
+        exists = path.exists()
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_like_path or path.exists() or path.suffix == ".gguf":
+    if looks_like_path or exists or path.suffix == ".gguf":
         raise SqueezedError(
             f"model: expected a model directory, a .gguf file or a hub name, found none at {name}; "
             "check the path"
         )
     return ModelSource(name)
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # no home directory
+        raise SqueezedError(f"model: {cause_of(error)} for {name}; give a whole path") from error
 
 
 def _in_directory(path: Path) -> ModelSource:
@@ -88,41 +101,59 @@ def load_model(
     Raises:
         SqueezedError: no such model, no network, or files that do not load.
     """
+    _check_python()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     target = _device(device)
     source = locate(name, report)
     report(f"loading {name}")
-    with readable_errors(name):
+    with readable_errors(name, source):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
         model = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=_dtype(dtype, source, target), **source.arguments
         )
-    return model.to(target).eval(), tokenizer
+        return model.to(target).eval(), tokenizer
+
+
+def _check_python() -> None:
+    if sys.flags.optimize > 1:
+        raise SqueezedError(
+            "python: -OO (PYTHONOPTIMIZE=2) removes docstrings, which Transformers reads; use -O "
+            "(PYTHONOPTIMIZE=1) or none"
+        )
 
 
 def load_config(name: str, report: Callable[[str], None] = lambda line: None):
     """Only the configuration of a model; raises as `load_model` does."""
+    _check_python()
     from transformers import AutoConfig
 
-    path = Path(name).expanduser()
+    path = _path(name)
     location = ModelSource(str(path)) if path.suffix == ".json" else locate(name, report)
-    with readable_errors(name):
+    with readable_errors(name, location):
         return AutoConfig.from_pretrained(location.location, **location.arguments)
 
 
 @contextmanager
-def readable_errors(name: str) -> Iterator[None]:
-    """Turn what Transformers raises while loading `name` into one line with a remedy."""
+def readable_errors(name: str, source: ModelSource) -> Iterator[None]:
+    """Turn what is raised while `name` is loaded from `source` into one line with a remedy.
+
+    Transformers and the readers of its files raise all kinds for a file that holds nonsense.
+    """
     try:
         yield
     except SqueezedError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        cause = " ".join(str(error).split())[:240]
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise explained(error) from error
+        remedy = "check the name and the network, or give a local directory or .gguf file"
+        if type(error).__name__ == "SafetensorError" or isinstance(error, EOFError):
+            remedy = f"the weights at {source.location} are cut or damaged: download them again"
+        if name == DEMO_MODEL:
+            remedy = f"remove {source.location} and try again: it is fetched anew"
         raise SqueezedError(
-            f"model: could not load {name!r} ({cause}); check the name and the network, or give a "
-            "local directory or .gguf file"
+            f"model: could not load {name!r} ({cause_of(error)}); {remedy}"
         ) from error
 
 
@@ -156,8 +187,8 @@ def _device(name: str):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).tolist()  # "meta" makes tensors, but holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise SqueezedError(
             f"device: cannot use {name!r} here ({str(error).splitlines()[0][:120]}); use 'cpu' or "
             "'auto'"

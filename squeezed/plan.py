@@ -7,12 +7,20 @@ token; bytes are those of the context, and of the model's weights where it says 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 
 import torch
 
 from squeezed.config import ClusteringConfig, Preset, check_budget
-from squeezed.errors import SqueezedError
+from squeezed.errors import SqueezedError, expect, whole
+from squeezed.failures import cause_of
 from squeezed.thresholds import keep_shares
+
+LONGEST_CONTEXT = 10**12
+"""Tokens; far beyond any memory, and far below what overflows."""
+
+BANDWIDTHS = (1.0, 1e18)
+"""Bytes per second for which times are worth printing."""
 
 OFFSET_BYTES = VARIANCE_BYTES = POSITION_BYTES = 4
 
@@ -58,13 +66,14 @@ def model_shape(config, element_bytes: int | None = None) -> ModelShape:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # of any kind, for a configuration that holds nonsense
         raise SqueezedError(
-            f"model: {type(config).__name__} describes no causal language model; "
-            "name a decoder such as Llama, Qwen, Mistral or Gemma 3"
+            f"model: {type(config).__name__} describes no causal language model "
+            f"({cause_of(error)}); name a decoder such as Llama, Qwen, Mistral or Gemma 3"
         ) from error
     kinds = layer_kinds(model)
     text = text_config(model)
+    _check_heads(text)
     windows = [kind.sliding_window for kind in kinds if kind.sliding_window]
     heads = text.num_attention_heads
     dtype = getattr(text, "dtype", None) or torch.bfloat16
@@ -78,6 +87,18 @@ def model_shape(config, element_bytes: int | None = None) -> ModelShape:
         element_bytes=element_bytes or dtype.itemsize,
         parameters=sum(weight.numel() for weight in model.parameters()),
     )
+
+
+def _check_heads(config) -> None:
+    """Raise `SqueezedError` for a configuration whose attention has no consistent shape."""
+    heads = whole("model: num_attention_heads", config.num_attention_heads, 1)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads % whole("model: num_key_value_heads", kv_heads, 1):
+        raise SqueezedError(
+            f"model: {heads} heads cannot share {kv_heads} KV heads evenly; check its config.json"
+        )
+    whole("model: num_hidden_layers", config.num_hidden_layers, 1)
+    whole("model: head_dim", getattr(config, "head_dim", None) or config.hidden_size // heads, 1)
 
 
 @dataclass(frozen=True)
@@ -138,10 +159,14 @@ def plan(
     Raises:
         SqueezedError: a length or bandwidth that is not positive, or a budget outside (0, 1].
     """
-    if tokens < 1:
-        raise SqueezedError(f"context: expected at least 1 token, got {tokens}")
-    if bandwidth <= 0:
-        raise SqueezedError(f"bandwidth: expected bytes per second above 0, got {bandwidth}")
+    if whole("context", tokens, 1) > LONGEST_CONTEXT:
+        raise SqueezedError(f"context: expected at most {LONGEST_CONTEXT:,} tokens, got {tokens}")
+    low, high = BANDWIDTHS
+    expect("bandwidth", bandwidth, Real, "bytes per second")
+    if not low <= bandwidth <= high:
+        raise SqueezedError(
+            f"bandwidth: expected {low:g} to {high:g} bytes per second, got {bandwidth:g}"
+        )
     check_budget(budget)
     nodes = level_nodes(tokens, clustering)
     full = shape.full_layers * shape.kv_heads

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from squeezed.control import encode, text_between
+from squeezed.text import check_text
+
 DOCUMENT, QUESTION = "\x02DOCUMENT\x03", "\x02QUESTION\x03"
 
 
@@ -34,22 +37,29 @@ class PromptTemplate:
     """Text around the document and the question.
 
     The fixed context is `before + document`; a question adds `between + question + after`.
+
+    Attributes:
+        keep_control_tokens: let control tokens that stand in a document or question, such as
+            `<|im_end|>`, count as such; otherwise they are text, so that no document can end a
+            turn.
     """
 
     before: str
     between: str
     after: str
+    keep_control_tokens: bool = False
 
     @classmethod
-    def of(cls, tokenizer) -> PromptTemplate:
+    def of(cls, tokenizer, keep_control_tokens: bool = False) -> PromptTemplate:
         """The tokenizer's chat template around both, or a plain form if it has none."""
         if not getattr(tokenizer, "chat_template", None):
-            return cls(tokenizer.bos_token or "", "\n\nQuestion: ", "\nAnswer:")
+            plain = tokenizer.bos_token or "", "\n\nQuestion: ", "\nAnswer:"
+            return cls(*plain, keep_control_tokens)
         message = {"role": "user", "content": f"{DOCUMENT}\n\n{QUESTION}"}
         text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
         before, rest = text.split(DOCUMENT)
         between, after = rest.split(QUESTION)
-        return cls(before, between, after)
+        return cls(before, between, after, keep_control_tokens)
 
     @classmethod
     def plain(cls) -> PromptTemplate:
@@ -57,45 +67,17 @@ class PromptTemplate:
         return cls("", "", "")
 
     def document_ids(self, tokenizer, document: str) -> Tensor:
-        """Ids of the fixed context, `[P]` int64."""
-        return _ids(tokenizer, self.before + document)
+        """Ids of the fixed context, `[P]` int64; `SqueezedError` for what is no text."""
+        return self._ids(tokenizer, self.before, check_text("text", document), "")
 
     def question_ids(self, tokenizer, question: str) -> Tensor:
-        """Ids of what follows the fixed context, `[S]` int64."""
-        return continued_ids(tokenizer, self.between + question + self.after)
+        """Ids of what follows the fixed context, `[S]` int64; `SqueezedError` as above."""
+        return self._ids(tokenizer, self.between, check_text("question", question), self.after)
 
-    def is_chat_of(self, tokenizer) -> bool:
-        """Whether this is the tokenizer's chat template; what stands before may carry a date."""
-        if not getattr(tokenizer, "chat_template", None):
-            return False
-        try:
-            own = PromptTemplate.of(tokenizer)
-        except Exception:  # a chat template that has no place for a document made no context
-            return False
-        return (own.between, own.after) == (self.between, self.after)
-
-
-ANCHORS = ("a", "\n", ".", "0")
-"""Texts behind which a piece is tokenised as inside a text, if no token crosses the seam."""
-
-
-def continued_ids(tokenizer, text: str) -> Tensor:
-    """Ids of a text that continues another one, `[S]` int64.
-
-    Some tokenizers (SentencePiece) put a mark before the first word of whatever they are given. So
-    the text is tokenised behind others, and what belongs to those is cut off.
-    """
-    alone = _ids(tokenizer, text)
-    found = []
-    for anchor in ANCHORS:
-        before, both = _ids(tokenizer, anchor), _ids(tokenizer, anchor + text)
-        if both[: len(before)].equal(before):
-            found.append(both[len(before) :])
-    if not found or any(ids.equal(alone) for ids in found):
-        return alone
-    return found[0]
-
-
-def _ids(tokenizer, text: str) -> Tensor:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
+    def _ids(self, tokenizer, before: str, content: str, after: str) -> Tensor:
+        if self.keep_control_tokens:
+            ids = encode(tokenizer, before + content + after)
+        else:
+            written = self.before + self.between + self.after
+            ids = text_between(tokenizer, before, content, after, written)
+        return torch.tensor(ids, dtype=torch.long)

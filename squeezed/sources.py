@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,6 +22,22 @@ PASSAGE_TOKENS = 40
 
 LONGEST_PASSAGE = 120
 """Tokens after which a passage is cut even inside a sentence."""
+
+SENTENCE_MARKS = tuple(".!?…‼⁇⁈⁉‽。．｡！？︒﹒﹖﹗؟۔܀܁܂।॥၊။።፧፨។៕᙮᠃᠉᱾᱿꓿꘎꘏꛳꛷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫՜՞։߹")
+"""What ends a sentence: Unicode's sentence terminals, and the ellipsis."""
+
+CLOSERS = tuple("\"'”’»›)]}」』】〕〉》）］｝｣")
+"""What may follow such a mark inside the sentence."""
+
+LONGEST_ENDING = 16
+"""Characters looked at for the end of a sentence."""
+
+REPLACEMENT, JOINER = "\ufffd", "\u200d"
+
+CONTINUATION_SYMBOLS = frozenset(
+    map(chr, [*range(0x122, 0x144), *range(0xA1, 0xAD), *range(0xAE, 0xC0)])
+)
+"""How byte-level tokenizers write the bytes 0x80 to 0xBF, with which UTF-8 continues."""
 
 QUERIES_AT_ONCE = 16
 """Query tokens scored together: memory is `Hq * 16 * P` floats."""
@@ -151,15 +171,66 @@ def rows_read(entry: ContextLayer, query: Tensor, scale: float) -> Tensor | None
 
 
 def passage_bounds(tokenizer, tokens: Tensor) -> list[tuple[int, int]]:
-    """Token ranges of passages: whole sentences, joined to at least `PASSAGE_TOKENS`."""
-    bounds, start = [], 0
-    pieces = [tokenizer.decode([token]) for token in tokens.tolist()]
-    for index, piece in enumerate(pieces):
-        length = index + 1 - start
-        ends = piece.rstrip(" ").endswith((".", "!", "?", "\n"))
-        if (ends and length >= PASSAGE_TOKENS) or length >= LONGEST_PASSAGE:
-            bounds.append((start, index + 1))
-            start = index + 1
-    if start < len(pieces):
-        bounds.append((start, len(pieces)))
+    """Token ranges of passages: whole sentences, joined to at least `PASSAGE_TOKENS`.
+
+    A passage without an end is cut after `LONGEST_PASSAGE` tokens, but never inside a character.
+    """
+    bounds, start, text = [], 0, ""
+    units = characters(tokenizer, tokens)
+    for (end, piece), (_, following) in pairwise([*units, (0, "")]):
+        text = (text + piece)[-LONGEST_ENDING:]
+        ends = ends_sentence(text) and not following.startswith(CLOSERS)
+        if (ends and end - start >= PASSAGE_TOKENS) or end - start >= LONGEST_PASSAGE:
+            bounds.append((start, end))
+            start, text = end, ""
+    if start < len(tokens):
+        bounds.append((start, len(tokens)))
     return bounds
+
+
+def ends_sentence(text: str) -> bool:
+    """Whether a sentence ends with `text`: a mark of any script, with quotes and brackets after."""
+    bare = text.rstrip(" ")
+    return bare.endswith("\n") or bare.rstrip("".join(CLOSERS) + " ").endswith(SENTENCE_MARKS)
+
+
+def characters(tokenizer, tokens: Tensor) -> list[tuple[int, str]]:
+    """The shortest runs of tokens that hold whole characters, each as its end and its text.
+
+    A character's combining marks are part of it, and so is what a joiner ties to it.
+    """
+    ids = tokens.tolist()
+    inside = {token: starts_inside(tokenizer, token) for token in set(ids)}
+    ends = [i for i in range(1, len(ids) + 1) if i == len(ids) or not inside[ids[i]]]
+    decode = cache(lambda run: tokenizer.decode(list(run)))
+    found: list[tuple[int, str]] = []
+    begun, start = 0, 0
+    for end in ends:
+        text = decode(tuple(ids[start:end]))
+        if found and end - begun <= LONGEST_PASSAGE and _belong_together(found[-1][1], text):
+            found[-1] = end, found[-1][1] + text
+        else:
+            begun = start
+            found.append((end, text))
+        start = end
+    return found
+
+
+def starts_inside(tokenizer, token: int) -> bool:
+    """Whether a token begins inside a character.
+
+    Only tokens of bytes do, alone or merged; the first byte tells, for UTF-8 continues with 0x80
+    to 0xBF.
+    """
+    piece = tokenizer.convert_ids_to_tokens(token) or ""
+    byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece)
+    if byte:
+        return 0x80 <= int(byte[1], 16) < 0xC0
+    return piece[:1] in CONTINUATION_SYMBOLS and tokenizer.decode([token]).startswith(REPLACEMENT)
+
+
+def _belong_together(left: str, right: str) -> bool:
+    if not right:
+        return False
+    mark = unicodedata.category(right[0]).startswith("M") or right[0] == JOINER
+    return mark or left.endswith(JOINER)

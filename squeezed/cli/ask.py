@@ -11,6 +11,7 @@ from squeezed.cli.console import emit, megabytes, note
 from squeezed.cli.options import DEFAULTS
 from squeezed.cli.session import Asking, Session, open_session
 from squeezed.errors import SqueezedError
+from squeezed.text import text_of_argument
 
 
 def ask(
@@ -25,14 +26,15 @@ def ask(
     show_sources: Annotated[
         bool, typer.Option("--show-sources", help="Print the passages that were attended most.")
     ] = False,
+    keep_control_tokens: options.KeepControlTokens = False,
     dtype: options.Dtype = DEFAULTS["dtype"],
     device: options.Device = DEFAULTS["device"],
     json: options.Json = False,
 ) -> None:
     """Answer a question about a saved context or a text file."""
     asking = Asking(budget, preset, implementation, method)
-    check_question(question, max_new_tokens)
-    session = open_session(source, model, dtype, device)
+    question = check_question(question, max_new_tokens)
+    session = open_session(source, model, dtype, device, keep_control_tokens=keep_control_tokens)
     cache = session.cache(asking)
     answer = stream_answer(session, cache, _question_ids(session, question), max_new_tokens, json)
     record = report(session, cache, asking, answer)
@@ -46,11 +48,14 @@ def ask(
         print(source_line(place))
 
 
-def check_question(question: str, max_new_tokens: int) -> None:
+def check_question(question: str, max_new_tokens: int) -> str:
+    """The question as text, or `SqueezedError` before anything is loaded."""
+    question = text_of_argument("question", question)
     if not question.strip():
         raise SqueezedError("question: it is empty; ask something")
     if max_new_tokens < 1:
         raise SqueezedError(f"max-new-tokens: expected at least 1, got {max_new_tokens}")
+    return question
 
 
 def _question_ids(session: Session, question: str):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from itertools import count
 
 from squeezed.cli import options
 from squeezed.cli.ask import check_question, report, summary
-from squeezed.cli.console import note
+from squeezed.cli.console import json_text, note
 from squeezed.cli.options import DEFAULTS
 from squeezed.cli.session import Asking, Session, open_session
 from squeezed.errors import SqueezedError
+from squeezed.text import decoded
 
 
 def chat(
@@ -20,6 +22,7 @@ def chat(
     implementation: options.Implementation = DEFAULTS["implementation"],
     method: options.MethodName = DEFAULTS["method"],
     max_new_tokens: options.NewTokens = DEFAULTS["max_new_tokens"],
+    keep_control_tokens: options.KeepControlTokens = False,
     dtype: options.Dtype = DEFAULTS["dtype"],
     device: options.Device = DEFAULTS["device"],
     json: options.Json = False,
@@ -32,13 +35,11 @@ def chat(
     check_question("-", max_new_tokens)
     if str(source) == "-":
         raise SqueezedError("source: stdin carries the questions; name a context or a text file")
-    session = open_session(source, model, dtype, device)
+    session = open_session(source, model, dtype, device, keep_control_tokens=keep_control_tokens)
     _converse(session, asking, max_new_tokens, json)
 
 
 def _converse(session: Session, asking: Asking, max_new_tokens: int, json: bool) -> None:
-    from json import dumps
-
     from transformers import TextStreamer
 
     from squeezed.chat import Chat
@@ -52,18 +53,20 @@ def _converse(session: Session, asking: Asking, max_new_tokens: int, json: bool)
         answer = talk.ask(question, max_new_tokens=max_new_tokens, streamer=streamer)
         record = {"question": question} | report(session, cache, asking, answer)
         if json:
-            print(dumps(record, ensure_ascii=False), flush=True)
+            print(json_text(record), flush=True)
         else:
             note(summary(record))
 
 
 def _questions():
     """Non-empty lines of standard input; a prompt if a person types them."""
-    while True:
+    for number in count(1):
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = getattr(sys.stdin, "buffer", sys.stdin).readline()
         if not line:
             return
+        if isinstance(line, bytes):
+            line = decoded("question", line, f"line {number} of stdin")
         if line.strip():
             yield line.strip()

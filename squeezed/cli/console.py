@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from squeezed.errors import SqueezedError
+from squeezed.failures import cause_of
+from squeezed.text import encodable, printable, text_of_file
 
 PHASES = {
     "prefill": "reading",
@@ -20,14 +24,37 @@ PHASES = {
 }
 
 
+CONTROLS_OF_JSON = re.compile("[\x7f-\x9f]")
+"""Controls that JSON may hold as they are, and a terminal acts on."""
+
+
 def note(line: str) -> None:
     """One line for the person at the terminal."""
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def emit(record: dict) -> None:
     """The result of `--json`: one object."""
-    print(json.dumps(record, indent=1, ensure_ascii=False))
+    print(json_text(record, indent=1))
+
+
+def json_text(record: dict, indent: int | None = None) -> str:
+    """JSON that every parser takes, in characters that standard output can hold."""
+    record = _finite(record)
+    text = json.dumps(record, indent=indent, ensure_ascii=False, allow_nan=False)
+    fits = encodable(text, sys.stdout.encoding) == text
+    if not fits or CONTROLS_OF_JSON.search(text):
+        return json.dumps(record, indent=indent, allow_nan=False)
+    return text
+
+
+def _finite(value):
+    """A record with `None` for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def quiet_libraries() -> None:
@@ -72,22 +99,28 @@ def read_document(path: Path) -> str:
     """The text of a file, or of standard input for `-`.
 
     Raises:
-        SqueezedError: missing, unreadable, or not UTF-8.
+        SqueezedError: missing, unreadable, empty, or not UTF-8 text.
     """
+    source = "stdin" if str(path) == "-" else str(path)
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    except OSError as error:
-        cause = error.strerror or str(error)
+        data = sys.stdin.buffer.read() if source == "stdin" else path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise SqueezedError(
-            f"document: cannot read {path} ({cause}); name a text file or a saved context"
+            f"document: cannot read {source} ({cause_of(error)}); name a text file or a saved "
+            "context"
         ) from error
+    text = text_of_file("document", data, source)
+    if not text.strip():
+        raise SqueezedError(f"document: {source} is empty; give some text")
+    return text
+
+
+def is_directory(path: Path) -> bool:
+    """Whether a directory lies at `path`; a name that cannot be looked up is none."""
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SqueezedError(
-            f"document: {path} is not UTF-8 text (byte {error.start:,}); convert it first, as in "
-            "iconv -f latin1 -t utf-8"
-        ) from error
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def megabytes(count: float) -> str:

@@ -9,8 +9,10 @@ import sys
 from squeezed.cli import options
 from squeezed.cli.console import emit, index_progress, megabytes, note, quiet_libraries
 from squeezed.cli.options import DEFAULTS
+from squeezed.cli.streams import Output
 from squeezed.config import PRESETS, check_budget
 from squeezed.errors import SqueezedError
+from squeezed.text import printable
 
 
 def demo(
@@ -72,7 +74,7 @@ def _show(record: dict) -> None:
     for name in ("same tokens", "KL, nats", "first token", "per token"):
         table.add_column(name, justify="right")
     for row in record["asked"]:
-        table.add_row(*table_row(row))
+        table.add_row(*map(printable, table_row(row)))
     times = ", ".join(f"{name} {s:.1f} s" for name, s in record["index_seconds"].items())
     table.caption = (
         f"{record['tokens']:,} tokens of document, {megabytes(record['kv_bytes'])} of keys and "
@@ -80,7 +82,8 @@ def _show(record: dict) -> None:
         f"everything {record['seconds']:.0f} s"
     )
     width = None if sys.stdout.isatty() else 160
-    Console(width=width).print(table)
+    output = sys.stdout.with_styles() if isinstance(sys.stdout, Output) else sys.stdout
+    Console(file=output, width=width, markup=False, emoji=False).print(table)
 
 
 def table_row(row: dict) -> list[str]:

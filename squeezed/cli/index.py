@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from squeezed.cli import options
-from squeezed.cli.console import emit, megabytes
+from squeezed.cli.console import emit, is_directory, megabytes
 from squeezed.cli.options import DEFAULTS, index_config
 from squeezed.cli.session import open_session
 from squeezed.errors import SqueezedError
@@ -23,6 +23,7 @@ def index(
     levels: options.Levels = DEFAULTS["levels"],
     iterations: options.Iterations = DEFAULTS["iterations"],
     chunk: options.Chunk = DEFAULTS["chunk"],
+    keep_control_tokens: options.KeepControlTokens = False,
     dtype: options.Dtype = DEFAULTS["dtype"],
     device: options.Device = DEFAULTS["device"],
     json: options.Json = False,
@@ -31,11 +32,11 @@ def index(
     from squeezed.storage import prove_writable
 
     config = index_config(levels, iterations, chunk)
-    if document.is_dir():
+    if is_directory(document):
         raise SqueezedError(f"document: {document} is a directory; name a text file")
-    target = output or _default_output(document)
+    target = _named(output or _default_output(document))
     prove_writable(target)
-    context = open_session(document, model, dtype, device, config).context
+    context = open_session(document, model, dtype, device, config, keep_control_tokens).context
     context.save(target)
     record = {
         "context": str(target),
@@ -60,3 +61,13 @@ def _default_output(document: Path) -> Path:
     if str(document) == "-":
         raise SqueezedError("output: name a directory with --output when the document is stdin")
     return document.with_suffix(".sqz")
+
+
+def _named(output: Path) -> Path:
+    """`output` if it names a directory that can be made or replaced; `.` and `/` do not."""
+    if output.name in ("", ".."):
+        raise SqueezedError(
+            f"output: expected the name of a directory to write, got {output}; name it, as in "
+            "../manual.sqz"
+        )
+    return output

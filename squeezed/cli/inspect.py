@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from squeezed.cli import options
+from squeezed.cli.ask import check_question
 from squeezed.cli.console import emit, megabytes
 from squeezed.cli.options import DEFAULTS
 from squeezed.cli.session import Asking, open_session
@@ -35,10 +36,15 @@ def inspect(
     --plot asks one question, with the model that made the context, and measures.
     """
     import squeezed
-    from squeezed.inspection import describe
+    from squeezed.inspection import check_picture, describe
 
     asking = Asking(budget, preset, "auto", "squeezed")
-    record = {"context": str(context)} | describe(squeezed.load(context))
+    question = check_question(question, 1)
+    if plot:
+        check_picture(plot)
+    opened = squeezed.load(context)
+    opened.calibration(preset)
+    record = {"context": str(context)} | describe(opened)
     if plot:
         measured = _plot(context, model, asking, question, plot)
         record["budget_by_layer_and_head"] = measured
@@ -93,13 +99,12 @@ def _show(record: dict, preset: str) -> None:
             f"{keys['mean']:.1f}, median {keys['median']:.0f}, 99th percentile {keys['p99']:.0f}, "
             f"largest {keys['largest']}; {keys['empty']} empty"
         )
-    rules = record["presets"].get(preset)
-    if rules:
-        print(f"log thresholds of one token, preset {preset}, coarse to fine:")
-        for budget, *layers in zip(rules["budgets"], *rules["per_token"], strict=True):
-            levels = zip(*layers, strict=True)  # of every layer its heads
-            values = ", ".join(_span(tuple(chain(*level))) for level in levels)
-            print(f"  budget {budget:.1%}: {values}")
+    rules = record["presets"][preset]
+    print(f"log thresholds of one token, preset {preset}, coarse to fine:")
+    for budget, *layers in zip(rules["budgets"], *rules["per_token"], strict=True):
+        levels = zip(*layers, strict=True)  # of every layer its heads
+        values = ", ".join(_span(tuple(chain(*level))) for level in levels)
+        print(f"  budget {budget:.1%}: {values}")
     print("made in " + ", ".join(f"{name} {s:.1f} s" for name, s in record["seconds"].items()))
     if "plot" in record:
         print(f"plot: {record['plot']}")

@@ -32,6 +32,13 @@ NewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest 
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+KeepControlTokens = Annotated[
+    bool,
+    typer.Option(
+        "--keep-control-tokens",
+        help="Let control tokens in the document and questions, as <|im_end|>, count as such.",
+    ),
+]
 Levels = Annotated[
     str,
     typer.Option("--levels", help="Clusters per level, shares of the tokens, coarse to fine."),

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from squeezed.cli.console import index_progress, note, quiet_libraries, read_document
+from squeezed.cli.console import (
+    index_progress,
+    is_directory,
+    note,
+    quiet_libraries,
+    read_document,
+)
 from squeezed.config import IndexConfig, check_budget
 
 if TYPE_CHECKING:
@@ -45,22 +51,29 @@ class Session:
 
 
 def open_session(
-    source: Path, model: str, dtype: str, device: str, config: IndexConfig | None = None
+    source: Path,
+    model: str,
+    dtype: str,
+    device: str,
+    config: IndexConfig | None = None,
+    keep_control_tokens: bool = False,
 ) -> Session:
-    """Load a saved context, or index a text file on the way."""
+    """Load a saved context, which knows its own template, or index a text file on the way."""
     import squeezed
     from squeezed.engine import check_tokenizer
     from squeezed.models import load_model
+    from squeezed.prompt import PromptTemplate
 
     quiet_libraries()
-    text = None if source.is_dir() else read_document(source)
+    text = None if is_directory(source) else read_document(source)
     loaded, tokenizer = load_model(model, dtype, device, note)
     if text is None:
         context = squeezed.load(source, loaded)
         check_tokenizer(tokenizer, context)
     else:
+        template = PromptTemplate.of(tokenizer, keep_control_tokens)
         with index_progress() as progress:
-            context = squeezed.index(loaded, tokenizer, text, config, progress=progress)
+            context = squeezed.index(loaded, tokenizer, text, config, template, progress)
     say_if_dense(context)
     return Session(loaded, tokenizer, context)
 

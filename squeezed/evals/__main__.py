@@ -1,5 +1,7 @@
 """`python -m squeezed.evals`, the same as `squeezed eval`."""
 
-from squeezed.evals.cli import app
+import sys
 
-app()
+from squeezed.cli import main
+
+sys.exit(main(["eval", *sys.argv[1:]]))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +14,18 @@ import torch
 import typer
 
 from squeezed.bench.common import commit
+from squeezed.cli import USAGE_STATUS
+from squeezed.cli.console import json_text, quiet_libraries
+from squeezed.cli.run import say_error
 from squeezed.config import ClusteringConfig, IndexConfig, check_budget
-from squeezed.errors import SqueezedError
+from squeezed.errors import SqueezedError, whole
 from squeezed.evals import report as reporting
 from squeezed.evals.examples import SuiteOptions
-from squeezed.evals.results import ResultFile
+from squeezed.evals.results import ResultFile, check_writable
 from squeezed.evals.runner import Runner, RunOptions, limited
 from squeezed.evals.suites import suite_named
+from squeezed.failures import explained
+from squeezed.methods import create
 from squeezed.models import load_model
 
 app = typer.Typer(help="Accuracy of sparse-attention methods on a model of yours.")
@@ -32,9 +38,17 @@ def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def fail(error: SqueezedError) -> typer.Exit:
-    log(f"error: {error}")
-    return typer.Exit(2)
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End with status 2 and one line, also where the application is not run by `squeezed`."""
+    try:
+        yield
+    except Exception as error:
+        known = explained(error)
+        if known is None:
+            raise
+        say_error(str(known))
+        raise typer.Exit(USAGE_STATUS) from None
 
 
 @app.callback(invoke_without_command=True)
@@ -66,7 +80,7 @@ def run(
     """Run a suite. Each document is prefilled and indexed once for all methods and questions."""
     if ctx.invoked_subcommand:
         return
-    try:
+    with one_line_errors():
         chosen = suite_named(suite)
         options = RunOptions(
             methods=split(methods),
@@ -78,16 +92,37 @@ def run(
             index=IndexConfig(ClusteringConfig(query_space=not plain_clusters)),
         )
         wanted = SuiteOptions(data, context_tokens, documents, questions, split(tasks), seed)
+        check(options, wanted, output)
         if not model:
             raise SqueezedError("model: expected a directory, hub name or .gguf file, got nothing")
+        quiet_libraries()
         loaded, tokenizer = load_model(model, dtype, device, log)
         results = ResultFile(output, header(chosen.name, model, loaded, wanted))
-        found = limited(chosen.documents(wanted, tokenizer), documents, questions)
-        Runner(loaded, tokenizer, options, results, log).run(found)
-        tables = reporting.with_averages(reporting.collect([output]))
-    except SqueezedError as error:
-        raise fail(error) from None
-    print(reporting.markdown(tables))
+        try:
+            found = limited(chosen.documents(wanted, tokenizer), documents, questions)
+            Runner(loaded, tokenizer, options, results, log).run(found)
+        finally:
+            results.leave_no_header_alone()
+        if not results.rows:
+            raise SqueezedError(
+                "data: there was no document to ask about; check --data and --tasks"
+            )
+        print(reporting.markdown(reporting.with_averages(reporting.collect([output]))))
+
+
+def check(options: RunOptions, wanted: SuiteOptions, output: Path) -> None:
+    """Raise `SqueezedError` for settings that make no sense, before a model is loaded."""
+    for name in options.methods:
+        create(name, implementation=options.implementation)
+    for name, value in (
+        ("batch", options.batch),
+        ("context-tokens", wanted.context_tokens),
+        ("documents", wanted.documents),
+        ("questions", wanted.questions),
+    ):
+        if value is not None:
+            whole(name, value, 1)
+    check_writable(output)
 
 
 def split(text: str) -> tuple[str, ...]:
@@ -143,17 +178,15 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="as JSON, with intervals")] = False,
 ) -> None:
     """Turn result files into a Markdown table, and PNG plots if a directory is given."""
-    try:
+    with one_line_errors():
         tables = reporting.with_averages(reporting.collect(files))
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             (output / "table.md").write_text(reporting.markdown(tables), encoding="utf-8")
             for path in reporting.plot(tables, output):
                 log(f"wrote {path}")
-    except SqueezedError as error:
-        raise fail(error) from None
-    if as_json:
-        runs = reporting.headers(files)
-        print(json.dumps({"runs": runs, "results": reporting.summary(tables)}))
-    else:
-        print(reporting.markdown(tables))
+        if as_json:
+            runs = reporting.headers(files)
+            print(json_text({"runs": runs, "results": reporting.summary(tables)}))
+        else:
+            print(reporting.markdown(tables))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from squeezed.config import PRESETS
-from squeezed.errors import SqueezedError
+from squeezed.errors import SqueezedError, expect
 from squeezed.methods.base import ContextAttention, Method
 from squeezed.methods.dense import Dense
 from squeezed.methods.lazyllm import LazyLLM
@@ -50,6 +50,7 @@ def create(name: str, **settings) -> Method:
     Raises:
         SqueezedError: no method of that name.
     """
+    expect("method", name, str, "a method's name (str)")
     known_as, fixed = ALIASES.get(name, (name, {}))
     if known_as not in METHODS:
         known = ", ".join([*METHODS, *ALIASES])

@@ -70,9 +70,10 @@ class RetrievalLayer(MaskedLayer):
     def keep(self, queries: Queries) -> Tensor:
         shape = (*queries.q.shape[:-1], self.layer.clustered + 1)  # the last column takes misses
         found = queries.q.new_full(shape, NEG_INF)
+        count = max(1, self.budget_keys)  # faiss wants to find something
         for head, index in enumerate(self.indexes):
             flat = queries.q[:, head].flatten(0, 2)
-            scores, rows = (x.to(flat.device) for x in _search(index, flat, self.budget_keys))
+            scores, rows = (x.to(flat.device) for x in _search(index, flat, count))
             misses = rows < 0
             rows = rows.masked_fill(misses, self.layer.clustered)
             scores = (queries.scale * scores).masked_fill(misses, NEG_INF).to(found.dtype)
