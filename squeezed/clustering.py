@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from squeezed.config import ClusteringConfig
+from squeezed.finite import check_layer
 from squeezed.kmeans import take_rows
-from squeezed.metric import Space, compared_dimensions, place_points
+from squeezed.metric import PLAIN_SHARE, Space, compared_dimensions, place_points
 from squeezed.ops.products import long_product
+from squeezed.rounding import ROUNDING, SUM_ROUNDING
 from squeezed.tree import ClusteredLayer, Level
 
 
@@ -37,7 +39,11 @@ def cluster_layer(
 
     Returns:
         The layer with its rows sorted; without levels if fewer than two clusters would be left.
+
+    Raises:
+        SqueezedError: a NaN or infinity among them.
     """
+    check_layer(keys=keys, values=values, queries=queries)
     return cluster_layers([keys], [values], config, [queries])[0]
 
 
@@ -49,8 +55,8 @@ def cluster_layers(
 ) -> list[ClusteredLayer]:
     """Cluster layers of one shape together, as one layer with the heads of all.
 
-    Arguments are those of `cluster_layer`, for every layer. The results are views that lie side by
-    side in memory, in the order of the layers.
+    Arguments are those of `cluster_layer`, for every layer, all finite. The results are views that
+    lie side by side in memory, in the order of the layers.
     """
     heads, tokens = keys[0].shape[:2]
     centres = [common_part(k) for k in keys]
@@ -76,7 +82,7 @@ def cluster_layers(
         for level_offsets, level_children in zip(offsets, children, strict=True)
     )
     slope = value_slope(sorted_keys[:, pinned:], sorted_values[:, pinned:], levels[-1])
-    slope = slope.to(sorted_keys.dtype)
+    slope = _held(slope, sorted_keys.dtype)
     together = ClusteredLayer(
         sorted_keys, sorted_values, _narrow(positions), pinned, levels, slope, centre
     )
@@ -152,8 +158,9 @@ def value_slope(keys: Tensor, values: Tensor, leaves: Level) -> Tensor:
 
     A query tilts the weights inside a cluster towards the keys it likes: to first order their mean
     value moves by the covariance times `s q`. One matrix per head, scaled by a node's variance,
-    stands for all of its nodes: the dipole of the far field. What chance alone would give is taken
-    off (positive-part shrinkage), so that few keys give no slope.
+    stands for all of its nodes: the dipole of the far field. What chance and rounding alone would
+    give is taken off (positive-part shrinkage), so that few keys give no slope, nor do leaves whose
+    keys or values are equal to rounding.
 
     Args:
         keys, values: `[Hkv, n, D]`, the clustered rows in the order of `leaves`.
@@ -165,19 +172,49 @@ def value_slope(keys: Tensor, values: Tensor, leaves: Level) -> Tensor:
     k, v = (rows.mean(1, keepdim=True, dtype=torch.float32) for rows in (keys, values))
     c, m = leaves.centroids.float() - k, leaves.mean_values.float() - v
     inside = long_product(values.mT, keys) - count * (v.mT @ k) - (sizes * m).mT @ c
+    k_all, v_all = _square(keys), _square(values)
     k_energy, v_energy = (
-        _square(rows) - count * _square(mean) - (sizes * way.square()).sum((1, 2))
-        for rows, mean, way in ((keys, k, c), (values, v, m))
+        every - count * _square(mean) - _square(sizes.sqrt() * way)
+        for every, mean, way in ((k_all, k, c), (v_all, v, m))
     )
-    by_chance = k_energy * v_energy / count
-    shrink = (1 - by_chance / inside.square().sum((1, 2)).clamp(min=1e-30)).clamp(min=0)
-    variance = (sizes[..., 0] * leaves.variance).sum(-1).clamp(min=1e-20)
-    return inside * (shrink / variance)[:, None, None]
+    real = (k_energy > ROUNDING * k_all) & (v_energy > ROUNDING * v_all)
+    by_chance = k_energy * v_energy / count + _by_rounding(leaves, c, m, k_all, v_all)
+    shrink = (1 - by_chance / _square(inside).clamp(min=1e-300)).clamp(min=0)
+    variance = (sizes[..., 0] * leaves.variance).sum(-1)
+    variance = torch.maximum(variance, PLAIN_SHARE / keys.shape[2] * k_energy)  # no space has less
+    scale = torch.where(real, shrink / variance.masked_fill(~real, 1.0), 0.0)
+    return inside * scale.float()[:, None, None]
+
+
+def _by_rounding(leaves: Level, c: Tensor, m: Tensor, k_all: Tensor, v_all: Tensor) -> Tensor:
+    """Mean square of the covariance's rounding, `[H]` float64.
+
+    Of the sums in float32, and of the leaves' means: to a type of precision `eps` an element is
+    rounded by `eps / sqrt(12)` of itself, root mean square.
+
+    Args:
+        c, m: `[H, C, D]`, mean keys and values of the leaves without those of the head.
+        k_all, v_all: `[H]`, squares of all keys and values.
+    """
+    mean_key, mean_value, key, value = (
+        vector_norm(x, dim=-1, dtype=torch.float32).double().square()
+        for x in (leaves.centroids, leaves.mean_values, c, m)
+    )
+    crossed = leaves.sizes.double().square() * (mean_key * value + mean_value * key)
+    eps = torch.finfo(leaves.centroids.dtype).eps
+    return eps**2 / 12 * crossed.sum(-1) + SUM_ROUNDING**2 * k_all * v_all
+
+
+def _held(slope: Tensor, dtype: torch.dtype) -> Tensor:
+    """Slopes in a type that may not hold them: a head's matrix is shrunk as a whole to fit."""
+    most = torch.finfo(dtype).max
+    largest = slope.abs().amax((1, 2), keepdim=True)
+    return (slope * (most / largest.clamp(min=most))).to(dtype)
 
 
 def _square(rows: Tensor) -> Tensor:
-    """Sum of squares of `[H, n, D]`, `[H]` float32."""
-    return vector_norm(rows, dim=(1, 2), dtype=torch.float32).square()
+    """Sum of squares of `[H, n, D]`, `[H]` float64: their differences must mean something."""
+    return vector_norm(rows, dim=2, dtype=torch.float32).double().square().sum(1)
 
 
 def _narrow(positions: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from squeezed.clustering import cluster_layers
 from squeezed.config import ClusteringConfig
+from squeezed.finite import check_captured
 from squeezed.hf.capture import CapturedLayer
 from squeezed.threads import each_in_a_thread
 from squeezed.thresholds import ObservedLayer
@@ -25,7 +26,11 @@ def cluster(
         captured: one per layer, replaced by `None` as soon as it is done: few are held twice.
         tokens: length of the document.
         progress: called with the number of layers done.
+
+    Raises:
+        SqueezedError: a NaN or infinity among keys, values or queries.
     """
+    check_captured(captured, tokens)
     done: dict[int, ClusteredLayer | WindowLayer] = {
         place: WindowLayer(layer.keys, layer.values, tokens)
         for place, layer in enumerate(captured)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from squeezed.config import ClusteringConfig
 from squeezed.metric import Space
+from squeezed.rounding import real_spread
 from squeezed.tree import Level
 
 CHUNK_SCORES = 1 << 22
@@ -144,19 +145,22 @@ def describe_level(
     return Level(
         mean.to(keys.dtype),
         _segment_mean(values[:, -rows.shape[1] :].float(), sizes).to(values.dtype),
-        (energy - middle.square().mean(-1)).clamp(min=0),
+        real_spread(energy - middle.square().mean(-1), energy),
         key_offsets.to(torch.int32),
         None if child_offsets is None else child_offsets.to(torch.int32),
     )
 
 
 def _segment_mean(rows: Tensor, sizes: Tensor) -> Tensor:
-    """Mean of consecutive runs, `[H, n, D]` and `[H, C]` -> `[H, C, D]`; 0 for an empty run."""
+    """Mean of consecutive runs, `[H, n, D]` and `[H, C]` -> `[H, C, D]`; 0 for an empty run.
+
+    Summed in float64, one row after the other: the mean of equal rows is one of them.
+    """
     heads, _, dim = rows.shape
     flat = torch.segment_reduce(
-        rows.reshape(-1, dim).contiguous(), "sum", lengths=sizes.reshape(-1), unsafe=True
+        rows.reshape(-1, dim).double(), "sum", lengths=sizes.reshape(-1), unsafe=True
     )
-    return flat.view(heads, -1, dim) / sizes.clamp(min=1)[..., None]
+    return (flat.view(heads, -1, dim) / sizes.clamp(min=1)[..., None]).float()
 
 
 def take_rows(tensor: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
 from squeezed.ops.products import mapped_rows
+from squeezed.rounding import SUM_ROUNDING, real_spread
 
 PLAIN_SHARE = 0.35
 """Part of the plain distance in the mixed one (DESIGN.md)."""
@@ -68,6 +69,8 @@ def place_points(
     middle = compared.mean(1, keepdim=True)
     compared -= middle
     away = vector_norm(compared, dim=-1).square_()
+    rounding = (SUM_ROUNDING * vector_norm(middle, dim=-1)).square_()
+    away.masked_fill_(away <= rounding, 0.0)  # equal keys
     beside = weighted_values(values, away.mean(1))
     compared += _in_sight(middle, away.mean(1))
     length = torch.hypot(vector_norm(compared, dim=-1), vector_norm(beside, dim=-1))
@@ -122,9 +125,10 @@ def weighted_values(values: Tensor, key_spread: Tensor) -> Tensor:
     heads, _, dim = values.shape
     axes = _random_axes(dim, compared_dimensions(dim) - dim, values.device)
     projected = mapped_rows(values, axes.expand(heads, -1, -1))
+    whole = vector_norm(projected, dim=(1, 2)).square()
     projected -= projected.mean(1, keepdim=True)
-    spread = projected.square().sum((1, 2)) / projected.shape[1]
-    weight = VALUE_WEIGHT * (key_spread / spread.clamp(min=1e-20)).sqrt()
+    spread = real_spread(projected.square().sum((1, 2)), whole) / projected.shape[1]
+    weight = VALUE_WEIGHT * torch.where(spread > 0, key_spread / spread, 0.0).sqrt()
     return projected.mul_(weight[:, None, None])
 
 

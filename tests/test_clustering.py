@@ -163,3 +163,57 @@ def test_positions_are_narrow_where_they_fit():
     config = ClusteringConfig(levels=(0.001,), iterations=1)
     layer = cluster_layer(keys[:1], values[:1], config)
     assert layer.positions.dtype == torch.int32 and int(layer.positions.max()) == 35_999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("distinct", [1, 2, 7, 300])
+@pytest.mark.parametrize("common", [0.0, 3.0])
+def test_leaves_of_equal_keys_have_no_slope_and_no_variance(dtype, distinct, common):
+    """A layer without positions, few distinct tokens: what is left of sums is rounding."""
+    generator = torch.Generator().manual_seed(distinct)
+    keys, values = torch.randn(2, 2, distinct, 16, generator=generator)
+    queries = torch.randn(4, 48, 16, generator=generator).to(dtype)
+    kind = torch.arange(600) % distinct
+    keys, values = (keys + common).to(dtype)[:, kind], (values * 50).to(dtype)[:, kind]
+    for config in (ClusteringConfig(levels=(0.8, 1.0)), ClusteringConfig()):
+        layer = cluster_layer(keys, values, config, queries)
+        leaves = layer.levels[-1]
+        mixed = torch.zeros(2, dtype=torch.bool)
+        for head in range(2):
+            for node in range(leaves.nodes):
+                rows = slice(*leaves.key_offsets[head, node : node + 2].tolist())
+                alike = (layer.keys[head, rows] == layer.keys[head, rows][:1]).all()
+                mixed[head] |= not alike
+                assert leaves.variance[head, node] == 0 or not alike or common  # centring rounds
+        assert (layer.value_slope[~mixed] == 0).all()
+        assert layer.value_slope.isfinite().all()
+    assert not mixed.any() or distinct == 300
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_slope_is_that_of_the_formula_or_the_largest_that_its_type_holds(dtype, scale):
+    """Values are up to 1e6 times the keys; in float16 a slope too large is shrunk as a whole."""
+    keys, values, _ = blobs(tokens=3000)
+    turn = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+    keys = 1e-4 * keys
+    values = scale * (keys @ turn * 1e4)
+    layer = cluster_layer(keys.to(dtype), values.to(dtype), ClusteringConfig())
+    for head in range(2):
+        expected, chance = covariance_over_variance(layer, head)
+        assert expected.abs().max() > 1e4 * scale and chance < 0.05
+        most = min(1.0, torch.finfo(dtype).max / float(expected.abs().max() * (1 - chance)))
+        found = layer.value_slope[head].double()
+        error = (found - expected * (1 - chance) * most).norm() / (expected * most).norm()
+        assert error < 0.02
+
+
+def test_few_singletons_leave_no_slope():
+    for tokens in range(117, 140):
+        keys, values = torch.randn(
+            2, 2, tokens, 16, generator=torch.Generator().manual_seed(tokens)
+        )
+        layer = cluster_layer(keys, values, ClusteringConfig(levels=(0.5, 1.0)), values)
+        if layer.levels and layer.levels[-1].sizes.max() == 1:
+            assert (layer.value_slope == 0).all()
+        assert layer.value_slope.abs().max() < 100

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from squeezed.config import BEST
+from squeezed.ops.reference.attention import softmax_or_nothing
 from squeezed.ops.reference.lookup import (
     NEG_INF,
     block_count,
@@ -197,7 +198,7 @@ def far_attention(
     context = context.masked_fill(~queries.valid[:, None, None, :, None], NEG_INF)
     recent = queries.scale * torch.einsum("bhgqd,bhsd->bhgqs", q, suffix_keys.to(dtype))
     recent = recent.masked_fill(~mask[:, :, None], NEG_INF)
-    weights = torch.softmax(torch.cat([context, far[0], recent], -1), -1).nan_to_num(0.0)
+    weights = softmax_or_nothing(torch.cat([context, far[0], recent], -1))
     near, distant, last = weights.split([context.shape[-1], far[0].shape[-1], recent.shape[-1]], -1)
     output = torch.einsum("bhgqp,hpd->bhgqd", near, layer.values.to(dtype))
     output += torch.einsum("bhgqf,hfd->bhgqd", distant, far[1].to(dtype))

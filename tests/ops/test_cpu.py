@@ -256,6 +256,63 @@ def test_cpu_honours_the_threads_of_torch():
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("place", ["query", "suffix key", "suffix value", "key", "value", "pinned"])
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("far_field", ["none", "second_order"])
+def test_nan_shows_where_dense_attention_shows_it(place, rows, far_field):
+    """Budget 1.0; 16 rows of 4 heads are worked on by matrix products, one row is not."""
+    layer = random_layer()
+    query, keys, values = request(layer, rows=rows, suffix=rows + 2)
+    where = {
+        "query": query[0, 1, -1], "suffix key": keys[1, 0, 1], "suffix value": values[0, 1, 0],
+        "key": layer.keys[1, -1], "value": layer.values[0, 40], "pinned": layer.keys[0, 3],
+    }  # fmt: skip
+    where[place][7] = math.nan
+    far_alpha = far_alpha_for(layer, far_field, 4)
+    all_kept = (-math.inf, -math.inf)
+    rule = SelectionRule.for_all_heads(all_kept, layer, None, far_field, far_alpha=far_alpha)
+    full_keys, full_values = (
+        torch.cat([context.expand(2, -1, -1, -1), own], 2).repeat_interleave(4, 1)
+        for context, own in ((layer.keys, keys), (layer.values, values))
+    )
+    logits = SCALE * query @ full_keys.mT
+    later = ~torch.ones(rows, rows + 2, dtype=torch.bool).tril(2)
+    logits[..., layer.tokens :].masked_fill_(later, -math.inf)
+    expected = (logits.softmax(-1) @ full_values).isnan()
+    assert expected.any() and not expected.all()
+    for implementation in (cpu, reference):
+        output, _ = implementation.attend(query, layer, rule, keys, values, None, SCALE)
+        assert output.isnan().equal(expected), implementation.__name__
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("far_field", ["none", "first_order"])
+def test_query_of_nan_hides_nothing_from_its_block(rows, far_field):
+    """At a small budget too: its own row is NaN, and the rows that select with it read exactly."""
+    layer = random_layer(tokens=400, nodes=(8, 40))
+    query, keys, values = request(layer, rows=rows, suffix=rows)
+    rule = rule_for(layer, query, far_field, block=32)
+    query[0, 2, -1] = math.nan
+    output, read = cpu.attend(query, layer, rule, keys, values, None, SCALE)
+    expected, expected_read = reference.attend(query, layer, rule, keys, values, None, SCALE)
+    assert output[0, 2, -1].isnan().all() and output.isnan().equal(expected.isnan())
+    assert read.tolist() == expected_read.tolist()
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_rows_of_padding_without_anything_to_read_are_zero():
+    layer = random_layer(pinned=0)
+    query, keys, values = request(layer, rows=3, suffix=3)
+    everything_dropped = SelectionRule.for_all_heads((math.inf, math.inf), layer, None, "none")
+    mask = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
+    mask[0, :, 0] = False
+    for implementation in (cpu, reference):
+        output, _ = implementation.attend(
+            query, layer, everything_dropped, keys, values, mask, SCALE
+        )
+        assert (output[0, :, 0] == 0).all() and output.isfinite().all()
+
+
 def test_cpu_refuses_double_precision_keys():
     layer = random_layer(dtype=torch.float64)
     query, keys, values = request(layer)

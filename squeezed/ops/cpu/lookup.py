@@ -17,6 +17,7 @@ from squeezed.ops.cpu.numerics import TILE, absorb, dots, exp_nonpositive, log_s
 
 DEAD, DROPPED, KEPT = np.uint8(0), np.uint8(1), np.uint8(2)
 NEG_INF = np.float32(-np.inf)
+LOWEST = np.finfo(np.float32).min
 
 
 @compiled
@@ -48,17 +49,23 @@ def _log_mass(logits, energy, variance, key_offsets, state, wanted):
         term = logits[node] + energy * variance[node]
         terms[node] = term if state[node] == wanted else NEG_INF
         top = max(top, terms[node])
-    mass = np.float32(0.0)
-    if top > NEG_INF:
-        for node in range(logits.shape[0]):
-            size = np.float32(key_offsets[node + 1] - key_offsets[node])
-            mass += size * exp_nonpositive(terms[node] - top)
+    mass, top = np.float32(0.0), max(top, LOWEST)  # without any mass, minus infinity stays below
+    for node in range(logits.shape[0]):
+        size = np.float32(key_offsets[node + 1] - key_offsets[node])
+        mass += size * exp_nonpositive(terms[node] - top)
     return log_sum(mass, top)
 
 
 @compiled
 def _mean_score(logits, energy, normaliser, variance, valid, score):
-    """Raise `score [C]` to the log of the mean over the valid rows of one head of the group."""
+    """Raise `score [C]` to the log of the mean over the valid rows of one head of the group.
+
+    A row of NaN, which its normaliser shows, reads everything, so that nothing is hidden.
+    """
+    for r in range(valid.shape[0]):
+        if valid[r] and math.isnan(normaliser[r]):
+            score[:] = np.inf
+            return
     top, mass = np.full(score.shape[0], NEG_INF), np.zeros(score.shape[0], np.float32)
     for r in range(valid.shape[0]):
         if valid[r]:

@@ -200,7 +200,7 @@ def _exponentiate(rows, r, count, top):
 @compiled
 def log_sum(mass, top):
     """Logarithm of `mass * exp(top)`; `-inf` if there is no mass."""
-    return top + np.float32(math.log(mass)) if mass > 0 else np.float32(-np.inf)
+    return np.float32(-np.inf) if mass == 0 else top + np.float32(math.log(mass))
 
 
 @compiled
@@ -214,7 +214,9 @@ def _weigh(logits, count, r, top, mass, acc):
         for d in range(acc.shape[1]):
             acc[r, d] *= shrink
     if top[r] == -np.inf:
-        logits[r, :count] = 0.0  # every key so far is masked
+        for t in range(count):  # every key so far is masked, or NaN
+            logits[r, t] = np.float32(0.0 if logits[r, t] == -np.inf else np.nan)
+            mass[r] += logits[r, t]
     else:
         mass[r] += _exponentiate(logits, r, count, top[r])
 

@@ -77,25 +77,25 @@ def group_pieces(pieces, tasks):
 
 @compiled
 def _merge_row(tasks, w, top, mass, acc, far_top, far_mass, far_acc, out):
-    """Softmax over all tasks and the far field of one query row."""
-    highest = far_top if far_mass > 0 else np.float32(-np.inf)
+    """Softmax over all tasks and the far field of one query row. NaN is no mass of 0: it shows."""
+    highest = far_top if far_mass != 0 else np.float32(-np.inf)
     for task in tasks:
-        if mass[task, w] > 0:
+        if mass[task, w] != 0:
             highest = max(highest, top[task, w])
     out[:] = 0.0
     weights = np.float32(0.0)
-    if far_mass > 0:
+    if far_mass != 0:
         factor = np.float32(math.exp(far_top - highest))
         weights += factor * far_mass
         for d in range(out.shape[0]):
             out[d] += factor * far_acc[d]
     for task in tasks:
-        if mass[task, w] > 0:
+        if mass[task, w] != 0:
             factor = np.float32(math.exp(top[task, w] - highest))
             weights += factor * mass[task, w]
             for d in range(out.shape[0]):
                 out[d] += factor * acc[task, w, d]
-    if weights > 0:
+    if weights != 0:
         for d in range(out.shape[0]):
             out[d] /= weights
 

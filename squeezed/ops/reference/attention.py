@@ -55,13 +55,17 @@ def attend(
             far_variance = found.far_variance
         keys_read = _keys_read(found, layer, rule, valid)
     parts.append((context, layer.values.to(q.dtype).expand(q.shape[0], -1, -1, -1)))
-    weights = torch.softmax(torch.cat([logits for logits, _ in parts], -1), -1)
-    weights = weights.nan_to_num(0.0)  # rows of padding attend to nothing
+    weights = softmax_or_nothing(torch.cat([logits for logits, _ in parts], -1))
     output = torch.einsum("bhgqk,bhkd->bhgqd", weights, torch.cat([v for _, v in parts], 2))
     if far_variance is not None:
         of_far = weights[..., suffix : suffix + far_variance.shape[-1]]
         output = output + _tilt(of_far, far_variance, q, layer, scale)
     return output.reshape(query.shape).to(query.dtype), keys_read.to(torch.int64)
+
+
+def softmax_or_nothing(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension; 0 in rows that attend to nothing. NaN stays NaN."""
+    return torch.softmax(logits, -1).masked_fill((logits == NEG_INF).all(-1, keepdim=True), 0.0)
 
 
 def _tilt(

@@ -141,7 +141,7 @@ def lookup(
             alive = alive.expand(-1, -1, block_count(q.shape[3], rule.query_block), -1)
         scores = block_scores(selecting - normaliser, rule.query_block, valid)
         alive = alive & (level.sizes > 0)[None, :, None, :]
-        kept = alive & (scores > rule.log_thresholds[depth][None, :, None, None])
+        kept = alive & ~(scores <= rule.log_thresholds[depth][None, :, None, None])  # NaN too
         dropped = (alive & ~kept)[:, :, blocks].unsqueeze(2)
         standing = second_order(first, q, level, rule.far_alpha, scale)
         mass = standing + log_sizes(level.sizes, first)

@@ -17,6 +17,7 @@ from squeezed.config import ClusteringConfig
 from squeezed.metric import Space
 from squeezed.ops.triton.clustering_kernels import assign_kernel, centroid_kernel, describe_kernel
 from squeezed.ops.triton.gpus import compiled_or_refused
+from squeezed.rounding import real_spread
 from squeezed.tree import Level
 
 
@@ -228,6 +229,6 @@ def describe_level(
     )  # fmt: skip
     if space is not None:
         middle = torch.baddbmm(space.middle, exact, space.factor, beta=-1)
-        variance = (variance - middle.square().mean(-1)).clamp_(min=0)
+        variance = real_spread(variance - middle.square().mean(-1), variance)
     children = None if child_offsets is None else child_offsets.to(torch.int32)
     return Level(centroids, mean_values, variance, key_offsets, children)
