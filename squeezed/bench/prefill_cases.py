@@ -48,7 +48,7 @@ class Inputs:
         layer = cluster_layer(keys, torch.randn_like(keys), ClusteringConfig())
         del keys
         query = parts.queries(case.rows, case.heads // case.kv_heads, dtype)
-        suffix = parts.keys(case.rows, dtype)[None]
+        suffix = layer.centred(parts.keys(case.rows, dtype)[None])
         return Inputs(layer, query, suffix, torch.randn_like(suffix), case.dim**-0.5)
 
     def first(self, rows: int) -> Inputs:

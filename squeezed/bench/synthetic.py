@@ -1,7 +1,8 @@
 """Keys, values and queries with the structure that matters here: topics, token types, sharp heads.
 
-A key is its head's offset, plus the topic of its stretch of the document, plus its token type, plus
-noise. Queries are drawn from the same parts, so neighbours among them want similar keys, and heads
+A key is what all keys of its head share, thirty times what tells them apart as in the first layer
+of Qwen2.5, plus the topic of its stretch of the document, its token type and noise, which are
+strong in few directions and weak in most. Queries are drawn from the same parts, so neighbours among them want similar keys, and heads
 differ in sharpness, so that they keep different shares under one threshold.
 """
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 STRETCH = 64  # tokens that share a topic
+COMMON = 30.0  # deviations
+DECAY = 0.5  # a direction's strength falls with its number to this power
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Parts:
     topics: Tensor
     types: Tensor
     sharpness: Tensor  # [Hkv, 1, 1]
+    strength: Tensor  # [D]
+    common: Tensor  # [Hkv, 1, D]
     generator: torch.Generator
 
     @staticmethod
@@ -32,7 +37,11 @@ class Parts:
             return torch.randn(*shape, device=device, generator=generator)
 
         sharpness = torch.linspace(0.7, 1.4, heads, device=device)[:, None, None]
-        return Parts(normal(heads, 256, dim), normal(heads, 1024, dim), sharpness, generator)
+        strength = torch.arange(1, dim + 1, device=device, dtype=torch.float32) ** -DECAY
+        strength = strength * (dim / strength.square().sum()).sqrt()
+        topics, types = normal(heads, 256, dim), normal(heads, 1024, dim)
+        common = COMMON * normal(heads, 1, dim)
+        return Parts(topics, types, sharpness, strength, common, generator)
 
     def draw(self, tokens: int, noise: float = 0.6) -> Tensor:
         """`[Hkv, tokens, D]` float32; token types follow a Zipf-like law, as words do."""
@@ -51,10 +60,11 @@ class Parts:
             x.mul_(noise)
             .add_(self.topics[:, topic], alpha=0.6)
             .add_(self.types[:, kind], alpha=0.5)
+            .mul_(self.strength)
         )
 
     def keys(self, tokens: int, dtype: torch.dtype) -> Tensor:
-        return self.draw(tokens).to(dtype)
+        return self.draw(tokens).add_(self.common).to(dtype)
 
     def queries(self, rows: int, group: int, dtype: torch.dtype) -> Tensor:
         """`[1, Hkv * group, rows, D]`."""

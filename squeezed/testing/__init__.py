@@ -1,0 +1,1 @@
+"""Layers, keys and checks for tests and benchmarks, ours and those of other implementations."""
