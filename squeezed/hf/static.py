@@ -37,10 +37,15 @@ class StaticSuffix(SuffixLayer):
             self.filled = torch.zeros((), dtype=torch.int64, device=self.device)
         keep_address(self.keys, self.values, self.filled)
 
+    @torch.compiler.disable
+    def start(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the buffers outside of a graph, also where the first tokens are read by one."""
+        self.lazy_initialization(key_states, value_states)
+
     def write(self, key_states: Tensor, value_states: Tensor) -> None:
         """Put new tokens behind the ones so far."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.start(key_states, value_states)
         count = key_states.shape[-2]
         slots = torch.arange(count, device=self.device) + self.window_tokens + self.filled
         self.keys.index_copy_(2, slots, key_states)

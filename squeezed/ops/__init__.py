@@ -56,7 +56,7 @@ def implementation(name: str, device: torch.device) -> Callable[..., tuple[Tenso
     """
     chosen = choose(name, device)
     try:
-        return importlib.import_module(IMPLEMENTATIONS[chosen]).attend
+        attend = importlib.import_module(IMPLEMENTATIONS[chosen]).attend
     except ModuleNotFoundError as error:
         raise SqueezedError(
             f"implementation: {chosen!r} needs the package {error.name}, found none; install it, or"
@@ -69,3 +69,10 @@ def implementation(name: str, device: torch.device) -> Callable[..., tuple[Tenso
             f"implementation: {chosen!r} does not start ({error}); check the variables NUMBA_* of "
             "the environment, or use 'reference'"
         ) from error
+    return _outside_graphs(attend) if chosen == "cpu" else attend
+
+
+@cache
+def _outside_graphs(attend: Callable) -> Callable:
+    """Numba's code is no concern of `torch.compile`: a compiled model calls it between graphs."""
+    return torch.compiler.disable(attend)
