@@ -108,7 +108,7 @@ class FixedContext:
         contexts = [
             layer if isinstance(layer, WindowLayer) else next(attentions) for layer in self.layers
         ]
-        return build_cache(contexts, budget, suffix_tokens)
+        return build_cache(contexts, budget, self.tokens, suffix_tokens)
 
     def kv_bytes(self) -> int:
         return sum(layer.kv_bytes() for layer in self.layers)

@@ -1,18 +1,22 @@
-"""Control tokens inside a document or a question are text: only the template writes real ones.
+"""Control tokens inside a document, question or answer are text: only the template writes them.
 
 A tokenizer turns `<|im_end|>` into the token that ends a turn wherever it stands, so that a
-document could forge turns. Text without control tokens is tokenised in one piece with the template
-around it.
+document could forge turns. So those that stand in such a text are marked, and what lies between the
+template's own control tokens is tokenised as text. Without marks a prompt is tokenised in one go.
 """
 
 from __future__ import annotations
 
+import re
 from threading import Lock
 
 from squeezed.errors import SqueezedError
 
-SENTINELS = ("\n", ".", "x", "0")
-"""Texts before which a piece is put where a tokenizer marks the beginning of a text."""
+BEGIN, END = "\x02TEXT\x03", "\x02/TEXT\x03"
+"""Around a control token that is text."""
+
+ANCHORS = ("a", "\n", ".", "0")
+"""Texts behind which a piece is tokenised as inside a text, if no token crosses the seam."""
 
 _ONE_CALL = Lock()
 """How special tokens are split is a state of the tokenizer, which threads share."""
@@ -25,80 +29,107 @@ def encode(tokenizer, text: str, split: bool = False) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, **options)["input_ids"])
 
 
-def text_between(tokenizer, before: str, content: str, after: str, template: str = "") -> list[int]:
-    """Ids of `before + content + after` in which only `before` and `after` have control tokens.
+def continued(tokenizer, text: str, split: bool = False) -> list[int]:
+    """Ids of a text that continues another one.
 
-    Args:
-        template: all that the template writes, where that is more than `before + after`: added
-            tokens in it are control tokens even if the tokenizer does not call them special.
-
-    Raises:
-        SqueezedError: the tokenizer has no way to write one of the content's as text.
+    Some tokenizers (SentencePiece) put a mark before the first word of whatever they are given. So
+    the text is tokenised behind others, and what belongs to those is cut off.
     """
-    joined = encode(tokenizer, before + content + after)
-    tokens = control_tokens(tokenizer, before + after + template)
-    if not tokens or not _forges(tokenizer, tokens, joined, before, content, after):
-        return joined
-    head, tail = _cut_after_last(tokens, before)
-    front, rest = _cut_before_first(tokens, after)
-    middle = _as_text(tokenizer, tokens, tail + content + front, head)
-    return encode(tokenizer, head) + middle + encode(tokenizer, rest)
+    alone = encode(tokenizer, text, split)
+    found = []
+    for anchor in ANCHORS:
+        before, both = encode(tokenizer, anchor), encode(tokenizer, anchor + text, split)
+        if both[: len(before)] == before:
+            found.append(both[len(before) :])
+    return alone if not found or alone in found else found[0]
 
 
-def control_tokens(tokenizer, template: str) -> dict[int, object]:
-    """Added tokens by id that are special, or that the template writes; no white space."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
+def control_tokens(tokenizer, template: str, special_only: bool = False) -> dict[str, object]:
+    """Added tokens by text that are special, or that the template writes; no white space."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     return {
-        index: token
-        for index, token in added.items()
-        if (token.special or token.content in template) and not token.content.isspace()
+        token.content: token
+        for token in added
+        if (token.special or (not special_only and token.content in template))
+        and token.content
+        and not token.content.isspace()
     }
 
 
-def _forges(tokenizer, tokens, joined: list[int], before: str, content: str, after: str) -> bool:
-    """Whether `joined` has more control tokens than the template alone.
+def marked(tokenizer, text: str, template: str, special_only: bool = False) -> str:
+    """`text` with marks around the control tokens in it.
 
-    The unknown token stands for any text, so that only its name in the content says that it does.
+    Args:
+        template: all that the template writes: added tokens in it are control tokens even if the
+            tokenizer does not call them special.
+        special_only: leave those alone; for answers, in which a model wrote them.
     """
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    counted = tokens.keys() - {unknown}
-    own = sum(index in counted for part in (before, after) for index in encode(tokenizer, part))
-    named = unknown in tokens and tokens[unknown].content in content
-    return named or sum(index in counted for index in joined) > own
+    tokens = control_tokens(tokenizer, template, special_only)
+    if not any(content in text for content in tokens):
+        return text
+    return _any_of(tokens).sub(lambda match: BEGIN + match[0] + END, text)
 
 
-def _cut_after_last(tokens, before: str) -> tuple[str, str]:
-    """`before` up to its last control token, and the rest, which is tokenised with the content."""
-    cut = 0
-    for token in tokens.values():
-        start = before.rfind(token.content)
-        if start >= 0:
-            end = start + len(token.content)
-            if token.rstrip:
-                end += len(before[end:]) - len(before[end:].lstrip())
-            cut = max(cut, end)
-    return before[:cut], before[cut:]
+def prompt_ids(tokenizer, text: str, template: str, begins: bool) -> list[int]:
+    """Ids of a prompt in which `marked` control tokens are text.
+
+    Args:
+        begins: whether the text begins the prompt; otherwise it continues one.
+
+    Raises:
+        SqueezedError: the tokenizer has no way to write one of them as text.
+    """
+    if BEGIN not in text and END not in text:
+        return encode(tokenizer, text) if begins else continued(tokenizer, text)
+    tokens, ids, head = control_tokens(tokenizer, template), [], None
+    for piece, is_control in _segments(tokens, text):
+        if is_control:
+            head = piece
+            ids += encode(tokenizer, piece)
+        elif piece:
+            ids += _as_text(tokenizer, tokens, piece, head, begins)
+    return ids
 
 
-def _cut_before_first(tokens, after: str) -> tuple[str, str]:
-    cut = len(after)
-    for token in tokens.values():
-        start = after.find(token.content)
-        if start >= 0:
-            cut = min(cut, len(after[:start].rstrip()) if token.lstrip else start)
-    return after[:cut], after[cut:]
+def _any_of(contents) -> re.Pattern:
+    longest_first = sorted(contents, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)))
 
 
-def _as_text(tokenizer, tokens, text: str, head: str) -> list[int]:
-    """Ids of `text` behind `head`, none of them a control token's."""
-    ids = _behind(tokenizer, text, head)
+def _segments(tokens: dict[str, object], text: str) -> list[tuple[str, bool]]:
+    """Text and control tokens in turn, without marks, and without the space that tokens take."""
+    literal = f"{re.escape(BEGIN)}(?:{_any_of(tokens).pattern}){re.escape(END)}"
+    found: list[list] = [["", False]]
+    start, strip = 0, False
+    for match in re.finditer(f"({literal})|({_any_of(tokens).pattern})", text):
+        _extend(found, text[start : match.start()], strip)
+        start, strip = match.end(), strip and not found[-1][0]
+        if match[1]:
+            found[-1][0] += match[1]
+            continue
+        token = tokens[match[2]]
+        if token.lstrip:
+            found[-1][0] = found[-1][0].rstrip()
+        found += [[match[2], True], ["", False]]
+        strip = token.rstrip
+    _extend(found, text[start:], strip)
+    return [(piece.replace(BEGIN, "").replace(END, ""), control) for piece, control in found]
+
+
+def _extend(found: list[list], text: str, strip: bool) -> None:
+    found[-1][0] += text.lstrip() if strip and not found[-1][0] else text
+
+
+def _as_text(tokenizer, tokens, text: str, head: str | None, begins: bool) -> list[int]:
+    """Ids of `text` behind the control token `head`, none of them a control token's."""
+    ids = _behind(tokenizer, text, head, begins)
     left = _still_in(tokenizer, tokens, ids)
     if not left:
         return ids
-    pieces = _cut_inside(text, left)  # matched as a whole only; halves are ordinary text
-    ids = _behind(tokenizer, pieces[0], head)
-    for piece in pieces[1:]:
-        ids += _continued(tokenizer, piece)
+    first, *further = _cut_inside(text, left)  # matched as a whole only; halves are plain text
+    ids = _behind(tokenizer, first, head, begins)
+    for piece in further:
+        ids += continued(tokenizer, piece, split=True)
     if _still_in(tokenizer, tokens, ids):
         raise SqueezedError(
             f"text: this tokenizer cannot write {left[0]!r} as text; remove it, or index with "
@@ -107,43 +138,24 @@ def _as_text(tokenizer, tokens, text: str, head: str) -> list[int]:
     return ids
 
 
+def _behind(tokenizer, text: str, head: str | None, begins: bool) -> list[int]:
+    """Ids of `text` as they are where it stands: at the beginning, inside, or behind `head`."""
+    if head is None:
+        plain = begins
+    else:
+        behind = encode(tokenizer, head + "a")[len(encode(tokenizer, head)) :]
+        plain = behind == encode(tokenizer, "a")
+    return encode(tokenizer, text, split=True) if plain else continued(tokenizer, text, split=True)
+
+
 def _still_in(tokenizer, tokens, ids: list[int]) -> list[str]:
-    found = (tokens.keys() - {tokenizer.unk_token_id}) & set(ids)
-    return [tokens[index].content for index in sorted(found)]
+    """Control tokens that came out all the same; the unknown token stands for any text."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    known = {tokenizer.convert_tokens_to_ids(content): content for content in tokens}
+    return [known[index] for index in sorted(known.keys() & set(ids)) if index != unknown]
 
 
 def _cut_inside(text: str, contents: list[str]) -> list[str]:
     """`text` cut after the first character of each of `contents` in it."""
-    pieces = [text]
-    for content in contents:
-        parts = [piece.split(content) for piece in pieces]
-        pieces = []
-        for around in parts:
-            pieces.append(around[0])
-            for following in around[1:]:
-                pieces[-1] += content[:1]
-                pieces.append(content[1:] + following)
-    return [piece for piece in pieces if piece]
-
-
-def _behind(tokenizer, text: str, head: str) -> list[int]:
-    """Ids of `text` as they are behind `head`, which is empty or ends with a control token."""
-    if not text:
-        return []
-    begun = encode(tokenizer, head)
-    if not head or encode(tokenizer, head + "a")[len(begun) :] == encode(tokenizer, "a"):
-        return encode(tokenizer, text, split=True)
-    return _continued(tokenizer, text)
-
-
-def _continued(tokenizer, text: str) -> list[int]:
-    """Ids of `text` in the middle of another: without the mark that some put at a beginning."""
-    alone = encode(tokenizer, text, split=True)
-    if encode(tokenizer, "\na")[-1:] == encode(tokenizer, "a")[-1:]:
-        return alone
-    for sentinel in SENTINELS:
-        begun = encode(tokenizer, sentinel)
-        ids = encode(tokenizer, sentinel + text, split=True)
-        if ids[: len(begun)] == begun:
-            return ids[len(begun) :]
-    return alone
+    cut = _any_of(contents).sub(lambda match: f"{match[0][:1]}{BEGIN}{match[0][1:]}", text)
+    return cut.split(BEGIN)

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-import torch
-
 from squeezed import storage
+from squeezed.answer import Answer, respond
 from squeezed.calibration import calibrate
-from squeezed.config import BEST, DEFAULT_BUDGET, DEFAULT_NEW_TOKENS, IndexConfig
+from squeezed.config import BEST, DEFAULT_BUDGET, IndexConfig
 from squeezed.context import FixedContext
 from squeezed.errors import ContextFileError, SqueezedError, expect, got
 from squeezed.failures import readable_failures
 from squeezed.fingerprint import model_fingerprint, tokenizer_fingerprint
 from squeezed.forest import cluster
-from squeezed.hf.cache import Spending, SqueezedCache, suffix_mask
 from squeezed.hf.capture import capture
-from squeezed.hf.positions import check_document, check_room
+from squeezed.hf.positions import check_document
 from squeezed.hf.rehearsal import rehearse
-from squeezed.hf.support import input_device, layer_kinds, using_attention
+from squeezed.hf.support import input_device, layer_kinds
 from squeezed.memory import check_memory
 from squeezed.prompt import PromptTemplate, probe_question
 from squeezed.text import check_text
@@ -145,23 +142,6 @@ def load(path: str | Path, model=None) -> FixedContext:
     return context
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What `generate` returns.
-
-    Attributes:
-        text: the answer, without special tokens.
-        tokens: `[n]` int64, its ids.
-        spending: budget really spent on the answer's tokens and on the question's.
-        seconds: time for the question's prefill with the first token, and per further token.
-    """
-
-    text: str
-    tokens: torch.Tensor
-    spending: Spending
-    seconds: dict[str, float]
-
-
 @readable_failures()
 def generate(
     model,
@@ -181,7 +161,13 @@ def generate(
         preset: `best` or `paper`.
         implementation: `auto`, `reference`, `cpu` or `triton`.
         method: a name of `squeezed.methods.METHODS`.
-        generate_arguments: passed to `model.generate` (`max_new_tokens`, `streamer`, ...).
+        generate_arguments: passed to `model.generate` (`max_new_tokens`, `streamer`,
+            `generation_config`, ...), which sees document and question as one prompt: penalties,
+            `max_length` and streamers mean what they mean in dense. Greedy unless the call asks
+            for sampling; `DEFAULT_NEW_TOKENS` long unless the call or the checkpoint says.
+
+    Raises:
+        SqueezedError: an argument that cannot be honoured, by its name, before anything is read.
     """
     _check_pair(model, tokenizer)
     expect("context", context, FixedContext, "a FixedContext, made by squeezed.index or load")
@@ -198,43 +184,3 @@ def check_tokenizer(tokenizer, context: FixedContext) -> None:
         raise ContextFileError(
             "tokenizer: this context was made with another tokenizer; use the one it was made with"
         )
-
-
-def respond(model, tokenizer, cache: SqueezedCache, ids: torch.Tensor, **arguments) -> Answer:
-    """Generate what follows the tokens in `cache` and then `ids` `[S]`; the cache grows by both."""
-    ids = ids[None].to(input_device(model))
-    arguments = {"max_new_tokens": DEFAULT_NEW_TOKENS, "do_sample": False} | arguments
-    prompt = int(cache.get_seq_length()) + ids.shape[1]
-    check_room(model, cache.layers[0].tokens, prompt, arguments["max_new_tokens"])
-    clock = _Clock()
-    with using_attention(model), torch.inference_mode():
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=suffix_mask(cache.get_seq_length(), torch.ones_like(ids)),
-            past_key_values=cache,
-            stopping_criteria=[clock],
-            **arguments,
-        )
-    new = output[0, ids.shape[1] :].cpu()
-    return Answer(
-        text=tokenizer.decode(new, skip_special_tokens=True).strip(),
-        tokens=new,
-        spending=cache.spending(),
-        seconds=clock.seconds(),
-    )
-
-
-class _Clock:
-    """A stopping criterion that never stops: it notes when each token came."""
-
-    def __init__(self) -> None:
-        self.times = [time.perf_counter()]
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    def seconds(self) -> dict[str, float]:
-        steps = len(self.times) - 2
-        decoding = (self.times[-1] - self.times[1]) / steps if steps > 0 else 0.0
-        return {"first_token": self.times[1] - self.times[0], "per_token": decoding}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squeezed.control import encode, text_between
+from squeezed.control import marked, prompt_ids
 from squeezed.text import check_text
 
 DOCUMENT, QUESTION = "\x02DOCUMENT\x03", "\x02QUESTION\x03"
@@ -68,16 +68,39 @@ class PromptTemplate:
 
     def document_ids(self, tokenizer, document: str) -> Tensor:
         """Ids of the fixed context, `[P]` int64; `SqueezedError` for what is no text."""
-        return self._ids(tokenizer, self.before, check_text("text", document), "")
+        return self._ids(tokenizer, self.before, check_text("text", document), "", True)
 
     def question_ids(self, tokenizer, question: str) -> Tensor:
         """Ids of what follows the fixed context, `[S]` int64; `SqueezedError` as above."""
-        return self._ids(tokenizer, self.between, check_text("question", question), self.after)
+        return self._ids(
+            tokenizer, self.between, check_text("question", question), self.after, False
+        )
 
-    def _ids(self, tokenizer, before: str, content: str, after: str) -> Tensor:
+    def marked(self, tokenizer, text: str, special_only: bool = False) -> str:
+        """`text` with its control tokens marked as text, unless they are to be kept."""
         if self.keep_control_tokens:
-            ids = encode(tokenizer, before + content + after)
-        else:
-            written = self.before + self.between + self.after
-            ids = text_between(tokenizer, before, content, after, written)
-        return torch.tensor(ids, dtype=torch.long)
+            return text
+        return marked(tokenizer, text, self._written, special_only)
+
+    def is_chat_of(self, tokenizer) -> bool:
+        """Whether this is the tokenizer's chat template; what stands before may carry a date."""
+        if not getattr(tokenizer, "chat_template", None):
+            return False
+        try:
+            own = PromptTemplate.of(tokenizer)
+        except Exception:  # a chat template that has no place for a document made no context
+            return False
+        return (own.between, own.after) == (self.between, self.after)
+
+    @property
+    def _written(self) -> str:
+        return self.before + self.between + self.after
+
+    def _ids(self, tokenizer, before: str, content: str, after: str, begins: bool) -> Tensor:
+        text = before + self.marked(tokenizer, content) + after
+        return torch.tensor(prompt_ids(tokenizer, text, self._written, begins), dtype=torch.long)
+
+
+def continued_ids(tokenizer, text: str, template: str = "") -> Tensor:
+    """Ids of a text that continues another one, `[S]` int64; see `squeezed.control.prompt_ids`."""
+    return torch.tensor(prompt_ids(tokenizer, text, template or text, False), dtype=torch.long)

@@ -22,7 +22,7 @@ def metered_cache(
         WindowedLayer(layer) if isinstance(layer, WindowLayer) else ContextLayer(next(metered))
         for layer in context.layers
     ]
-    return SqueezedCache(layers, budget)
+    return SqueezedCache(layers, budget, context.tokens)
 
 
 def left_padded(rows: list[Tensor], filler: int) -> tuple[Tensor, Tensor]:

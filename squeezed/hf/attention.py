@@ -44,6 +44,9 @@ UNKNOWN = UNKNOWN_TO_SDPA | {"position_bias": "position biases"}
 
 Attend = Callable[[Tensor, "Tensor | None", float], Tensor]
 
+Check = Callable[[Tensor, "Tensor | None", "Tensor | None"], None]
+"""Called with query, mask and position ids before the layer answers; raises if they do not fit."""
+
 
 class Handover:
     """Stands in for the keys and values of a layer; only `squeezed_attention_forward` opens it.
@@ -51,9 +54,11 @@ class Handover:
     Layers without keys of their own get that of the layer they share with, and ask it again.
     """
 
-    def __init__(self, attend: Attend, document: int = 0, tokens: int = 0) -> None:
+    def __init__(
+        self, attend: Attend, document: int = 0, tokens: int = 0, check: Check | None = None
+    ) -> None:
         """`tokens` may be in the cache after a document of `document`; 0 while that is read."""
-        self.attend = attend
+        self.attend, self.check = attend, check
         self.document, self.tokens = document, tokens
 
     def to(self, *args, **kwargs) -> Handover:
@@ -87,6 +92,8 @@ def squeezed_attention_forward(
         raise _refusal(module, "attention to later tokens")
     if key.document:
         check_rope(module.config, key.document, key.tokens)
+    if key.check is not None:
+        key.check(query, attention_mask, kwargs.get("position_ids"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return key.attend(query, attention_mask, scale).transpose(1, 2).contiguous(), None
 
@@ -127,6 +134,8 @@ def squeezed_mask(
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, None, **kwargs
         )
+    if kv_offset:
+        check_mask_length(attention_mask, q_offset, q_length)
     missing = kv_offset + kv_length - attention_mask.shape[-1]
     real = torch.nn.functional.pad(attention_mask, (0, max(0, missing))).bool()
     position = real.long().cumsum(-1) - 1
@@ -137,6 +146,18 @@ def squeezed_mask(
     key_position = position[:, columns][:, None, None, :]
     seen = mask_function(batch, torch.zeros_like(batch), query_position, key_position)
     return seen & real[:, rows][:, None, :, None] & real[:, columns][:, None, None, :]
+
+
+def check_mask_length(attention_mask: Tensor, q_offset, q_length: int) -> None:
+    """Raise `SqueezedError` for a mask `[B, tokens]` that ends before the input does."""
+    if q_length == 1 and isinstance(q_offset, Tensor) and q_offset.device.type != "cpu":
+        return  # a decode step on a GPU: to look would be to wait
+    if attention_mask.shape[-1] < int(q_offset) + q_length:
+        raise SqueezedError(
+            f"attention_mask: expected one entry for each of {int(q_offset)} tokens held, with the "
+            f"document's, and of {q_length} new ones, got {attention_mask.shape[-1]}; pass "
+            "suffix_mask(cache.get_seq_length(), ...)"
+        )
 
 
 AttentionInterface.register(NAME, squeezed_attention_forward)

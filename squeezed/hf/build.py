@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from squeezed.hf.cache import ContextLayer, SqueezedCache, WindowedLayer
 from squeezed.hf.static import StaticContextLayer, StaticWindowedLayer
 from squeezed.methods.base import ContextAttention
@@ -9,7 +11,10 @@ from squeezed.tree import WindowLayer
 
 
 def build_cache(
-    contexts: list[ContextAttention | WindowLayer], budget: float, suffix_tokens: int | None = None
+    contexts: list[ContextAttention | WindowLayer],
+    budget: float,
+    document: Tensor,
+    suffix_tokens: int | None = None,
 ) -> SqueezedCache:
     """One cache layer per model layer; a buffer of `suffix_tokens` each, or growing if `None`."""
     windowed, full, arguments = WindowedLayer, ContextLayer, ()
@@ -19,4 +24,4 @@ def build_cache(
         (windowed if isinstance(context, WindowLayer) else full)(context, *arguments)
         for context in contexts
     ]
-    return SqueezedCache(built, budget)
+    return SqueezedCache(built, budget, document)

@@ -6,6 +6,7 @@ and cropping touch the suffix alone, so beam search and batches share one copy o
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +14,24 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from squeezed.errors import SqueezedError
 from squeezed.hf.attention import Handover
 from squeezed.methods.base import ContextAttention
 from squeezed.tree import WindowLayer
 
 
 class SuffixLayer(DynamicLayer):
-    """A layer after a fixed context of `tokens` tokens: only its suffix grows and has a batch."""
+    """A layer after a fixed context of `tokens` tokens: only its suffix grows and has a batch.
+
+    Attributes:
+        last: the last layer of the same cache. A pass that is interrupted leaves early layers with
+            more tokens than it; they drop them when the next pass comes.
+    """
 
     def __init__(self, tokens: int, window_tokens: int = 0) -> None:
         super().__init__()
         self.tokens, self.window_tokens = tokens, window_tokens
+        self.last: SuffixLayer = self
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -32,24 +40,54 @@ class SuffixLayer(DynamicLayer):
 
     @property
     def suffix_length(self) -> int:
-        return self.keys.shape[-2] if self.is_initialized else 0
+        return self.values.shape[-2] if self.is_initialized else 0  # values come after keys
+
+    @property
+    def completed(self) -> int:
+        """Tokens after the document that went through every layer."""
+        return self.last.suffix_length
 
     def get_seq_length(self) -> int:
-        return self.tokens + self.suffix_length
+        return self.tokens + self.completed
 
     @property
     def most_tokens(self) -> int:
         """Tokens held at most, for who must know it without waiting for the device."""
-        return self.get_seq_length()
+        return self.tokens + self.suffix_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The mask covers the suffix, and the context's last tokens if they are a window."""
-        visible = self.window_tokens + self.suffix_length + query_length
+        check_new_tokens(query_length)
+        visible = self.window_tokens + self.completed + query_length
         return visible, self.tokens - self.window_tokens
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        self.prepare(key_states, value_states)
+        return super().update(key_states, value_states)
+
+    def prepare(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Drop what an interrupted pass left, and refuse another number of requests than before."""
+        if not self.is_initialized:
+            return
+        completed = self.completed
+        if not completed:
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        elif self.keys.shape[-2] != completed or self.values.shape[-2] != completed:
+            self.trim(completed)
+        check_rows(self.keys, key_states)
+
+    def trim(self, length: int) -> None:
+        """Keep the first `length` tokens of the suffix."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+
+    def keep_first_row(self) -> None:
+        """Let the first request of the batch stay alone."""
+        if self.is_initialized and self.keys.shape[0] > 1:
+            self.keys, self.values = self.keys[:1], self.values[:1]
+
     def crop(self, tokens_to_remove: int) -> None:
-        if self.suffix_length:
-            super().crop(tokens_to_remove)
+        self.trim(max(0, int(self.suffix_length) - abs(tokens_to_remove)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.suffix_length:
@@ -64,6 +102,24 @@ class SuffixLayer(DynamicLayer):
             super().batch_select_indices(indices)
 
 
+def check_new_tokens(count: int) -> None:
+    """Raise `SqueezedError` for an input of which nothing is new."""
+    if count < 1:
+        raise SqueezedError(
+            "attention_mask: by the mask every token of the input is in the cache already; pass "
+            "attention_mask=suffix_mask(cache.get_seq_length(), ...), which counts the document too"
+        )
+
+
+def check_rows(held: Tensor, new: Tensor) -> None:
+    """Raise `SqueezedError` unless the suffix and the input are equally many requests."""
+    if held.shape[0] != new.shape[0]:
+        raise SqueezedError(
+            f"past_key_values: the cache continues {held.shape[0]} requests, the input has "
+            f"{new.shape[0]}; make a new cache with context.cache(), or repeat or select its rows"
+        )
+
+
 class ContextLayer(SuffixLayer):
     """Full attention over a fixed context, by any method, and a dense suffix `[B, Hkv, S, D]`."""
 
@@ -73,6 +129,7 @@ class ContextLayer(SuffixLayer):
         super().__init__(context.tokens)
         self.context = context
         self.select_per_token = False
+        self.checks_positions = False
         self.watch: list[Tensor] | None = None
         self.asked_again = False  # by a layer that shares these keys
         self.keys_read: Tensor | None = None
@@ -81,6 +138,8 @@ class ContextLayer(SuffixLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
+        if self.keys_read is not None:
+            return
         with torch.inference_mode(False):  # so that later calls may count in any mode
             self.keys_read = torch.zeros((), dtype=torch.int64, device=self.device)
             self.queries_answered = torch.zeros_like(self.keys_read)
@@ -92,8 +151,38 @@ class ContextLayer(SuffixLayer):
 
     def hand_over(self) -> tuple[Handover, Handover]:
         self.asked_again = False
-        handover = Handover(self.attend, self.tokens, self.most_tokens)
+        handover = Handover(self.attend, self.tokens, self.most_tokens, self.check)
         return handover, handover
+
+    def check(self, query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Raise `SqueezedError` unless the input's positions follow the tokens that are held.
+
+        They do not when a cache is used for a second request, or the mask does not tell how many
+        tokens there were. One layer looks, and at a GPU's single tokens nobody: it would wait.
+        """
+        if not self.checks_positions or position_ids is None or torch.compiler.is_compiling():
+            return
+        rows = query.shape[2]
+        if position_ids.ndim != 2 or (rows == 1 and query.device.type != "cpu"):
+            return
+        if mask is None:
+            seen = self.suffix_length - rows + 1 + torch.arange(rows, device=query.device)
+        elif mask.dtype == torch.bool:
+            seen = mask[:, 0].sum(-1)  # [B, Q], 0 for padding
+        else:
+            return
+        wrong = (seen > 0) & (position_ids[:, -rows:].to(seen.device) != self.tokens + seen - 1)
+        if bool(wrong.any()):
+            raise SqueezedError(self._misplaced(position_ids))
+
+    def _misplaced(self, position_ids: Tensor) -> str:
+        held = int(self.completed)
+        return (
+            f"past_key_values: the cache holds a document of {self.tokens} tokens and {held} more, "
+            f"the input's positions begin at {int(position_ids[0, 0])}; make a new cache with "
+            "context.cache() for every request, or continue this one with "
+            "attention_mask=suffix_mask(cache.get_seq_length(), ...)"
+        )
 
     def attend(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Attention of `query [B, Hq, Q, D]`; `mask` covers the suffix only.
@@ -121,8 +210,12 @@ class ContextLayer(SuffixLayer):
             self.tokens_answered.add_(answered)
         self.asked_again = True
 
+    def reset(self) -> None:
+        super().reset()
+        self.restart_spending()
+
     def restart_spending(self) -> None:
-        if self.is_initialized:
+        if self.keys_read is not None:
             self.keys_read.zero_()
             self.queries_answered.zero_()
             self.tokens_answered.zero_()
@@ -162,11 +255,79 @@ class Spending:
 
 
 class SqueezedCache(Cache):
-    """A cache over a fixed context. Pass it as `past_key_values`; make one per request or batch."""
+    """A cache over a fixed context. Pass it as `past_key_values`; make one per request or batch.
 
-    def __init__(self, layers: list[SuffixLayer], budget: float) -> None:
+    A copy (`copy.deepcopy`) shares the context and has a suffix of its own.
+
+    Attributes:
+        document: `[P]` int64, the context's tokens.
+        known: `[n]` int64, ids of the first tokens after the document that every request of the
+            batch has in common, as far as `remember()` was told.
+    """
+
+    def __init__(self, layers: list[SuffixLayer], budget: float, document: Tensor) -> None:
         super().__init__(layers=layers)
-        self.budget = budget
+        self.budget, self.document = budget, document.cpu()
+        self.known = self.document[:0]
+        for layer in layers:
+            layer.last = layers[-1]
+        for layer in self.context_layers[:1]:
+            layer.checks_positions = True
+
+    def __deepcopy__(self, memo: dict) -> SqueezedCache:
+        shared = [self.document, *(layer.context for layer in self.layers)]
+        memo |= {id(each): each for each in shared}
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __copy__(self) -> SqueezedCache:
+        return copy.deepcopy(self)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        if layer_idx >= len(self.layers):
+            raise SqueezedError(
+                f"past_key_values: the cache has {len(self.layers)} layers, the model has more; "
+                "use the model that made the context"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens of the suffix, as Transformers asks: `-n` removes `n`."""
+        held = int(self.layers[-1].suffix_length)
+        if not -held <= tokens_to_remove <= 0:
+            raise SqueezedError(
+                f"crop: expected -n to remove n of the {held} tokens after the document, which "
+                f"stays; got {tokens_to_remove}"
+            )
+        self._trim(held + tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything after the document."""
+        self.known = self.known[:0]
+        for layer in reversed(self.layers):
+            layer.reset()
+
+    def rewind(self, ids: Tensor) -> None:
+        """Keep the longest beginning of `ids` that is held, of one request, and not all of `ids`.
+
+        Args:
+            ids: `[S]` int64, everything that shall follow the document.
+        """
+        longest = min(len(self.known), len(ids) - 1)
+        alike = self.known[:longest] == ids[:longest]
+        self._trim(int(alike.long().cumprod(0).sum()))
+        for layer in self.layers:
+            layer.keep_first_row()
+
+    def remember(self, ids: Tensor) -> None:
+        """Note that the suffix begins with `ids` `[S]`; those not yet read are left out."""
+        self.known = ids.cpu()[: int(self.layers[-1].suffix_length)]
+
+    def _trim(self, length: int) -> None:
+        self.known = self.known[:length]
+        for layer in reversed(self.layers):  # the last one first: it says what is complete
+            layer.trim(length)
 
     @property
     def context_layers(self) -> list[ContextLayer]:
