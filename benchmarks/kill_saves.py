@@ -1,0 +1,213 @@
+"""Kill -9 at random moments of a save, and savers and readers at once: what lies there afterwards.
+
+    python benchmarks/kill_saves.py --place /dev/shm --namespaces 20 --output benchmarks/kill_saves.json
+
+Small contexts of random numbers, made without a model; a child saves, and is killed after a random
+part of the time that a save takes. Then the context must be the older one or the new one, whole,
+every tensor equal; the next save must leave nothing but the context. "Two renames" is what systems
+do that cannot exchange two names in one step. With `--namespaces` (Linux, as root, `unshare`) every
+killed saver has process number 1, as in containers that share a volume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from made import made_context, same_context
+
+from squeezed import replacing, storage
+from squeezed.errors import ContextFileError
+
+SIGNAL_MARGIN = 1.15
+"""Kills fall into this many times the duration of a save, so that some come too late."""
+
+
+def no_exchange(one: Path, other: Path) -> None:
+    raise NotImplementedError
+
+
+def content(path: Path, known: dict[str, object]) -> str:
+    """Which of the known contexts lies at `path`, read whole; `none`, or what is wrong."""
+    if not path.exists() and not any(path.parent.iterdir()):
+        return "none"
+    try:
+        found = storage.load(path)
+        return next((n for n, context in known.items() if same_context(found, context)), "mixed")
+    except ContextFileError as error:
+        return "none" if "no saved context" in str(error) else "broken"
+
+
+class Campaign:
+    """Saves of `new` over `old`, or over nothing, killed; and what was found after each."""
+
+    def __init__(self, place: Path, over_old: bool, two_renames: bool) -> None:
+        self.target, self.over_old = place / "c.sqz", over_old
+        self.known = {"old": made_context(0), "new": made_context(1)}
+        replacing.exchange = no_exchange if two_renames else EXCHANGE
+        self.counts: Counter[str] = Counter()
+        self.seconds = sorted(self._timed() for _ in range(9))[4]
+
+    def _timed(self) -> float:
+        self._lay_out()
+        started = time.perf_counter()
+        storage.save(self.known["new"], self.target)
+        return time.perf_counter() - started
+
+    def _lay_out(self) -> None:
+        shutil.rmtree(self.target.parent, ignore_errors=True)
+        self.target.parent.mkdir()
+        if self.over_old:
+            storage.save(self.known["old"], self.target)
+
+    def kill(self, rng: random.Random) -> None:
+        self._lay_out()
+        child = os.fork()
+        if child == 0:
+            storage.save(self.known["new"], self.target)
+            os._exit(0)
+        time.sleep(rng.random() * SIGNAL_MARGIN * self.seconds)
+        os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        self.counts["saves killed" if code else "saves that had ended"] += 1
+        self.counts[f"found {content(self.target, self.known)}"] += 1
+        self.counts["left rubbish until the next save"] += self._rubbish()
+        storage.save(self.known["new"], self.target)
+        self.counts["left rubbish after the next save"] += self._rubbish()
+
+    def _rubbish(self) -> bool:
+        return any(entry != self.target for entry in self.target.parent.iterdir())
+
+
+EXCHANGE = replacing.exchange
+
+
+def killed(place: Path, kills: int, seed: int) -> dict[str, dict]:
+    found = {}
+    for way in ("one step", "two renames"):
+        for over_old in (True, False):
+            campaign = Campaign(place, over_old, way == "two renames")
+            rng = random.Random(f"{seed} {way} {over_old}")
+            for _ in range(kills):
+                campaign.kill(rng)
+            name = f"{way}, over {'an older context' if over_old else 'nothing'}"
+            found[name] = {"save_ms": round(1e3 * campaign.seconds, 1), **campaign.counts}
+            print(name, found[name], file=sys.stderr)
+    return found
+
+
+def crowd(place: Path, seconds: float, two_renames: bool) -> dict[str, int]:
+    """Three savers and five readers on one name; what readers saw, and what is left at the end."""
+    replacing.exchange = no_exchange if two_renames else EXCHANGE
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    contexts = {str(seed): made_context(seed) for seed in range(3)}
+    target = storage.save(contexts["0"], place / "c.sqz")
+    end, children = time.monotonic() + seconds, []
+    results = [Path(f"{place}.{index}") for index in range(8)]
+    for index, result in enumerate(results):
+        child = os.fork()
+        if child == 0:
+            counts: Counter[str] = Counter()
+            while time.monotonic() < end:
+                counts[_turn(index, target, contexts)] += 1
+            result.write_text(json.dumps(counts))
+            os._exit(0)
+        children.append(child)
+    counts = Counter()
+    for child, result in zip(children, results, strict=True):
+        counts["processes that failed"] += os.waitpid(child, 0)[1] != 0
+        counts.update(json.loads(result.read_text()))
+        result.unlink()
+    storage.save(contexts["0"], target)
+    counts["left rubbish after the next save"] = len(list(place.iterdir())) - 1
+    return dict(counts)
+
+
+def _turn(index: int, target: Path, contexts: dict) -> str:
+    if index < len(contexts):
+        try:
+            storage.save(contexts[str(index)], target)
+            return "saved"
+        except ContextFileError:
+            return "a save refused"
+    found = content(target, contexts)
+    return "read whole" if found in contexts else f"read {found}"
+
+
+def in_namespaces(place: Path, kills: int, seed: int) -> dict[str, int] | None:
+    """Pairs of savers at once, each process 1 of its own namespace, killed one after the other."""
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, __file__, "--child"]
+    target, counts, rng = place / "c.sqz", Counter(), random.Random(seed)
+    contexts = {str(s): made_context(s) for s in range(3)}
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    storage.save(contexts["0"], target)
+    if subprocess.run([*unshare, str(target), "0", "1"], capture_output=True).returncode:
+        return None
+    for _ in range(kills):
+        words = [[*unshare, str(target), str(saver), "1000000"] for saver in (1, 2)]
+        pair = [subprocess.Popen(line, stdout=subprocess.PIPE) for line in words]
+        for saver in pair:
+            saver.stdout.readline()  # it saves
+        for saver in pair:
+            time.sleep(rng.random() / 5)
+            saver.kill()
+            saver.wait()
+        counts["pairs"] += 1
+        counts[f"found {'whole' if content(target, contexts) in contexts else 'broken'}"] += 1
+        storage.save(contexts["0"], target)
+        counts["left rubbish after the next save"] += len(list(place.iterdir())) > 1
+    return dict(counts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=500, help="of each of four kinds")
+    parser.add_argument("--seconds", type=float, default=30, help="of savers and readers at once")
+    parser.add_argument("--namespaces", type=int, default=0, help="pairs of savers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--place", type=Path, help="a directory; memory suffices for kills")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--child", nargs=3, metavar=("TARGET", "SEED", "SAVES"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.child:
+        context = made_context(int(given.child[1]))
+        print("ready", flush=True)
+        for _ in range(int(given.child[2])):
+            storage.save(context, Path(given.child[0]))
+        return
+    with tempfile.TemporaryDirectory(dir=given.place) as root:
+        place = Path(root) / "saves"
+        record = {
+            "kills": killed(place, given.kills, given.seed),
+            "three savers, five readers": {
+                "one step": crowd(place, given.seconds, False),
+                "two renames": crowd(place, given.seconds, True),
+            },
+        }
+        if given.namespaces:
+            replacing.exchange = EXCHANGE
+            record["process namespaces"] = in_namespaces(place, given.namespaces, given.seed)
+    text = json.dumps(record, indent=1)
+    print(text)
+    if given.output:
+        given.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
