@@ -1,6 +1,6 @@
 """Kill -9 at random moments of a save, and savers and readers at once: what lies there afterwards.
 
-    python benchmarks/kill_saves.py --place /dev/shm --namespaces 20 --output benchmarks/kill_saves.json
+    python benchmarks/kill_saves.py --place /dev/shm --namespaces 20 --output kill_saves.json
 
 Small contexts of random numbers, made without a model; a child saves, and is killed after a random
 part of the time that a save takes. Then the context must be the older one or the new one, whole,
