@@ -21,8 +21,8 @@ from made import (
     with_tensors,
 )
 
-from squeezed import held, storage
-from squeezed.errors import ContextFileError
+from squeezed import held, methods, storage
+from squeezed.errors import ContextFileError, SqueezedError
 from squeezed.strict import Malformed, conformed
 from squeezed.structure import CLUSTERED, LEVEL, Outline, check_layer, tensors_of
 
@@ -456,3 +456,15 @@ def test_a_value_must_be_what_its_type_says():
     ):
         with pytest.raises(Malformed):
             conformed(value, hint, "x")
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(4, 2, 32), (4, 1, 16), (8, 2, 16), (4, 4, 16)]
+)
+def test_a_model_of_another_shape_is_refused_before_a_kernel_runs(heads, kv_heads, dim, saved):
+    attention = methods.create("squeezed", preset="best", implementation="cpu").prepare(
+        storage.load(saved), 0.2
+    )[0]
+    keys = torch.randn(1, kv_heads, 3, dim)
+    with pytest.raises(SqueezedError, match="the model"):
+        attention.attend(torch.randn(1, heads, 1, dim), keys, keys, None, 0.3, True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from squeezed import ops
 from squeezed.config import BEST
 from squeezed.context import FixedContext
+from squeezed.errors import SqueezedError
 from squeezed.methods.traffic import tree_bytes
 from squeezed.ops.reference.lookup import lookup
 from squeezed.ops.suffix import causal_mask
@@ -52,6 +53,7 @@ class SqueezedLayer:
         scale: float,
         per_token: bool,
     ) -> tuple[Tensor, Tensor]:
+        self._check_heads(query, suffix_keys)
         rows = query.shape[2]
         early = 0 if per_token else max(0, rows - self.single_tokens)
         if suffix_mask is None and early:
@@ -72,6 +74,18 @@ class SqueezedLayer:
             outputs.append(output)
             keys_read = keys_read + read
         return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0], keys_read
+
+    def _check_heads(self, query: Tensor, suffix_keys: Tensor) -> None:
+        """Kernels read as many rows as the query says: a context of another shape ends here."""
+        heads, _, dim = self.layer.keys.shape
+        found = query.shape[1], suffix_keys.shape[1], query.shape[3]
+        alpha = self.token.alpha
+        query_heads = found[0] // heads * heads if alpha is None else alpha.shape[1]
+        if found != (query_heads, heads, dim):
+            raise SqueezedError(
+                f"context: it has {query_heads} query heads, {heads} KV heads and {dim} dimensions,"
+                f" the model {found[0]}, {found[1]} and {found[2]}; index the document again"
+            )
 
     def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
         if not self.layer.levels:
