@@ -11,6 +11,7 @@ from squeezed.arguments import Wishes
 from squeezed.context import FixedContext
 from squeezed.engine import Answer, check_tokenizer, respond
 from squeezed.errors import SqueezedError
+from squeezed.fingerprint import check_model
 from squeezed.hf.cache import SqueezedCache
 from squeezed.prompt import DOCUMENT, QUESTION, PromptTemplate, continued_ids
 from squeezed.text import check_text
@@ -46,6 +47,7 @@ class Chat:
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, self.context)
+        check_model(self.model, self.context)
         if not self.cache.document.equal(self.context.tokens.cpu()):
             raise SqueezedError("cache: it is of another context; make it with context.cache()")
 
@@ -55,6 +57,7 @@ class Chat:
         Arguments and errors are those of `squeezed.generate`.
         """
         check_text("question", question)
+        check_model(self.model, self.context)
         ids = conversation_ids(self.tokenizer, self.context.template, self.turns, question)
         self.cache.restart_spending()
         self.cache.watch_queries()

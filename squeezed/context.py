@@ -31,7 +31,9 @@ class FixedContext:
         calibrations: thresholds by preset name.
         config: the settings used.
         template: text around document and question.
-        model, tokenizer: fingerprints.
+        model: what `squeezed.fingerprint.model_fingerprint` says of the model that made it: a
+            record that JSON can hold, with sketches of weights and the keys of a few tokens.
+        tokenizer: hash of the tokenizer's vocabulary and rules.
         seconds: how long prefill, clustering and calibration took.
         observed: `[Hq, W, D]` per full-attention layer, the queries of the probe that calibrated
             it, for methods that vote with them; empty if nobody kept them.
@@ -44,7 +46,7 @@ class FixedContext:
     calibrations: dict[str, Calibration]
     config: IndexConfig
     template: PromptTemplate
-    model: str
+    model: dict
     tokenizer: str
     seconds: dict[str, float]
     observed: Sequence[Tensor] = ()

@@ -14,7 +14,7 @@ from squeezed.config import BEST, DEFAULT_BUDGET, IndexConfig
 from squeezed.context import FixedContext
 from squeezed.errors import ContextFileError, SqueezedError, expect, got
 from squeezed.failures import readable_failures
-from squeezed.fingerprint import model_fingerprint, tokenizer_fingerprint
+from squeezed.fingerprint import check_model, model_fingerprint
 from squeezed.forest import cluster
 from squeezed.hf.capture import capture
 from squeezed.hf.positions import check_document
@@ -23,6 +23,7 @@ from squeezed.hf.support import input_device, layer_kinds
 from squeezed.memory import check_memory
 from squeezed.prompt import PromptTemplate, probe_question
 from squeezed.text import check_text
+from squeezed.vocabulary import tokenizer_fingerprint
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a phase, steps done, and steps in all."""
@@ -65,6 +66,7 @@ def index(
     tokens = template.document_ids(tokenizer, _document(text))
     room = check_document(model, len(tokens))
     rehearse(model, kinds, tokens)
+    fingerprint = model_fingerprint(model)  # before the prefill: it may refuse
     check_memory(model, len(tokens), config.clustering)
 
     started = time.perf_counter()
@@ -96,7 +98,7 @@ def index(
         calibrations=calibrations,
         config=config,
         template=template,
-        model=model_fingerprint(model),
+        model=fingerprint,
         tokenizer=tokenizer_fingerprint(tokenizer),
         observed=tuple(layer.queries for layer in seen),
         seconds={
@@ -134,11 +136,8 @@ def load(path: str | Path, model=None) -> FixedContext:
     expect("path", path, (str, PathLike), "a saved context's path")
     device = "cpu" if model is None else input_device(model)
     context = storage.load(Path(path), device)
-    if model is not None and model_fingerprint(model) != context.model:
-        raise ContextFileError(
-            f"{path}: this context was made by another model; load that model, or index the "
-            "document again with this one"
-        )
+    if model is not None:
+        check_model(model, context)
     return context
 
 
@@ -173,6 +172,7 @@ def generate(
     expect("context", context, FixedContext, "a FixedContext, made by squeezed.index or load")
     check_text("question", question)
     check_tokenizer(tokenizer, context)
+    check_model(model, context)
     cache = context.cache(budget, preset, implementation, method)
     ids = context.template.question_ids(tokenizer, question)
     return respond(model, tokenizer, cache, ids, **generate_arguments)
