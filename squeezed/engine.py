@@ -7,6 +7,8 @@ from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 
+import torch
+
 from squeezed import storage
 from squeezed.answer import Answer, respond
 from squeezed.calibration import calibrate
@@ -79,17 +81,18 @@ def index(
         lambda done: progress("prefill", done, len(tokens)),
     )
     prefilled = time.perf_counter()
-    layers, seen = cluster(
-        captured,
-        len(tokens),
-        config.clustering,
-        lambda done: progress("cluster", done, len(captured)),
-    )
-    clustered = time.perf_counter()
-    calibrations = {}
-    for done, preset in enumerate(config.presets):
-        calibrations[preset.name] = calibrate(seen, preset, config.budgets)
-        progress("calibrate", done + 1, len(config.presets))
+    with torch.autocast(input_device(model).type, enabled=False):
+        layers, seen = cluster(
+            captured,
+            len(tokens),
+            config.clustering,
+            lambda done: progress("cluster", done, len(captured)),
+        )
+        clustered = time.perf_counter()
+        calibrations = {}
+        for done, preset in enumerate(config.presets):
+            calibrations[preset.name] = calibrate(seen, preset, config.budgets)
+            progress("calibrate", done + 1, len(config.presets))
     return FixedContext(
         tokens=tokens,
         layers=tuple(layers),

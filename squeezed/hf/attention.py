@@ -55,10 +55,18 @@ class Handover:
     """
 
     def __init__(
-        self, attend: Attend, document: int = 0, tokens: int = 0, check: Check | None = None
+        self,
+        attend: Attend,
+        dtype: torch.dtype,
+        document: int = 0,
+        tokens: int = 0,
+        check: Check | None = None,
     ) -> None:
-        """`tokens` may be in the cache after a document of `document`; 0 while that is read."""
-        self.attend, self.check = attend, check
+        """`attend` takes queries of `dtype`, whatever `torch.autocast` made of the model's.
+
+        `tokens` may be in the cache after a document of `document`; 0 while that is read.
+        """
+        self.attend, self.dtype, self.check = attend, dtype, check
         self.document, self.tokens = document, tokens
 
     def to(self, *args, **kwargs) -> Handover:
@@ -95,7 +103,9 @@ def squeezed_attention_forward(
     if key.check is not None:
         key.check(query, attention_mask, kwargs.get("position_ids"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return key.attend(query, attention_mask, scale).transpose(1, 2).contiguous(), None
+    with torch.autocast(query.device.type, enabled=False):
+        output = key.attend(query.to(key.dtype), attention_mask, scale)
+    return output.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
 def refuse(module, kwargs: dict[str, Any], changes: dict[str, str]) -> None:

@@ -146,12 +146,19 @@ class ContextLayer(SuffixLayer):
             self.tokens_answered = torch.zeros_like(self.keys_read)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        super().update(self.context.layer.centred(key_states), value_states)
+        super().update(*self.stored(key_states, value_states))
         return self.hand_over()
+
+    def stored(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """New keys and values as those of the context are kept."""
+        layer = self.context.layer
+        key_states, value_states = (x.to(layer.keys.dtype) for x in (key_states, value_states))
+        return layer.centred(key_states), value_states
 
     def hand_over(self) -> tuple[Handover, Handover]:
         self.asked_again = False
-        handover = Handover(self.attend, self.tokens, self.most_tokens, self.check)
+        document = (self.tokens, self.most_tokens, self.check)
+        handover = Handover(self.attend, self.keys.dtype, *document)
         return handover, handover
 
     def check(self, query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
@@ -237,7 +244,8 @@ class WindowedLayer(SuffixLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         keys, values = super().update(key_states, value_states)
         batch = keys.shape[0]
-        window = (x.expand(batch, -1, -1, -1) for x in (self.context.keys, self.context.values))
+        stored = (self.context.keys.to(keys.dtype), self.context.values.to(values.dtype))
+        window = (x.expand(batch, -1, -1, -1) for x in stored)
         return tuple(torch.cat(pair, 2) for pair in zip(window, (keys, values), strict=True))
 
 

@@ -50,8 +50,9 @@ class CaptureLayer(CacheLayerMixin):
         self.scales: set[float] = set()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        dtype = min(value_states.dtype, torch.float32, key=lambda each: each.itemsize)
         self.keys, self.values = (
-            x.new_empty(*x.shape[:2], self.capacity, x.shape[-1])
+            x.new_empty(*x.shape[:2], self.capacity, x.shape[-1], dtype=dtype)
             for x in (key_states, value_states)
         )
         self.is_initialized = True
@@ -59,11 +60,11 @@ class CaptureLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.filled + key_states.shape[-2]
+        end = self.filled + key_states.shape[-2]  # copies take the buffers' dtype
         self.keys[:, :, self.filled : end] = key_states
         self.values[:, :, self.filled : end] = value_states
         self.filled = end
-        handover = Handover(self.attend)
+        handover = Handover(self.attend, self.keys.dtype)
         return handover, handover
 
     def attend(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -142,7 +142,7 @@ class StaticContextLayer(StaticSuffix, ContextLayer):
         keep_address(*counters, *self.context.tensors())
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        self.write(self.context.layer.centred(key_states), value_states)
+        self.write(*self.stored(key_states, value_states))
         return self.hand_over()
 
     def reset(self) -> None:

@@ -4,7 +4,8 @@ import threading
 import types
 
 import pytest
-from test_shapes import QUESTION, build, indexed
+import torch
+from test_shapes import QUESTION, build, divergence, indexed
 from tiny import tiny_tokenizer
 
 import squeezed
@@ -160,3 +161,32 @@ def test_every_part_of_a_model_gets_its_own_attention_back():
     model.config._attn_implementation_internal = "eager"
     indexed(model)
     assert model.config._attn_implementation == "eager"
+
+
+WINDOWED = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3Text"])
+@pytest.mark.parametrize("where", ["index", "generate", "both"])
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_autocast_equals_dense_under_autocast(kind, where, implementation):
+    changes = WINDOWED | {"num_hidden_layers": 4} if kind == "Gemma3Text" else {}
+    model = build(kind, initializer_range=0.1, **changes)
+    with torch.autocast("cpu", torch.bfloat16, enabled=where != "generate"):
+        context = indexed(model)
+    assert context.clustered_layers[0].keys.dtype == (
+        torch.float32 if where == "generate" else torch.bfloat16
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=where != "index"):
+        for suffix_tokens in (None, 64):
+            found = divergence(
+                model, context, implementation=implementation, suffix_tokens=suffix_tokens
+            )
+            assert found < 2e-3
+
+
+def test_float64_weights_make_a_float32_context():
+    model = build("Llama").double()
+    context = indexed(model)
+    assert context.clustered_layers[0].keys.dtype == torch.float32
+    assert divergence(model, context, implementation="cpu") < 1e-7
