@@ -73,20 +73,28 @@ def model_shape(config, element_bytes: int | None = None) -> ModelShape:
         ) from error
     kinds = layer_kinds(model)
     text = text_config(model)
-    _check_heads(text)
+    attention = _full_attention(text, kinds)
+    _check_heads(attention)
     windows = [kind.sliding_window for kind in kinds if kind.sliding_window]
-    heads = text.num_attention_heads
+    heads = attention.num_attention_heads
     dtype = getattr(text, "dtype", None) or torch.bfloat16
     return ModelShape(
         full_layers=len(kinds) - len(windows),
         window_layers=len(windows),
         window=max(windows, default=0),
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        kv_heads=getattr(attention, "num_key_value_heads", None) or heads,
+        head_dim=getattr(attention, "head_dim", None) or attention.hidden_size // heads,
         element_bytes=element_bytes or dtype.itemsize,
         parameters=sum(weight.numel() for weight in model.parameters()),
     )
+
+
+def _full_attention(config, kinds):
+    """The configuration as the first layer with full attention has it: Gemma 4's differ."""
+    place = next(place for place, kind in enumerate(kinds) if not kind.sliding_window)
+    layers = getattr(config, "per_layer_config", None)
+    return layers[place] if layers else config
 
 
 def _check_heads(config) -> None:
