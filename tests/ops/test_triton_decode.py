@@ -421,3 +421,20 @@ def test_operator_promises_the_shapes_it_returns():
     torch.library.opcheck(
         operator.decode_step, arguments, test_utils=("test_schema", "test_faketensor")
     )
+
+
+@pytest.mark.parametrize("where", ["query", "suffix", "pinned"])
+def test_nan_shows_where_dense_attention_shows_it(where):
+    layer = layer_of()
+    query, keys, values = inputs(layer, group=2)
+    if where == "query":
+        query[0, 0, 0, 3] = float("nan")
+    elif where == "suffix":
+        keys[0, 0, 1, 3] = float("nan")
+    else:
+        layer.keys[0, 2, 3] = float("nan")
+    rule = rule_of(layer, 2, far_field="second_order", second_order=True)
+    output, _ = run(query, layer, rule, keys, values)
+    lost = output.isnan().any(-1).flatten().tolist()
+    expected = [True, where != "query", *[False] * (len(lost) - 2)]
+    assert lost == expected

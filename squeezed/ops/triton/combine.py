@@ -90,6 +90,6 @@ def combine_kernel(
             fixed_slots, row, d, SLOTS, ROWS, D, DIMS, DIPOLE,
         )  # fmt: skip
         value += moved * along
-        value = tl.where(mass > 0, value / mass, 0.0)  # a row of padding attends to nothing
+        value = tl.where(mass == 0, 0.0, value / mass)  # padding attends to nothing; NaN shows
         place = request.to(tl.int64) * output_stride_batch + (head * GROUP + row % GROUP) * D
         tl.store(output + place + d, value.to(output.dtype.element_ty), mask=d < D)
