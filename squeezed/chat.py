@@ -98,7 +98,7 @@ def _rendered(tokenizer, template: PromptTemplate, turns: list[Turn], question: 
     messages = []
     for turn in turns:
         answer = tokenizer.decode(turn.answer, skip_special_tokens=True)
-        answer = template.marked(tokenizer, answer, special_only=True)
+        answer = template.marked(tokenizer, answer, turn.answer.tolist())
         messages += [
             {"role": "user", "content": template.marked(tokenizer, turn.question)},
             {"role": "assistant", "content": answer},

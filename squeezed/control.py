@@ -8,6 +8,7 @@ template's own control tokens is tokenised as text. Without marks a prompt is to
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from threading import Lock
 
 from squeezed.errors import SqueezedError
@@ -44,27 +45,30 @@ def continued(tokenizer, text: str, split: bool = False) -> list[int]:
     return alone if not found or alone in found else found[0]
 
 
-def control_tokens(tokenizer, template: str, special_only: bool = False) -> dict[str, object]:
-    """Added tokens by text that are special, or that the template writes; no white space."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+def control_tokens(tokenizer, template: str, written: Collection[int] = ()) -> dict[str, object]:
+    """Added tokens by text that are special, or that the template writes; no white space.
+
+    Args:
+        written: ids of an answer: those of them that are not special stand there as tokens.
+    """
     return {
         token.content: token
-        for token in added
-        if (token.special or (not special_only and token.content in template))
+        for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
+        if (token.special or (token.content in template and index not in written))
         and token.content
         and not token.content.isspace()
     }
 
 
-def marked(tokenizer, text: str, template: str, special_only: bool = False) -> str:
+def marked(tokenizer, text: str, template: str, written: Collection[int] = ()) -> str:
     """`text` with marks around the control tokens in it.
 
     Args:
         template: all that the template writes: added tokens in it are control tokens even if the
             tokenizer does not call them special.
-        special_only: leave those alone; for answers, in which a model wrote them.
+        written: ids that `text` was decoded from, without special tokens; see `control_tokens`.
     """
-    tokens = control_tokens(tokenizer, template, special_only)
+    tokens = control_tokens(tokenizer, template, written)
     if not any(content in text for content in tokens):
         return text
     return _any_of(tokens).sub(lambda match: BEGIN + match[0] + END, text)

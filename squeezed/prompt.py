@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -76,11 +77,15 @@ class PromptTemplate:
             tokenizer, self.between, check_text("question", question), self.after, False
         )
 
-    def marked(self, tokenizer, text: str, special_only: bool = False) -> str:
-        """`text` with its control tokens marked as text, unless they are to be kept."""
+    def marked(self, tokenizer, text: str, written: Collection[int] = ()) -> str:
+        """`text` with its control tokens marked as text, unless they are to be kept.
+
+        Args:
+            written: ids that it was decoded from, if a model wrote it.
+        """
         if self.keep_control_tokens:
             return text
-        return marked(tokenizer, text, self._written, special_only)
+        return marked(tokenizer, text, self._written, written)
 
     def is_chat_of(self, tokenizer) -> bool:
         """Whether this is the tokenizer's chat template; what stands before may carry a date."""

@@ -107,3 +107,46 @@ def test_traffic_is_everything_when_dense_and_less_at_a_budget(context):
     tenth = traffic(context, answered(context, budget=0.1)[0])
     assert dense.total == dense.dense == context.kv_bytes()
     assert 0 < tenth.exact < dense.exact and 0 < tenth.index < context.index_bytes()
+
+
+SENTENCES = {
+    "Korean": "문서를 한 번 읽고 여러 번 묻는다. 모든 키를 매번 읽을 필요가 없다! ",
+    "Chinese": "文书读一次，问多次。为什么？因为快！",
+    "Japanese": "これは「長い。」文です。質問しますか？",
+    "Arabic": "هل هذا نص طويل؟ نعم هذا نص۔ ",
+    "Hindi": "यह एक वाक्य है। दूसरा वाक्य यहाँ है॥ ",
+    "Amharic": "ይህ ጽሑፍ ነው። ",
+}
+
+
+@pytest.mark.parametrize("script", SENTENCES)
+def test_passages_end_with_the_scripts_sentences(script):
+    text, tokenizer = SENTENCES[script] * 20, tiny_tokenizer()
+    tokens = torch.tensor(tokenizer(text)["input_ids"])
+    parts = [tokenizer.decode(tokens[a:b]) for a, b in passage_bounds(tokenizer, tokens)]
+    assert "".join(parts) == text and len(parts) > 5
+    assert all(part.rstrip(" 」")[-1] in ".!。？！؟۔।॥።" for part in parts[:-1])
+
+
+@pytest.mark.parametrize("text", ["จำนวนมาก" * 60, "👩‍👩‍👧‍👦" * 30, "é" * 200, "ẵ" * 200])
+def test_passages_without_sentences_are_cut_between_characters(text):
+    tokenizer = tiny_tokenizer()
+    tokens = torch.tensor(tokenizer(text)["input_ids"])
+    bounds = passage_bounds(tokenizer, tokens)
+    parts = [tokenizer.decode(tokens[a:b]) for a, b in bounds]
+    assert "".join(parts) == text and len(parts) > 2
+    assert not any("\ufffd" in part or part[0] in "\u200d\u0301\u0e33" for part in parts)
+
+
+def test_passages_of_byte_fallback_tokens_hold_whole_characters():
+    class Bytes:
+        def convert_ids_to_tokens(self, token):
+            return f"<0x{token:02X}>"
+
+        def decode(self, tokens):
+            return bytes(int(token) for token in tokens).decode("utf-8", "replace")
+
+    tokens = torch.tensor(list(("漢字" * 60).encode()))
+    parts = [Bytes().decode(tokens[a:b]) for a, b in passage_bounds(Bytes(), tokens)]
+    assert "".join(parts) == "漢字" * 60 and len(parts) > 2
+    assert not any("\ufffd" in part for part in parts)
