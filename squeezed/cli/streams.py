@@ -53,6 +53,8 @@ class Output(_Stream):
         self.styled = styled
 
     def write(self, text: str) -> int:
+        if not isinstance(text, str):
+            raise TypeError(f"expected str, got {type(text).__name__}")
         if not text:  # libraries probe a stream so, and drop what it raises
             return 0
         shown = text if self.styled else printable(text)
