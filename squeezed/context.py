@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -98,6 +99,7 @@ class FixedContext:
         Returns:
             `squeezed.hf.cache.SqueezedCache`; one per request or batch of requests.
         """
+        from squeezed.fingerprint import check_attention
         from squeezed.hf.build import build_cache
         from squeezed.methods import create
 
@@ -110,7 +112,10 @@ class FixedContext:
         contexts = [
             layer if isinstance(layer, WindowLayer) else next(attentions) for layer in self.layers
         ]
-        return build_cache(contexts, budget, self.tokens, suffix_tokens)
+        cache = build_cache(contexts, budget, self.tokens, suffix_tokens)
+        for place, layer in enumerate(cache.layers):
+            layer.recognise = partial(check_attention, self.model, place)
+        return cache
 
     def kv_bytes(self) -> int:
         return sum(layer.kv_bytes() for layer in self.layers)

@@ -15,6 +15,7 @@ import squeezed
 from squeezed.chat import Chat
 from squeezed.errors import ContextFileError, UnsupportedModelError
 from squeezed.fingerprint import difference, model_fingerprint, same_model
+from squeezed.hf.support import using_attention
 from squeezed.prompt import PromptTemplate
 from squeezed.vocabulary import tokenizer_fingerprint
 
@@ -410,6 +411,30 @@ def test_a_chat_notices_an_edit_between_two_turns(context, model):
 def test_a_model_of_another_shape_is_refused(context, changes):
     with pytest.raises(ContextFileError, match="another model"):
         squeezed.generate(tiny_model(**changes), tiny_tokenizer(), context, "x", max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": 1}, {"num_hidden_layers": 2}, {"num_hidden_layers": 4}, {"head_dim": 32}]
+)
+def test_plain_generation_over_a_cache_notices_another_model(context, changes):
+    with pytest.raises(squeezed.SqueezedError, match="another model"):
+        plainly(tiny_model(**changes), context)
+
+
+def test_plain_generation_over_a_cache_notices_an_edit_of_attention(context, model):
+    plainly(model, context)
+    with torch.no_grad():
+        one_column(model)
+    with pytest.raises(ContextFileError, match=r"v_proj\.weight of layer 2"):
+        plainly(model, context)
+
+
+def plainly(model, context):
+    ids = torch.tensor([[97, 98, 99]])
+    mask = torch.ones(1, len(context.tokens) + 3, dtype=torch.long)
+    cache = context.cache(implementation="reference")
+    with using_attention(model):
+        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
 
 
 # tokenizers

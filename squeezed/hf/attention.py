@@ -54,6 +54,9 @@ class Handover:
     Layers without keys of their own get that of the layer they share with, and ask it again.
     """
 
+    recognise: Callable[[Any], None] | None = None
+    """Called with the attention module that opens it."""
+
     def __init__(
         self,
         attend: Attend,
@@ -100,6 +103,8 @@ def squeezed_attention_forward(
         raise _refusal(module, "attention to later tokens")
     if key.document:
         check_rope(module.config, key.document, key.tokens)
+    if key.recognise is not None:
+        key.recognise(module)
     if key.check is not None:
         key.check(query, attention_mask, kwargs.get("position_ids"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -7,10 +7,11 @@ and cropping touch the suffix alone, so beam search and batches share one copy o
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -130,6 +131,7 @@ class ContextLayer(SuffixLayer):
         self.context = context
         self.select_per_token = False
         self.checks_positions = False
+        self.recognise: Callable[[nn.Module], None] | None = None
         self.watch: list[Tensor] | None = None
         self.asked_again = False  # by a layer that shares these keys
         self.keys_read: Tensor | None = None
@@ -153,13 +155,26 @@ class ContextLayer(SuffixLayer):
         """New keys and values as those of the context are kept."""
         layer = self.context.layer
         key_states, value_states = (x.to(layer.keys.dtype) for x in (key_states, value_states))
+        heads, width = layer.keys.shape[0], layer.keys.shape[-1]
+        if (heads, width) != (key_states.shape[1], key_states.shape[-1]):
+            raise SqueezedError(
+                f"past_key_values: the context has {heads} key heads of {width} dimensions, this "
+                f"model {key_states.shape[1]} of {key_states.shape[-1]}: another model made it"
+            )
         return layer.centred(key_states), value_states
 
     def hand_over(self) -> tuple[Handover, Handover]:
         self.asked_again = False
         document = (self.tokens, self.most_tokens, self.check)
         handover = Handover(self.attend, self.keys.dtype, *document)
+        handover.recognise = self.recognise_once
         return handover, handover
+
+    def recognise_once(self, module: nn.Module) -> None:
+        """Let the first attention module that asks be compared with the one that made the keys."""
+        if self.recognise is not None and not torch.compiler.is_compiling():
+            self.recognise(module)
+            self.recognise = None
 
     def check(self, query: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Raise `SqueezedError` unless the input's positions follow the tokens that are held.
