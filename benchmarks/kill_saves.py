@@ -166,7 +166,7 @@ def in_namespaces(place: Path, kills: int, seed: int) -> dict[str, int] | None:
         for saver in pair:
             time.sleep(rng.random() / 5)
             saver.kill()
-            saver.wait()
+            saver.communicate()  # ends when the process inside has ended, too
         counts["pairs"] += 1
         counts[f"found {'whole' if content(target, contexts) in contexts else 'broken'}"] += 1
         storage.save(contexts["0"], target)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from squeezed.errors import ContextFileError, shown
+from squeezed.replacing import is_there
 
 PIECE = 1 << 26
 """Bytes read and hashed at once, while they are still in the processor's cache."""
@@ -43,6 +44,10 @@ class HeldDirectory:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     return
                 raise
+
+    def names(self) -> list[str]:
+        """What lies in the directory."""
+        return os.listdir(self.descriptor)
 
     def size(self, name: str) -> int:
         """Bytes of a file; -1 if it is not there, or is not a regular file."""
@@ -80,7 +85,7 @@ class HeldDirectory:
 
     def _refuse_deleted(self, descriptor: int) -> None:
         """A context that was replaced answers on; one that was deleted is not brought back."""
-        if not os.fstat(descriptor).st_nlink and not os.path.lexists(self.path):
+        if not os.fstat(descriptor).st_nlink and not is_there(Path(os.path.realpath(self.path))):
             raise ContextFileError(
                 f"{shown(self.path)}: the context was deleted after it was opened and before all of"
                 " it was read; index the document again"

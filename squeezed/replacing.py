@@ -248,6 +248,16 @@ def recover(target: Path) -> bool:
     return seen
 
 
+def is_there(target: Path) -> bool:
+    """Whether something lies at `target`, or does as soon as the savers at work there let it."""
+    missed = 0
+    while missed < 3:  # a saver may end, and another one begin, while this looks
+        if os.path.lexists(target):
+            return True
+        missed = 0 if recover(target) else missed + 1
+    return False
+
+
 def _places(parent: Path) -> Iterator[Path]:
     with suppress(OSError):
         yield from [

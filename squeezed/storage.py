@@ -125,15 +125,20 @@ def check_replaceable(path: Path, named: Path | None = None) -> None:
     Args:
         named: where it lies for the user, if it was moved.
     """
-    if not os.path.lexists(path):
-        return
-    try:
-        text = _manifest_text(HeldDirectory(path))
-        manifest, right = unsealed(text, path / MANIFEST)
-        files = manifest.get("files")
-        strange = sorted(set(os.listdir(path)) - set(files) - {MANIFEST})
-    except (OSError, TypeError, ContextFileError):
-        right, strange = False, []
+    right, strange = True, []
+    for _ in range(ATTEMPTS):
+        if not os.path.lexists(path):
+            return
+        try:
+            directory = HeldDirectory(path)
+        except FileNotFoundError:  # another saver is replacing it
+            continue
+        except OSError:
+            right = False
+            break
+        right, strange = _examined(directory)
+        if (right and not strange) or directory.is_current():
+            break
     if not right:
         raise ContextFileError(
             f"{shown(named or path)} exists and is not a saved context; choose another name or "
@@ -144,6 +149,15 @@ def check_replaceable(path: Path, named: Path | None = None) -> None:
             f"{shown(named or path)} is a saved context and holds {shown(strange[0])}, which does "
             "not belong to it; move that elsewhere or choose another name"
         )
+
+
+def _examined(directory: HeldDirectory) -> tuple[bool, list[str]]:
+    """Whether a directory has a context's description, and what the description does not list."""
+    try:
+        manifest, right = unsealed(_manifest_text(directory), directory.path / MANIFEST)
+        return right, sorted(set(directory.names()) - set(manifest.get("files")) - {MANIFEST})
+    except (OSError, TypeError, ContextFileError):
+        return False, []
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> FixedContext:
@@ -169,15 +183,12 @@ def _opened(path: Path) -> HeldDirectory:
     for _ in range(ATTEMPTS):
         try:
             return HeldDirectory(path)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if replacing.recover(Path(os.path.realpath(path))):
+        except FileNotFoundError as error:
+            if replacing.is_there(Path(os.path.realpath(path))):
                 continue
-            if os.path.isdir(path):
-                continue
-            raise ContextFileError(
-                f"{shown(path)}: no saved context there ({MANIFEST} is missing); make one with "
-                "squeezed index"
-            ) from error
+            raise _nothing_there(path) from error
+        except NotADirectoryError as error:
+            raise _nothing_there(path) from error
         except (OSError, ValueError) as error:
             raise _unreadable(path, error) from error
     raise ContextFileError(f"{shown(path)}: replaced again and again; try later")
@@ -186,10 +197,7 @@ def _opened(path: Path) -> HeldDirectory:
 def _loaded(directory: HeldDirectory, path: Path, device: torch.device) -> FixedContext:
     file = path / MANIFEST
     if directory.size(MANIFEST) < 0:
-        raise ContextFileError(
-            f"{shown(path)}: no saved context there ({MANIFEST} is missing); make one with squeezed"
-            " index"
-        )
+        raise _nothing_there(path)
     manifest = read_manifest(_manifest_text(directory), file)
     try:
         fields = described(manifest, device)
@@ -220,6 +228,13 @@ def _check_size(file: Path, found: int, expected: int) -> None:
             f"{shown(file)}: expected {expected} bytes, found {what}; the context is damaged, index"
             " the document again"
         )
+
+
+def _nothing_there(path: Path) -> ContextFileError:
+    return ContextFileError(
+        f"{shown(path)}: no saved context there ({MANIFEST} is missing); make one with squeezed "
+        "index"
+    )
 
 
 def _unreadable(path: Path, error: Exception) -> ContextFileError:
