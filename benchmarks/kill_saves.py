@@ -64,8 +64,15 @@ class Campaign:
     def _timed(self) -> float:
         self._lay_out()
         started = time.perf_counter()
-        storage.save(self.known["new"], self.target)
+        os.waitpid(self._saver(), 0)
         return time.perf_counter() - started
+
+    def _saver(self) -> int:
+        child = os.fork()
+        if child == 0:
+            storage.save(self.known["new"], self.target)
+            os._exit(0)
+        return child
 
     def _lay_out(self) -> None:
         shutil.rmtree(self.target.parent, ignore_errors=True)
@@ -75,10 +82,7 @@ class Campaign:
 
     def kill(self, rng: random.Random) -> None:
         self._lay_out()
-        child = os.fork()
-        if child == 0:
-            storage.save(self.known["new"], self.target)
-            os._exit(0)
+        child = self._saver()
         time.sleep(rng.random() * SIGNAL_MARGIN * self.seconds)
         os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -207,7 +207,7 @@ def prove_writable(target: Path) -> None:
 
     Makes and removes a directory there. Room on the disk is not proved.
     """
-    if os.path.lexists(target):
+    with suppress(FileNotFoundError):  # nothing there, or another saver is replacing it
         _prove_replaceable(target)
     base = next(p for p in target.parents if os.path.lexists(p))
     with place_for(base / target.name) as place:
