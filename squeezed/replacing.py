@@ -219,6 +219,7 @@ def _prove_replaceable(target: Path) -> None:
     owners = (0, parent.st_uid, os.stat(target).st_uid)
     sticky = parent.st_mode & 0o1000 and os.geteuid() not in owners
     if sticky or not os.access(target, os.W_OK | os.X_OK):
+        os.stat(target)  # not for somebody else's rights, but gone meanwhile
         raise PermissionError(errno.EACCES, "the older context there belongs to somebody else")
     if os.path.ismount(target):
         raise OSError(errno.EBUSY, "a file system is mounted there; name a directory inside it")
