@@ -2,8 +2,9 @@
 
 A key is what all keys of its head share, thirty times what tells them apart as in the first layer
 of Qwen2.5, plus the topic of its stretch of the document, its token type and noise, which are
-strong in few directions and weak in most. Queries are drawn from the same parts, so neighbours among them want similar keys, and heads
-differ in sharpness, so that they keep different shares under one threshold.
+strong in few directions and weak in most. Queries are drawn from the same parts, so neighbours
+among them want similar keys, and heads differ in sharpness, so that they keep different shares
+under one threshold.
 """
 
 from __future__ import annotations
