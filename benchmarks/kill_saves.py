@@ -29,7 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from made import made_context, same_context
 
-from squeezed import replacing, storage
+from squeezed.context.storage import directory as storage
+from squeezed.context.storage import replacing
 from squeezed.errors import ContextFileError
 
 SIGNAL_MARGIN = 1.15

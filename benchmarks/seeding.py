@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from squeezed import ClusteringConfig, kmeans
-from squeezed.bench.common import commit
-from squeezed.clustering import cluster_layer
+from squeezed import ClusteringConfig
 from squeezed.hf.capture import capture
+from squeezed.indexing import kmeans
+from squeezed.indexing.clustering import cluster_layer
+from squeezed.measure.record import commit
 
 
 def plus_plus(points, valid, slot, generator):

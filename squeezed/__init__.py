@@ -5,19 +5,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from squeezed.forks import survive_forks
+from squeezed.system.forks import survive_forks
 
 if TYPE_CHECKING:
     from squeezed.config import ClusteringConfig, IndexConfig, Preset
-    from squeezed.context import FixedContext
+    from squeezed.context.prompt import PromptTemplate
     from squeezed.engine import Answer, generate, index, load
     from squeezed.errors import ContextFileError, SqueezedError, UnsupportedModelError
+    from squeezed.hf.fixed_context import FixedContext
 
 HOMES = {
     "squeezed.config": ("ClusteringConfig", "IndexConfig", "Preset"),
-    "squeezed.context": ("FixedContext",),
     "squeezed.engine": ("Answer", "generate", "index", "load"),
+    "squeezed.context.prompt": ("PromptTemplate",),
     "squeezed.errors": ("ContextFileError", "SqueezedError", "UnsupportedModelError"),
+    "squeezed.hf.fixed_context": ("FixedContext",),
 }
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "FixedContext",
     "IndexConfig",
     "Preset",
+    "PromptTemplate",
     "SqueezedError",
     "UnsupportedModelError",
     "generate",

@@ -16,6 +16,9 @@ FAR_FIELDS: tuple[FarField, ...] = ("none", "first_order", "second_order")
 DEFAULT_BUDGET = 0.1
 """Share of the context's clustered keys that a query reads exactly."""
 
+ALPHA_RANGE = (0.0, 4.0)
+"""Least and greatest weight of a second-order term."""
+
 DEFAULT_NEW_TOKENS = 128
 """Longest answer, in tokens, unless asked otherwise."""
 
@@ -61,7 +64,7 @@ class Preset:
         coarse_share: a level above one that keeps a share `b` of the keys keeps
             `min(1, coarse_share * sqrt(b))`; `None` prunes nothing, so that every leaf is scored.
         per_head: thresholds of their own for every KV head, at the shares of the keys with which
-            outputs err least together (`squeezed.allotment`); otherwise one for all (the paper).
+            outputs err least together (`squeezed.indexing.allotment`); otherwise one for all.
         single_tokens: the last tokens of an input that select alone; earlier ones select in blocks.
         query_block: query tokens that select together in a block.
     """

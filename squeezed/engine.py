@@ -9,23 +9,24 @@ from pathlib import Path
 
 import torch
 
-from squeezed import storage
-from squeezed.answer import Answer, respond
-from squeezed.calibration import calibrate
 from squeezed.config import BEST, DEFAULT_BUDGET, IndexConfig
-from squeezed.context import FixedContext
+from squeezed.context.prompt import PromptTemplate
+from squeezed.context.storage import directory
+from squeezed.context.text import check_text
+from squeezed.costs.memory import check_memory
 from squeezed.errors import ContextFileError, SqueezedError, expect, got
-from squeezed.failures import readable_failures
-from squeezed.fingerprint import check_model, model_fingerprint
-from squeezed.forest import cluster
+from squeezed.hf.answer import Answer, respond
 from squeezed.hf.capture import capture
+from squeezed.hf.fixed_context import FixedContext
+from squeezed.hf.identity.fingerprint import check_model, model_fingerprint
+from squeezed.hf.identity.vocabulary import tokenizer_fingerprint
 from squeezed.hf.positions import check_document
 from squeezed.hf.rehearsal import rehearse
 from squeezed.hf.support import input_device, layer_kinds
-from squeezed.memory import check_memory
-from squeezed.prompt import PromptTemplate, probe_question
-from squeezed.text import check_text
-from squeezed.vocabulary import tokenizer_fingerprint
+from squeezed.indexing.build import cluster
+from squeezed.indexing.calibrate import calibrate
+from squeezed.indexing.probe import probe_question
+from squeezed.system.failures import readable_failures
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a phase, steps done, and steps in all."""
@@ -138,7 +139,7 @@ def load(path: str | Path, model=None) -> FixedContext:
     """
     expect("path", path, (str, PathLike), "a saved context's path")
     device = "cpu" if model is None else input_device(model)
-    context = storage.load(Path(path), device)
+    context = FixedContext.of(directory.load(Path(path), device))
     if model is not None:
         check_model(model, context)
     return context

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from squeezed.ops.triton import gpus
+from squeezed.attention.triton import gpus
 
 KIBI = 1 << 10
 GPUS = {  # compute capability, multiprocessors, shared memory of one program
@@ -56,7 +56,7 @@ def compile_only():
 
 
 def decode(dtype, dim, group, far_field, requests):
-    from squeezed.ops.triton.decode import attend
+    from squeezed.attention.triton.decode.launch import attend
 
     for tokens, suffix in ((400, 40), (411, 57)):
         layer, rule = context(dtype, dim, group, far_field, tokens, 1)
@@ -67,7 +67,7 @@ def decode(dtype, dim, group, far_field, requests):
 
 
 def prefill(dtype, dim, group, far_field, requests):
-    from squeezed.ops.triton.prefill import attend
+    from squeezed.attention.triton.prefill.launch import attend
 
     for tokens, rows, suffix in ((400, 256, 256), (411, 131, 299)):
         layer, rule = context(dtype, dim, group, far_field, tokens, 128)
@@ -81,7 +81,7 @@ def prefill(dtype, dim, group, far_field, requests):
 def context(dtype, dim, group, far_field, tokens, block):
     from trees import random_layer
 
-    from squeezed.rule import SelectionRule
+    from squeezed.context.rule import SelectionRule
 
     far_alpha = torch.ones(2 * group) if far_field == "second_order" else None
     alpha = torch.ones(2, 2 * group)
@@ -91,7 +91,7 @@ def context(dtype, dim, group, far_field, tokens, block):
 
 
 def clustering(dtype, dim, group, far_field, requests):
-    from squeezed.ops.triton import clustering
+    from squeezed.indexing.triton import kmeans as clustering
 
     for points, nodes in ((1000, 40), (1300, 70)):
         keys = torch.randn(2, points, dim, dtype=dtype)

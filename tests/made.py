@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from trees import random_layer
 
-from squeezed.calibration import calibrate
 from squeezed.config import BEST, PAPER, ClusteringConfig, IndexConfig
-from squeezed.context import FixedContext
-from squeezed.manifest import _checksum
-from squeezed.prompt import PromptTemplate
-from squeezed.structure import tensors_of
-from squeezed.thresholds import ObservedLayer
-from squeezed.tree import WindowLayer
+from squeezed.context.captured import ObservedLayer
+from squeezed.context.layers import WindowLayer
+from squeezed.context.prompt import PromptTemplate
+from squeezed.context.storage.manifest import _checksum
+from squeezed.context.storage.structure import tensors_of
+from squeezed.hf.fixed_context import FixedContext
+from squeezed.indexing.calibrate import calibrate
 
 TOKENS, HEADS, DIM, PINNED, SCALE = 90, 2, 16, 10, 0.3
 WINDOW_FILE, LAYER_FILE = "layer_001.safetensors", "layer_002.safetensors"

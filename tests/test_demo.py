@@ -8,10 +8,10 @@ from tiny import document, tiny_model, tiny_tokenizer
 
 import squeezed
 from squeezed.cli import main
-from squeezed.demo.agreement import compare, next_token_logits
 from squeezed.demo.run import QUESTIONS
 from squeezed.demo.run import document as demo_document
 from squeezed.errors import SqueezedError
+from squeezed.measure.agreement import compare, next_token_logits
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_demo_document_is_plain_text_of_some_length():
 
 @pytest.mark.slow
 def test_demo_runs_the_real_model_on_the_real_document(capsys):
-    from squeezed.demo.model import demo_model_directory
+    from squeezed.hf.demo_model import demo_model_directory
 
     try:
         demo_model_directory()

@@ -2,7 +2,7 @@
 
 import torch
 
-from squeezed.tree import ClusteredLayer, Level
+from squeezed.context.layers import ClusteredLayer, Level
 
 
 def random_offsets(heads, members, nodes, generator):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-USAGE_STATUS = 2
-FAULT_STATUS = 1
-INTERRUPTED_STATUS = 130
+from squeezed.cli.status import INTERRUPTED_STATUS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,9 +15,8 @@ COMMANDS = {
     "inspect": ("squeezed.cli.inspect:inspect", "Show what a context holds and reads."),
     "plan": ("squeezed.cli.plan:plan", "Work out what a context would cost, without running."),
     "demo": ("squeezed.cli.demo:demo", "Ask three questions about a real document, twice."),
-    "eval": ("squeezed.evals.cli:app", "Measure accuracy against dense attention."),
-    "bench": ("squeezed.bench.cli:app", "Measure speed against dense attention."),
-    "serve": ("squeezed.server.cli:serve", "Serve contexts over an OpenAI-compatible API."),
+    "eval": ("squeezed.cli.eval:app", "Measure accuracy against dense attention."),
+    "bench": ("squeezed.cli.bench:app", "Measure speed against dense attention."),
 }
 
 

@@ -10,8 +10,8 @@ from squeezed.cli import options
 from squeezed.cli.console import emit, megabytes, note
 from squeezed.cli.options import DEFAULTS
 from squeezed.cli.session import Asking, Session, open_session
+from squeezed.context.text import text_of_argument
 from squeezed.errors import SqueezedError
-from squeezed.text import text_of_argument
 
 
 def ask(
@@ -83,7 +83,7 @@ def stream_answer(session: Session, cache, ids, max_new_tokens: int, silent: boo
 
 def report(session: Session, cache, asking: Asking, answer) -> dict:
     """What an answer cost."""
-    from squeezed.inspection import traffic
+    from squeezed.answers.reading import traffic
 
     read = traffic(session.context, cache)
     return {
@@ -113,7 +113,7 @@ def summary(record: dict) -> str:
 def found_sources(session: Session, cache, asking: Asking) -> list[dict]:
     from dataclasses import asdict
 
-    from squeezed.sources import ask_neutral, sources
+    from squeezed.answers.sources import ask_neutral, sources
 
     neutral = session.cache(asking)
     ask_neutral(session.model, session.tokenizer, session.context, neutral)

@@ -10,8 +10,8 @@ from squeezed.cli.ask import check_question, report, summary
 from squeezed.cli.console import json_text, note
 from squeezed.cli.options import DEFAULTS
 from squeezed.cli.session import Asking, Session, open_session
+from squeezed.context.text import decoded
 from squeezed.errors import SqueezedError
-from squeezed.text import decoded
 
 
 def chat(
@@ -42,7 +42,7 @@ def chat(
 def _converse(session: Session, asking: Asking, max_new_tokens: int, json: bool) -> None:
     from transformers import TextStreamer
 
-    from squeezed.chat import Chat
+    from squeezed.answers.chat import Chat
 
     cache = session.cache(asking)
     talk = Chat(session.model, session.tokenizer, session.context, cache)

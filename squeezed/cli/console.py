@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from squeezed.context.text import encodable, printable, text_of_file
 from squeezed.errors import SqueezedError
-from squeezed.failures import cause_of
-from squeezed.text import encodable, printable, text_of_file
+from squeezed.system.failures import cause_of
 
 PHASES = {
     "prefill": "reading",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
 import sys
 
 from squeezed.cli import options
@@ -11,8 +9,9 @@ from squeezed.cli.console import emit, index_progress, megabytes, note, quiet_li
 from squeezed.cli.options import DEFAULTS
 from squeezed.cli.streams import Output
 from squeezed.config import PRESETS, check_budget
+from squeezed.context.text import printable
 from squeezed.errors import SqueezedError
-from squeezed.text import printable
+from squeezed.measure.record import machine
 
 
 def demo(
@@ -29,7 +28,7 @@ def demo(
     if preset not in PRESETS:
         raise SqueezedError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     from squeezed.demo.run import run_demo
-    from squeezed.models import load_model
+    from squeezed.hf.loading import load_model
 
     quiet_libraries()
     loaded, tokenizer = load_model(model, dtype, device, note)
@@ -40,28 +39,6 @@ def demo(
         emit(record)
     else:
         _show(record)
-
-
-def machine() -> dict:
-    """Where and with what the numbers were made."""
-    import torch
-    import transformers
-
-    return {
-        "command": shlex.join(["squeezed", *sys.argv[1:]]),
-        "threads": torch.get_num_threads(),
-        "processor": _processor(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _show(record: dict) -> None:

@@ -36,7 +36,7 @@ def inspect(
     --plot asks one question, with the model that made the context, and measures.
     """
     import squeezed
-    from squeezed.inspection import check_picture, describe
+    from squeezed.costs.inspection import check_picture, describe
 
     asking = Asking(budget, preset, "auto", "squeezed")
     question = check_question(question, 1)
@@ -58,7 +58,7 @@ def inspect(
 def _plot(
     path: Path, model: str, asking: Asking, question: str, picture: Path
 ) -> list[list[float]]:
-    from squeezed import inspection
+    from squeezed.costs import inspection
     from squeezed.engine import respond
 
     session = open_session(path, model, "auto", "auto")

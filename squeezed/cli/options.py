@@ -9,7 +9,7 @@ import typer
 
 from squeezed.config import BEST, DEFAULT_BUDGET, DEFAULT_NEW_TOKENS, ClusteringConfig, IndexConfig
 from squeezed.errors import SqueezedError
-from squeezed.models import DEMO_MODEL
+from squeezed.hf.loading import DEMO_MODEL
 
 INDEX = IndexConfig()
 

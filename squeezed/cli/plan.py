@@ -29,8 +29,8 @@ def plan(
     json: options.Json = False,
 ) -> None:
     """Work out memory, clustering and bytes per token of a context without running a model."""
-    from squeezed import plan as planning
-    from squeezed.models import load_config
+    from squeezed.costs import plan as planning
+    from squeezed.hf.loading import load_config
 
     check_budget(budget)
     if preset not in PRESETS:

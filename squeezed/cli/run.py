@@ -7,11 +7,11 @@ import sys
 import traceback
 from pathlib import Path
 
-from squeezed.cli import FAULT_STATUS, INTERRUPTED_STATUS, USAGE_STATUS
 from squeezed.cli.interrupts import Interrupts
+from squeezed.cli.status import FAULT_STATUS, INTERRUPTED_STATUS, USAGE_STATUS
 from squeezed.cli.streams import ReaderLeft
-from squeezed.failures import cause_of, explained
-from squeezed.text import printable
+from squeezed.context.text import printable
+from squeezed.system.failures import cause_of, explained
 
 LONGEST_LINE = 800
 """Characters of an error; of a longer one the middle is left out."""

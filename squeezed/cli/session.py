@@ -6,18 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from squeezed.cli.console import (
-    index_progress,
-    is_directory,
-    note,
-    quiet_libraries,
-    read_document,
-)
+from squeezed.cli.console import index_progress, is_directory, note, quiet_libraries, read_document
 from squeezed.config import IndexConfig, check_budget
 
 if TYPE_CHECKING:
-    from squeezed.context import FixedContext
     from squeezed.hf.cache import SqueezedCache
+    from squeezed.hf.fixed_context import FixedContext
 
 
 @dataclass(frozen=True)
@@ -60,9 +54,9 @@ def open_session(
 ) -> Session:
     """Load a saved context, which knows its own template, or index a text file on the way."""
     import squeezed
+    from squeezed.context.prompt import PromptTemplate
     from squeezed.engine import check_tokenizer
-    from squeezed.models import load_model
-    from squeezed.prompt import PromptTemplate
+    from squeezed.hf.loading import load_model
 
     quiet_libraries()
     text = None if is_directory(source) else read_document(source)

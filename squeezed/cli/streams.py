@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from squeezed.context.text import encodable, printable
 from squeezed.errors import SqueezedError
-from squeezed.text import encodable, printable
 
 
 class ReaderLeft(Exception):

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 
 import squeezed
+from squeezed.answers.reading import Traffic, traffic
 from squeezed.config import BEST, DEFAULT_BUDGET
-from squeezed.context import FixedContext
-from squeezed.demo.agreement import Agreement, compare, next_token_logits
 from squeezed.engine import Answer, respond
-from squeezed.inspection import Traffic, traffic
+from squeezed.hf.fixed_context import FixedContext
+from squeezed.measure.agreement import Agreement, compare, next_token_logits
 
 QUESTIONS = (
     "Which version of SQLite first had the WAL option?",

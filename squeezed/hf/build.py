@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from squeezed.context.layers import WindowLayer
 from squeezed.hf.cache import ContextLayer, SqueezedCache, WindowedLayer
 from squeezed.hf.static import StaticContextLayer, StaticWindowedLayer
 from squeezed.methods.base import ContextAttention
-from squeezed.tree import WindowLayer
 
 
 def build_cache(

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from squeezed.context.layers import WindowLayer
 from squeezed.errors import SqueezedError
 from squeezed.hf.attention import Handover
 from squeezed.methods.base import ContextAttention
-from squeezed.tree import WindowLayer
 
 
 class SuffixLayer(DynamicLayer):
@@ -362,7 +362,7 @@ class SqueezedCache(Cache):
             layer.select_per_token = enabled
 
     def watch_queries(self) -> None:
-        """Keep every query from now on, for `squeezed.sources`."""
+        """Keep every query from now on, for `squeezed.answers.sources`."""
         for layer in self.context_layers:
             layer.watch = []
 

@@ -7,7 +7,6 @@ then it reads a probe, a question-like text after the document, of which only th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,26 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from squeezed.hf.attention import Handover
+from squeezed.context.captured import CapturedLayer
+from squeezed.hf.attention import Handover, using_attention
 from squeezed.hf.rope import first_chunk
-from squeezed.hf.support import input_device, layer_kinds, text_config, using_attention
-
-
-@dataclass(frozen=True)
-class CapturedLayer:
-    """One layer of a prefilled document.
-
-    Attributes:
-        keys, values: `[Hkv, P, D]` in document order (`[Hkv, W, D]` for a sliding window).
-        queries: `[Hq, W, D]`, those of the probe; `None` for a sliding window. Where further
-            layers read the same keys, their queries follow as more rows.
-        scale: the layer's softmax scale.
-    """
-
-    keys: Tensor
-    values: Tensor
-    queries: Tensor | None
-    scale: float
+from squeezed.hf.support import input_device, layer_kinds, text_config
 
 
 class CaptureLayer(CacheLayerMixin):

@@ -12,16 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from squeezed.context.layers import WindowLayer
 from squeezed.errors import SqueezedError
-from squeezed.hf.cache import (
-    ContextLayer,
-    SuffixLayer,
-    WindowedLayer,
-    check_new_tokens,
-    check_rows,
-)
+from squeezed.hf.cache import ContextLayer, SuffixLayer, WindowedLayer, check_new_tokens, check_rows
 from squeezed.methods.base import ContextAttention
-from squeezed.tree import WindowLayer
 
 
 class StaticSuffix(SuffixLayer):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Condition, Lock, get_ident
 from weakref import WeakKeyDictionary
@@ -13,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from squeezed.errors import SqueezedError, UnsupportedModelError
-from squeezed.hf.attention import NAME
 
 UNSUPPORTED_TYPES = {
     "gemma2": "soft-capped attention logits",
@@ -213,24 +210,3 @@ def _configs(model: PreTrainedModel) -> list:
             found[id(config)] = config
             waiting += [getattr(config, name, None) for name in config.sub_configs]
     return list(found.values())
-
-
-@contextmanager
-def using_attention(model, name: str = NAME) -> Iterator[None]:
-    """Run the block with another attention implementation, in evaluation mode.
-
-    Both come back as they were, module by module, when the last block on the model ends, in
-    whatever thread. Blocks with one name run side by side; one with another name waits for them.
-
-    Raises:
-        SqueezedError: a block inside another asks for another name while other threads are at work.
-    """
-    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    with _ONE_LOOK:
-        switch = _SWITCHES.setdefault(inner, _Switch())
-    thread = get_ident()
-    switch.enter(inner, name)
-    try:
-        yield
-    finally:
-        switch.leave(inner, thread, name)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from squeezed.tree import ClusteredLayer
+from squeezed.context.layers import ClusteredLayer
 
 if TYPE_CHECKING:
-    from squeezed.context import FixedContext
+    from squeezed.context.record import ContextRecord
 
 
 class ContextAttention(Protocol):
@@ -68,6 +68,6 @@ class Method(Protocol):
     name: str
     paper: str
 
-    def prepare(self, context: FixedContext, budget: float) -> list[ContextAttention]:
+    def prepare(self, context: ContextRecord, budget: float) -> list[ContextAttention]:
         """One `ContextAttention` per full-attention layer of `context`, at `budget` in (0, 1]."""
         ...

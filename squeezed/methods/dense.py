@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squeezed.context import FixedContext
+from squeezed.context.layers import ClusteredLayer
+from squeezed.context.record import ContextRecord
 from squeezed.methods.masked import causal, masked_attention
-from squeezed.tree import ClusteredLayer
 
 
 @dataclass(frozen=True)
@@ -57,5 +57,5 @@ class Dense:
     name = "dense"
     paper = "https://arxiv.org/abs/1706.03762"
 
-    def prepare(self, context: FixedContext, budget: float) -> list[DenseLayer]:
+    def prepare(self, context: ContextRecord, budget: float) -> list[DenseLayer]:
         return [DenseLayer(layer) for layer in context.clustered_layers]

@@ -8,10 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from squeezed.attention.scores import NEG_INF
 from squeezed.config import BEST
-from squeezed.context import FixedContext
+from squeezed.context.record import ContextRecord
 from squeezed.methods.masked import MaskedLayer, Queries, document_rank, top_rows
-from squeezed.ops.reference.lookup import NEG_INF
 
 
 @dataclass
@@ -86,7 +86,7 @@ class LazyLLM:
     name = "lazyllm"
     paper = "https://arxiv.org/abs/2407.14057"
 
-    def prepare(self, context: FixedContext, budget: float) -> list[LazyLayer]:
+    def prepare(self, context: ContextRecord, budget: float) -> list[LazyLayer]:
         layers, survivors = context.clustered_layers, Survivors()
         plan = [*shares(budget, len(layers)), 0.0]
         return [

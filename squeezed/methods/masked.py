@@ -16,17 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from squeezed.attention.interface import causal_mask
+from squeezed.attention.reference.attention import softmax_or_nothing
+from squeezed.attention.scores import NEG_INF, block_count, block_scores, grouped, query_blocks
 from squeezed.config import BEST
-from squeezed.ops.reference.attention import softmax_or_nothing
-from squeezed.ops.reference.lookup import (
-    NEG_INF,
-    block_count,
-    block_scores,
-    grouped,
-    query_blocks,
-)
-from squeezed.ops.suffix import causal_mask
-from squeezed.tree import ClusteredLayer
+from squeezed.context.layers import ClusteredLayer
 
 FarField = tuple[Tensor, Tensor]
 """Log masses `[B, Hkv, G, Q, F]` and mean values `[Hkv, F, D]` of what was not read exactly."""

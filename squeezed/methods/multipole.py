@@ -7,18 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squeezed.context import FixedContext
+from squeezed.attention.reference.lookup import Lookup
+from squeezed.attention.scores import NEG_INF, far_means, grouped, log_sizes, node_logits, owners
+from squeezed.context.record import ContextRecord
 from squeezed.methods.masked import FarField, MaskedLayer, Queries, fill, rows_of
 from squeezed.methods.traffic import tree_bytes
-from squeezed.ops.reference.lookup import (
-    NEG_INF,
-    Lookup,
-    far_means,
-    grouped,
-    log_sizes,
-    node_logits,
-    owners,
-)
 
 
 @dataclass(frozen=True)
@@ -74,5 +67,5 @@ class Multipole:
     name = "multipole"
     paper = "https://arxiv.org/abs/2506.13059"
 
-    def prepare(self, context: FixedContext, budget: float) -> list[MultipoleLayer]:
+    def prepare(self, context: ContextRecord, budget: float) -> list[MultipoleLayer]:
         return [MultipoleLayer(layer, budget) for layer in context.clustered_layers]

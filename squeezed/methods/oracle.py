@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from squeezed.context import FixedContext
+from squeezed.context.record import ContextRecord
 from squeezed.methods.masked import MaskedLayer, Queries, top_rows
 
 
@@ -29,5 +29,5 @@ class Oracle:
     name = "oracle"
     paper = "none: an upper end"
 
-    def prepare(self, context: FixedContext, budget: float) -> list[OracleLayer]:
+    def prepare(self, context: ContextRecord, budget: float) -> list[OracleLayer]:
         return [OracleLayer(layer, budget) for layer in context.clustered_layers]

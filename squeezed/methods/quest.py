@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from squeezed.context import FixedContext
+from squeezed.context.record import ContextRecord
 from squeezed.methods.masked import MaskedLayer, Queries, document_rank, fill, rows_of
 
 PAGE_TOKENS = 16  # the paper's
@@ -73,5 +73,5 @@ class Quest:
 
     page_tokens: int = PAGE_TOKENS
 
-    def prepare(self, context: FixedContext, budget: float) -> list[QuestLayer]:
+    def prepare(self, context: ContextRecord, budget: float) -> list[QuestLayer]:
         return [QuestLayer(layer, budget, self.page_tokens) for layer in context.clustered_layers]

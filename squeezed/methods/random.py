@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from squeezed.context import FixedContext
+from squeezed.context.record import ContextRecord
 from squeezed.methods.fixed import FixedLayer
 from squeezed.methods.masked import top_rows
 
@@ -20,7 +20,7 @@ class Random:
 
     seed: int = 0
 
-    def prepare(self, context: FixedContext, budget: float) -> list[FixedLayer]:
+    def prepare(self, context: ContextRecord, budget: float) -> list[FixedLayer]:
         generator = torch.Generator().manual_seed(self.seed)
         layers = []
         for layer in context.clustered_layers:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from squeezed.context import FixedContext
+from squeezed.attention.scores import NEG_INF, grouped
+from squeezed.context.layers import ClusteredLayer
+from squeezed.context.record import ContextRecord
 from squeezed.errors import SqueezedError
 from squeezed.methods.masked import MaskedLayer, Queries, top_rows
-from squeezed.ops.reference.lookup import NEG_INF, grouped
-from squeezed.tree import ClusteredLayer
 
 LINKS = 32  # neighbours per key and layer of the graph; twice as many at its base
 LINK_BYTES = 4
@@ -109,9 +109,9 @@ class Retrieval:
     paper = "https://arxiv.org/abs/2409.10516"
 
     index: str = "hnsw"
-    built: tuple[FixedContext, list[list]] | None = field(default=None, init=False, repr=False)
+    built: tuple[ContextRecord, list[list]] | None = field(default=None, init=False, repr=False)
 
-    def prepare(self, context: FixedContext, budget: float) -> list[RetrievalLayer]:
+    def prepare(self, context: ContextRecord, budget: float) -> list[RetrievalLayer]:
         if self.built is None or self.built[0] is not context:
             indexes = [self._indexes(layer) for layer in context.clustered_layers]
             self.built = (context, indexes)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from squeezed.context import FixedContext
+from squeezed.attention.scores import NEG_INF, owners
+from squeezed.context.record import ContextRecord
 from squeezed.methods.masked import MaskedLayer, Queries, fill, rows_of
-from squeezed.ops.reference.lookup import NEG_INF, owners
 
 
 @dataclass(frozen=True)
@@ -44,5 +44,5 @@ class Routing:
     name = "routing"
     paper = "https://arxiv.org/abs/2003.05997"
 
-    def prepare(self, context: FixedContext, budget: float) -> list[RoutingLayer]:
+    def prepare(self, context: ContextRecord, budget: float) -> list[RoutingLayer]:
         return [RoutingLayer(layer, budget) for layer in context.clustered_layers]

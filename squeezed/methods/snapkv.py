@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from squeezed.context import FixedContext
+from squeezed.context.layers import ClusteredLayer
+from squeezed.context.record import ContextRecord
 from squeezed.errors import SqueezedError
 from squeezed.methods.fixed import FixedLayer
 from squeezed.methods.masked import document_rank, top_rows
-from squeezed.tree import ClusteredLayer
 
 POOL_TOKENS = 7  # the paper's kernel
 
@@ -49,7 +49,7 @@ class SnapKV:
 
     pool_tokens: int = POOL_TOKENS
 
-    def prepare(self, context: FixedContext, budget: float) -> list[FixedLayer]:
+    def prepare(self, context: ContextRecord, budget: float) -> list[FixedLayer]:
         if len(context.observed) != len(context.clustered_layers):
             raise SqueezedError(
                 "snapkv: expected a context that holds its observed queries, got one without; "

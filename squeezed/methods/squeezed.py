@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squeezed import ops
+from squeezed import attention as ops
+from squeezed.attention.interface import causal_mask
+from squeezed.attention.reference.lookup import lookup
 from squeezed.config import BEST
-from squeezed.context import FixedContext
+from squeezed.context.layers import ClusteredLayer
+from squeezed.context.record import ContextRecord
+from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
 from squeezed.methods.traffic import tree_bytes
-from squeezed.ops.reference.lookup import lookup
-from squeezed.ops.suffix import causal_mask
-from squeezed.rule import SelectionRule
-from squeezed.tree import ClusteredLayer
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Squeezed:
     preset: str = BEST.name
     implementation: str = "auto"
 
-    def prepare(self, context: FixedContext, budget: float) -> list[SqueezedLayer]:
+    def prepare(self, context: ContextRecord, budget: float) -> list[SqueezedLayer]:
         calibration = context.calibration(self.preset)
         return [
             SqueezedLayer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from squeezed.context import FixedContext
+from squeezed.context.record import ContextRecord
 from squeezed.methods.fixed import FixedLayer
 from squeezed.methods.masked import document_rank, top_rows
 
@@ -20,7 +20,7 @@ class Streaming:
     name = "streaming"
     paper = "https://arxiv.org/abs/2309.17453"
 
-    def prepare(self, context: FixedContext, budget: float) -> list[FixedLayer]:
+    def prepare(self, context: ContextRecord, budget: float) -> list[FixedLayer]:
         return [
             FixedLayer(
                 layer,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from squeezed.ops.reference.lookup import NEG_INF, Lookup, owners
-from squeezed.tree import ClusteredLayer, Level
+from squeezed.attention.reference.lookup import Lookup
+from squeezed.attention.scores import NEG_INF, owners
+from squeezed.context.layers import ClusteredLayer, Level
 
 OFFSET_BYTES = VARIANCE_BYTES = 4  # int32 and float32, as stored
 

@@ -7,10 +7,10 @@ import torch
 from tiny import document, tiny_model, tiny_tokenizer
 
 import squeezed
+from squeezed.context.prompt import PromptTemplate
 from squeezed.errors import SqueezedError
+from squeezed.hf.attention import using_attention
 from squeezed.hf.cache import suffix_mask
-from squeezed.hf.support import using_attention
-from squeezed.prompt import PromptTemplate
 
 CONFIG = squeezed.IndexConfig(
     clustering=squeezed.ClusteringConfig(levels=(0.05, 0.2), pinned_first=4, pinned_last=20),

@@ -5,9 +5,9 @@ import torch
 from tiny import document, tiny_model, tiny_tokenizer
 
 import squeezed
-from squeezed.hf.support import using_attention
-from squeezed.ops import reference
-from squeezed.prompt import PromptTemplate
+from squeezed.attention import reference
+from squeezed.context.prompt import PromptTemplate
+from squeezed.hf.attention import using_attention
 
 triton = pytest.importorskip("triton")
 
@@ -18,8 +18,8 @@ CONFIG = squeezed.IndexConfig(
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_decode_step_is_one_graph_and_equals_the_eager_step(family, monkeypatch):
-    from squeezed import ops
-    from squeezed.ops import triton as kernels
+    from squeezed import attention as ops
+    from squeezed.attention import triton as kernels
 
     # Without a GPU the reference stands in for the kernel behind the operator.
     monkeypatch.setattr(kernels.decode, "attend", reference.attend)

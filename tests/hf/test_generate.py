@@ -7,10 +7,10 @@ from tiny import FAMILIES, document, tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
 import squeezed
+from squeezed.context.prompt import PromptTemplate
+from squeezed.hf.attention import using_attention
 from squeezed.hf.cache import suffix_mask
 from squeezed.hf.capture import capture
-from squeezed.hf.support import using_attention
-from squeezed.prompt import PromptTemplate
 
 CLUSTERING = squeezed.ClusteringConfig(levels=(0.05, 0.2), pinned_first=4, pinned_last=20)
 CONFIG = squeezed.IndexConfig(clustering=CLUSTERING, prefill_chunk=128)

@@ -9,9 +9,10 @@ from tiny import COMMON, document, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import squeezed
+from squeezed.context.prompt import PromptTemplate
+from squeezed.hf.attention import using_attention
 from squeezed.hf.capture import capture
-from squeezed.hf.support import layer_kinds, using_attention
-from squeezed.prompt import PromptTemplate
+from squeezed.hf.support import layer_kinds
 
 CONFIG = squeezed.IndexConfig(
     squeezed.ClusteringConfig(levels=(0.05, 0.2), pinned_first=4, pinned_last=20), prefill_chunk=128

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from trees import random_layer
 
-from squeezed.calibration import calibrate
 from squeezed.config import BEST, PAPER
-from squeezed.thresholds import ObservedLayer
+from squeezed.context.captured import ObservedLayer
+from squeezed.indexing.calibrate import calibrate
 
 SCALE = 0.3
 KV_HEADS, GROUP, DIM, PINNED = 2, 2, 32, 20

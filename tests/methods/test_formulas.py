@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from methods.contexts import DIM, GROUP, KV_HEADS, PINNED, SCALE, random_call, random_context
+from squeezed.attention.scores import grouped
 from squeezed.methods import create
 from squeezed.methods.lazyllm import shares
 from squeezed.methods.masked import Queries, fill
 from squeezed.methods.snapkv import votes
-from squeezed.ops.reference.lookup import grouped
 
 
 def queries_of(query, per_token=True):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from methods.contexts import KV_HEADS, SCALE, random_call, random_context
+from squeezed.attention.reference.lookup import lookup
 from squeezed.methods import create
-from squeezed.ops.reference.lookup import lookup
 
 
 def walk(layer, rule, query):

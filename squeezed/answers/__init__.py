@@ -1,0 +1,1 @@
+"""Asking an open context: chats, the passages an answer came from, and what it read."""

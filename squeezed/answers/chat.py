@@ -1,0 +1,129 @@
+"""Several questions over one context: each turn continues the same cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from squeezed.context.prompt import DOCUMENT, QUESTION, PromptTemplate, continued_ids
+from squeezed.context.text import check_text
+from squeezed.engine import Answer, check_tokenizer, respond
+from squeezed.errors import SqueezedError
+from squeezed.hf.arguments import Wishes
+from squeezed.hf.cache import SqueezedCache
+from squeezed.hf.fixed_context import FixedContext
+from squeezed.hf.identity.fingerprint import check_model
+
+ANSWER = "\x02ANSWER\x03"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer: `[n]` int64, without the token that ended it."""
+
+    question: str
+    answer: Tensor
+
+
+@dataclass
+class Chat:
+    """A conversation about a context.
+
+    Every turn is the whole conversation written anew, of which the cache holds the beginning. So a
+    template may rewrite what was said, and a turn that was interrupted never was.
+
+    Attributes:
+        cache: made by `context.cache(...)`; grows with every turn.
+        turns: what was asked and answered so far; of several sequences the first goes on.
+    """
+
+    model: object
+    tokenizer: object
+    context: FixedContext
+    cache: SqueezedCache
+    turns: list[Turn] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_tokenizer(self.tokenizer, self.context)
+        check_model(self.model, self.context)
+        if not self.cache.document.equal(self.context.tokens.cpu()):
+            raise SqueezedError("cache: it is of another context; make it with context.cache()")
+
+    def ask(self, question: str, **generate_arguments) -> Answer:
+        """Answer the next question; spending is counted anew for every turn.
+
+        Arguments and errors are those of `squeezed.generate`.
+        """
+        check_text("question", question)
+        check_model(self.model, self.context)
+        ids = conversation_ids(self.tokenizer, self.context.template, self.turns, question)
+        self.cache.restart_spending()
+        self.cache.watch_queries()
+        answer = respond(self.model, self.tokenizer, self.cache, ids, **generate_arguments)
+        ends = Wishes(self.model, generate_arguments).end_tokens
+        self.turns.append(Turn(question, self._spoken(answer.sequences[0], ends)))
+        return answer
+
+    def _spoken(self, tokens: Tensor, ends: set[int]) -> Tensor:
+        """Tokens up to the one that ended the turn, if the next turn writes what ends it."""
+        places = [place for place, token in enumerate(tokens.tolist()) if token in ends]
+        if not places:
+            return tokens
+        return tokens[: places[0]] if self._is_rewritten(tokens[places[0]]) else tokens
+
+    def _is_rewritten(self, end: Tensor) -> bool:
+        template = self.context.template
+        if not template.is_chat_of(self.tokenizer):
+            return True
+        written, _ = turn_template(self.tokenizer, template)
+        return written.lstrip().startswith(self.tokenizer.decode(end[None]))
+
+
+def conversation_ids(
+    tokenizer, template: PromptTemplate, turns: list[Turn], question: str
+) -> Tensor:
+    """Ids of all that follows the document when `question` is asked after `turns`, `[S]` int64."""
+    if template.is_chat_of(tokenizer):
+        return continued_ids(tokenizer, _rendered(tokenizer, template, turns, question))
+    parts = [template.question_ids(tokenizer, question)]
+    for turn in reversed(turns):
+        parts += [turn.answer, template.question_ids(tokenizer, turn.question)]
+    return torch.cat(parts[::-1])
+
+
+def _rendered(tokenizer, template: PromptTemplate, turns: list[Turn], question: str) -> str:
+    """What the chat template writes after the document; control tokens of others are marked."""
+    messages = []
+    for turn in turns:
+        answer = tokenizer.decode(turn.answer, skip_special_tokens=True)
+        answer = template.marked(tokenizer, answer, turn.answer.tolist())
+        messages += [
+            {"role": "user", "content": template.marked(tokenizer, turn.question)},
+            {"role": "assistant", "content": answer},
+        ]
+    messages.append({"role": "user", "content": template.marked(tokenizer, question)})
+    messages[0]["content"] = f"{DOCUMENT}\n\n{messages[0]['content']}"
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, *after = text.split(DOCUMENT)
+    if len(after) != 1 or before != PromptTemplate.of(tokenizer).before:
+        raise SqueezedError(
+            "tokenizer: its chat template changes what stands before the document in later turns; "
+            "ask each question by itself, with squeezed.generate"
+        )
+    return after[0]
+
+
+def turn_template(tokenizer, template: PromptTemplate) -> tuple[str, str]:
+    """Text between an answer and the next question, and between that and its answer."""
+    if not template.is_chat_of(tokenizer):
+        return template.between, template.after
+    turns = [
+        {"role": "user", "content": "-"},
+        {"role": "assistant", "content": ANSWER},
+        {"role": "user", "content": QUESTION},
+    ]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    between, after = text.split(ANSWER)[1].split(QUESTION)
+    return between, after

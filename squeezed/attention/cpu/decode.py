@@ -1,0 +1,48 @@
+"""Few rows per unit: everything in Numba, from the lookup to the output, bytes read once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from squeezed.attention.cpu import exact, tasks
+from squeezed.attention.cpu.arrays import Suffix, flat
+from squeezed.attention.cpu.rows import QueryRows
+from squeezed.attention.cpu.walk import walk
+from squeezed.context.layers import ClusteredLayer
+from squeezed.context.rule import SelectionRule
+
+PIECE_KEYS = 256  # with their values they stay in the second-level cache while every unit reads
+TASKS_PER_THREAD = 16  # evens out what a thread gets
+
+
+def attend_units(
+    rows: QueryRows, layer: ClusteredLayer, rule: SelectionRule, suffix: Suffix
+) -> tuple[Tensor, Tensor]:
+    """Output `[H, U, R, D]` float32, and the clustered keys that every unit reads, `[U]` int64.
+
+    The tree, coarse to fine; then pinned keys, keys of kept leaves and the suffix, cut into even
+    tasks; then one merge with the far field.
+    """
+    found = walk(rows, layer, rule, in_kernel=True)
+    q = rows.flat
+    pinned = layer.pinned if layer.levels else layer.tokens
+    pieces = tasks.cut_pieces(
+        found.state, found.key_offsets, pinned, rows.mask.shape[2], PIECE_KEYS
+    )
+    bounds = tasks.group_pieces(pieces, TASKS_PER_THREAD * torch.get_num_threads())
+    width, dim = q.shape[1:]
+    top, mass = np.empty((2, len(bounds) - 1, width), np.float32)
+    acc = np.empty((len(bounds) - 1, width, dim), np.float32)
+    exact.attend_exact(
+        pieces, bounds, q, flat(layer.keys), flat(layer.values), layer.tokens, found.state,
+        found.key_offsets, suffix.keys, suffix.values, suffix.strides, rows.batch.numpy(),
+        rows.mask.numpy(), top, mass, acc,
+    )  # fmt: skip
+    if rule.far_field == "second_order" and layer.levels:
+        moved = torch.bmm(torch.from_numpy(q), layer.value_slope.float().mT).numpy()
+        found.acc += found.spread[..., None] * moved
+    output = np.empty(q.shape, np.float32)
+    tasks.combine(pieces, bounds, top, mass, acc, found.top, found.mass, found.acc, output)
+    return torch.from_numpy(output).view_as(rows.queries), torch.from_numpy(found.keys_read.sum(0))

@@ -1,0 +1,123 @@
+"""Many rows per unit: gather the kept keys once per unit and head, leave the rest to products.
+
+Selection is the same Numba kernel as in decode, fed with the logits of one batched product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from squeezed.attention.cpu.arrays import Suffix
+from squeezed.attention.cpu.lookup import DROPPED, KEPT
+from squeezed.attention.cpu.rows import QueryRows
+from squeezed.attention.cpu.walk import Walk, walk
+from squeezed.context.layers import ClusteredLayer
+from squeezed.context.rule import SelectionRule
+
+MOST_LOGITS = 1 << 23  # of one product; more rows are worked on in turns
+
+Part = tuple[Tensor, Tensor]
+"""Logits `[rows, n]` and values `[n, D]`, float32."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What one unit of one head reads: keys and values `[n, D]` float32, kept and pinned apart.
+
+    `far_logits [R, F]`, `far_values [F, D]` and `far_variance [F]` are of the dropped nodes of all
+    levels; `slope [D, D]` moves their values, if the far field is of second order.
+    """
+
+    kept: Part
+    pinned: Part
+    suffix: Part
+    far_logits: Tensor
+    far_values: Tensor
+    far_variance: Tensor
+    slope: Tensor | None
+
+
+def attend_units(
+    rows: QueryRows, layer: ClusteredLayer, rule: SelectionRule, suffix: Suffix
+) -> tuple[Tensor, Tensor]:
+    """Output `[H, U, R, D]` float32, and the clustered keys that every unit reads, `[U]` int64."""
+    found = walk(rows, layer, rule, in_kernel=False)
+    output = torch.empty_like(rows.queries)
+    for head in range(output.shape[0]):
+        for unit in range(rows.units):
+            read = gather(head, unit, rows, layer, found, suffix, rule)
+            mask = rows.mask[unit].repeat(rows.rows // rows.mask.shape[1], 1)
+            for own in _turns(rows.rows, read):
+                output[head, unit, own] = _attend(
+                    rows.queries[head, unit, own], read, mask[own], read.far_logits[own]
+                )
+    return output, torch.from_numpy(found.keys_read.sum(0))
+
+
+def gather(
+    head: int, unit: int, rows: QueryRows, layer: ClusteredLayer, found: Walk, suffix: Suffix,
+    rule: SelectionRule,
+) -> Gathered:  # fmt: skip
+    """Copy what the unit reads, widened to float32."""
+    keys, values = layer.keys[head], layer.values[head]
+    pinned = layer.pinned if layer.levels else layer.tokens
+    batch, dim = int(rows.batch[unit]), keys.shape[1]
+    kept = torch.empty(0, dtype=torch.int64)
+    far = [(torch.empty(rows.rows, 0), torch.empty(0, dim), torch.empty(0))]
+    if layer.levels:
+        leaves = torch.from_numpy(found.state[head, unit]) == KEPT
+        owned = leaves.repeat_interleave(layer.levels[-1].key_offsets[head].diff())
+        kept = owned.nonzero()[:, 0] + pinned
+    energy = torch.from_numpy(found.far_energy)
+    for level, state, logits in found.visited if rule.far_field != "none" else ():
+        nodes = (torch.from_numpy(state[head, unit]) == DROPPED).nonzero()[:, 0]
+        own = slice(unit * rows.rows, (unit + 1) * rows.rows)
+        sizes = level.key_offsets[head].diff()[nodes]
+        variance = level.variance[head, nodes]
+        mass = torch.from_numpy(logits[head, own])[:, nodes] + sizes.log()
+        mass += energy[head, own, None] * variance
+        far.append((mass, level.mean_values[head, nodes].float(), variance))
+    far_logits, far_values, far_variance = zip(*far, strict=True)
+    dipole = rule.far_field == "second_order"
+    return Gathered(
+        kept=(keys[kept].float(), values[kept].float()),
+        pinned=(keys[:pinned].float(), values[:pinned].float()),
+        suffix=(suffix.key_rows[batch, head].float(), suffix.value_rows[batch, head].float()),
+        far_logits=torch.cat(far_logits, 1),
+        far_values=torch.cat(far_values),
+        far_variance=torch.cat(far_variance),
+        slope=layer.value_slope[head].float() if dipole else None,
+    )
+
+
+def _turns(rows: int, read: Gathered) -> Iterator[slice]:
+    step = max(1, MOST_LOGITS // max(1, len(read.kept[0]) + len(read.pinned[0])))
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
+
+
+def _attend(q: Tensor, read: Gathered, mask: Tensor, far_logits: Tensor) -> Tensor:
+    """`q [rows, D]`, already scaled. Overwrites the logits of the far field."""
+    parts = [(q @ keys.T, values) for keys, values in (read.kept, read.pinned)]
+    recent = (q @ read.suffix[0].T).masked_fill_(~mask, -torch.inf)
+    parts += [(recent, read.suffix[1]), (far_logits, read.far_values)]
+    output, mass = _softmax_sum(parts)
+    if read.slope is not None:
+        output += (far_logits @ read.far_variance)[:, None] * (q @ read.slope.T)
+    return output / mass.masked_fill(mass == 0, 1.0)
+
+
+def _softmax_sum(parts: list[Part]) -> tuple[Tensor, Tensor]:
+    """Weighted values of all parts and the sum of weights. Logits become weights."""
+    parts = [part for part in parts if part[0].shape[1]]
+    if not parts:
+        raise AssertionError("a context holds at least one key")
+    top = torch.stack([logits.amax(-1) for logits, _ in parts]).amax(0)
+    top = top.masked_fill(top == -torch.inf, 0.0)[:, None]
+    weights = [(logits.sub_(top).exp_(), values) for logits, values in parts]
+    mass = sum(w.sum(-1, keepdim=True) for w, _ in weights)
+    return sum(w @ values for w, values in weights), mass

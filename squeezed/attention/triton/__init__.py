@@ -1,0 +1,76 @@
+"""Kernels for NVIDIA GPUs, written in Triton; one launcher per operation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from squeezed.attention.interface import causal_mask
+from squeezed.attention.triton.decode import launch as decode
+from squeezed.attention.triton.decode import operator
+from squeezed.attention.triton.prefill import launch as prefill
+from squeezed.context.layers import ClusteredLayer
+from squeezed.context.rule import SelectionRule
+
+__all__ = ["attend"]
+
+MAX_ROWS = 64  # query rows of one decode tile
+
+
+def attend(
+    query: Tensor,
+    layer: ClusteredLayer,
+    rule: SelectionRule,
+    suffix_keys: Tensor,
+    suffix_values: Tensor,
+    suffix_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Squeezed attention on the GPU; `squeezed.attention.reference` has shapes and meaning."""
+    operands = (layer, rule, suffix_keys, suffix_values, suffix_mask, scale)
+    if query.shape[2] == 1:
+        step = operator if torch.compiler.is_compiling() else decode
+        return step.attend(query, *operands)
+    if rule.query_block == 1:
+        return attend_tokens(query, *operands)
+    return prefill.attend(query, *operands)
+
+
+def attend_tokens(
+    query: Tensor,
+    layer: ClusteredLayer,
+    rule: SelectionRule,
+    suffix_keys: Tensor,
+    suffix_values: Tensor,
+    suffix_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Several tokens per request that select alone: every token is decoded as its own request.
+
+    The tokens of a tile share the context, so each cluster is read once for all of them.
+    """
+    batch, heads, rows, _ = query.shape
+    if suffix_mask is None:
+        suffix_mask = causal_mask(rows, suffix_keys.shape[2], query.device)
+    suffix_mask = suffix_mask.expand(batch, -1, -1, -1)
+    step = max(1, MAX_ROWS // (heads // layer.keys.shape[0]))
+    outputs, keys_read = [], []
+    for request in range(batch):
+        parts, reads = [], []
+        for start in range(0, rows, step):
+            part = query[request, :, start : start + step].transpose(0, 1).unsqueeze(2)
+            count = part.shape[0]
+            output, read = decode.attend(
+                part,
+                layer,
+                rule,
+                suffix_keys[request].expand(count, -1, -1, -1),
+                suffix_values[request].expand(count, -1, -1, -1),
+                suffix_mask[request, 0, start : start + step, None, None],
+                scale,
+            )
+            parts.append(output[:, :, 0])
+            reads.append(read.sum())
+        outputs.append(torch.cat(parts).transpose(0, 1))
+        keys_read.append(torch.stack(reads).sum())
+    return torch.stack(outputs), torch.stack(keys_read)

@@ -1,0 +1,1 @@
+"""One new token over a context on a GPU, in four launches."""

@@ -1,0 +1,187 @@
+"""The kernel that attends to kept rows, and to the mean values of dropped nodes.
+
+What every problem reads, its kept rows and then its dropped nodes, forms one stream of units that
+is cut into equal parts, one per program. A head that keeps many keys therefore takes many programs
+and holds nobody up. A program leaves one partial sum per problem it touches, in slot `program + z`:
+unique, because along the stream either the program or the problem moves on.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from squeezed.attention.triton.decode.selection import RUN, RUN_BITS, spread, unpack
+from squeezed.attention.triton.decode.softmax import (
+    fold,
+    fold_mass,
+    load_query,
+    load_rows,
+    nothing,
+    problem,
+    store_partial,
+)
+
+UNIT = tl.constexpr(16)
+"""Rows of one unit of the stream; of dropped nodes it has more, since those bring no keys."""
+
+
+@triton.jit
+def stream(counters, problems, Z_PAD: tl.constexpr, NODE_UNIT: tl.constexpr):
+    """Kept runs and dropped nodes of every problem, the units of the runs, and where its units
+    begin and end in the stream, `[Z_PAD]`.
+    """
+    z = tl.arange(0, Z_PAD)
+    # Past the first cache, since the kernel before may still be running.
+    counted = tl.load(counters + z, mask=z < problems, other=0, cache_modifier=".cg")
+    runs, dropped = unpack(counted)
+    near = tl.cdiv(runs * RUN, UNIT)
+    units = tl.where(z < problems, tl.maximum(near + tl.cdiv(dropped, NODE_UNIT), 1), 0)
+    end = tl.cumsum(units, 0)
+    return runs, dropped, near, end - units, end
+
+
+@triton.jit
+def at(values, index, Z_PAD: tl.constexpr):
+    """Element `index` of a vector held in registers."""
+    return tl.sum(tl.where(tl.arange(0, Z_PAD) == index, values, 0))
+
+
+@triton.jit
+def repeat(values, TILE: tl.constexpr):
+    """A vector `[TILE / RUN]`, RUN times over: cheaper than to load every entry RUN times."""
+    return tl.reshape(tl.broadcast_to(values[None, :], (RUN, TILE // RUN)), (TILE,))
+
+
+@triton.jit
+def attend_runs(
+    q, high, mass, sum_, keys, values, runs, run_bits, count, first, last, row, scale_bits,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
+    SHARED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add units `first:last` of a list of `count` runs of rows to a running softmax."""
+    lane, entry = tl.arange(0, TILE), tl.arange(0, TILE // RUN)
+    within, of = lane // (TILE // RUN), lane % (TILE // RUN)  # the rows of a run lie far apart
+    stop = tl.minimum(last * (UNIT // RUN), count)
+    for start in tl.range(first * (UNIT // RUN), stop, TILE // RUN, num_stages=STAGES):
+        packed = tl.load(runs + start + entry, mask=start + entry < stop, other=0)
+        run = repeat(packed, TILE)
+        live = (start + of < stop) & (within <= (run & (RUN - 1)))
+        # Behind its end a run repeats its last row, which costs no mask and no memory traffic.
+        kept = (run >> RUN_BITS) + tl.minimum(within, run & (RUN - 1))
+        everywhere = tl.full([TILE], True, tl.int1)
+        key = load_rows(keys, kept, everywhere, D, D, D_PAD)
+        value = load_rows(values, kept, everywhere, D, D, D_PAD)
+        logits = tl.dot(q, tl.trans(key)) * scale_bits
+        attended = live[None, :]
+        if SHARED:
+            wanted = tl.load(run_bits + start + entry, mask=start + entry < stop, other=0)
+            attended = attended & spread(repeat(wanted, TILE), row // GROUP, 1)
+        logits = tl.where(attended, logits, float("-inf"))
+        high, mass, sum_ = fold(high, mass, sum_, logits, value)
+    return high, mass, sum_
+
+
+@triton.jit
+def listed(entries, start, stop, TILE: tl.constexpr):
+    """Entries `[start, start + TILE)` of a list that ends at `stop`, zero behind it.
+
+    Read as a matrix: a vector would be loaded again in every layout that its uses ask for.
+    """
+    line, lane = tl.arange(0, RUN)[:, None], tl.arange(0, TILE // RUN)[None, :]
+    place = start + line * (TILE // RUN) + lane
+    return tl.reshape(tl.load(entries + place, mask=place < stop, other=0), (TILE,))
+
+
+@triton.jit
+def node_rows(bases, bounds, node, head, D: tl.constexpr):
+    """Where the rows of nodes `[N]` of any level start; `bounds` are levels' first numbers."""
+    rows = bases[0] + head * (bounds[1] - bounds[0]) * D + node.to(tl.int64) * D
+    for level in tl.static_range(1, len(bases)):
+        own = bases[level] + head * (bounds[level + 1] - bounds[level]) * D
+        rows = tl.where(node >= bounds[level], own + (node - bounds[level]).to(tl.int64) * D, rows)
+    return rows
+
+
+@triton.jit
+def attend_nodes(
+    high, mass, sum_, means, bounds, nodes, variances, logits, count, first, last, head, row,
+    exists, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
+    NODE_UNIT: tl.constexpr, DIPOLE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add units `first:last` of a list of `count` dropped nodes to a running softmax.
+
+    Returns with it the sum of the nodes' variances, weighted alike, `[M]`; zero without DIPOLE.
+    """
+    stop = tl.minimum(last * NODE_UNIT, count)
+    d, lane = tl.arange(0, D_PAD), tl.arange(0, TILE)
+    moved = tl.zeros(row.shape, tl.float32)
+    for start in tl.range(first * NODE_UNIT, stop, TILE, num_stages=STAGES):
+        node = listed(nodes, start, stop, TILE)
+        rows = node_rows(means, bounds, node, head, D)
+        value = tl.load(rows[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
+        live = start + lane < stop
+        places = (start + lane).to(tl.int64)[None, :] * ROWS + row[:, None]
+        logit = tl.load(logits + places, mask=exists[:, None] & live[None, :], other=float("-inf"))
+        high, mass, weight, decay = fold_mass(high, mass, logit, 1)
+        sum_ = tl.dot(weight.to(value.dtype), value, acc=sum_ * decay[:, None])
+        if DIPOLE:
+            variance = tl.load(variances + start + lane, mask=live, other=0.0)
+            moved = moved * decay + tl.sum(weight * variance[None, :], 1)
+    return high, mass, sum_, moved
+
+
+@triton.jit
+def attend_kernel(
+    query, keys, values, runs, run_bits, means, bounds, far_nodes, far_variances, far_logits,
+    counters, sums, highs, masses, spreads,
+    query_stride_batch, query_stride_head, batch, problems, context_tokens, run_capacity,
+    far_capacity, scale_bits,
+    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
+    NODE_TILE: tl.constexpr, NODE_UNIT: tl.constexpr, Z_PAD: tl.constexpr, SHARED: tl.constexpr,
+    FAR: tl.constexpr, DIPOLE: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program's part of the stream; grid `(programs,)`."""
+    program = tl.program_id(0)
+    row = tl.arange(0, M)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    runs_of, dropped_of, near_of, begin, end = stream(counters, problems, Z_PAD, NODE_UNIT)
+    total = tl.max(end)
+    share = tl.cdiv(total, tl.num_programs(0))
+    cursor = program * share
+    stop = tl.minimum(total, cursor + share)
+    while cursor < stop:
+        z = tl.sum((end <= cursor).to(tl.int32) * (tl.arange(0, Z_PAD) < problems))
+        first = cursor - at(begin, z, Z_PAD)
+        cursor = tl.minimum(stop, at(end, z, Z_PAD))
+        last = cursor - at(begin, z, Z_PAD)
+        near = at(near_of, z, Z_PAD)
+        head, tile = problem(z, TILES)
+        q, exists = load_query(
+            query, query_stride_batch, query_stride_head, head, tile, row, batch,
+            GROUP, TILE_BATCH, D, D_PAD,
+        )  # fmt: skip
+        exists = exists & (row < ROWS)
+        context = head.to(tl.int64) * context_tokens * D
+        first_run = z.to(tl.int64) * run_capacity
+        high, mass, sum_ = nothing(M, D_PAD)
+        high, mass, sum_ = attend_runs(
+            q, high, mass, sum_, keys + context, values + context, runs + first_run,
+            run_bits + first_run, at(runs_of, z, Z_PAD), first, tl.minimum(last, near), row,
+            scale_bits, GROUP, D, D_PAD, TILE, SHARED, STAGES,
+        )  # fmt: skip
+        slot = program + z
+        if FAR:
+            first_node = z.to(tl.int64) * far_capacity
+            high, mass, sum_, moved = attend_nodes(
+                high, mass, sum_, means, bounds, far_nodes + first_node,
+                far_variances + first_node, far_logits + first_node * ROWS,
+                at(dropped_of, z, Z_PAD), tl.maximum(first - near, 0), tl.maximum(last - near, 0),
+                head.to(tl.int64), row, exists,
+                ROWS, D, D_PAD, NODE_TILE, NODE_UNIT, DIPOLE, STAGES,
+            )  # fmt: skip
+            if DIPOLE:
+                tl.store(spreads + slot.to(tl.int64) * ROWS + row, moved, mask=exists)
+        store_partial(sums, highs, masses, slot, row, exists, high, mass, sum_, ROWS, D, D_PAD)

@@ -1,0 +1,95 @@
+"""The kernel that ends a decode step: partial sums -> output."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from squeezed.attention.triton.decode.attention import at, stream
+from squeezed.attention.triton.decode.softmax import LOG2_E, problem
+
+
+@triton.jit
+def merge(
+    sums, highs, masses, spreads, near, near_slots, fixed, fixed_slots, row, d,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
+    DIPOLE: tl.constexpr,
+):  # fmt: skip
+    """Mass, weighted values and variances of two runs of partial sums, walked as one.
+
+    One run, so that all loads of a row travel together.
+    """
+    high, mass, moved = float("-inf"), 0.0, 0.0
+    value = tl.zeros([DIMS], tl.float32)
+    for start in range(0, near_slots + fixed_slots, SLOTS):
+        index = start + tl.arange(0, SLOTS)
+        inside = index < near_slots + fixed_slots
+        slot = tl.where(index < near_slots, near + index, fixed + index - near_slots)
+        place = slot.to(tl.int64) * ROWS + row
+        mask = inside[:, None] & (d < D)[None, :]
+        part = tl.load(sums + place[:, None] * D + d[None, :], mask=mask, other=0.0)
+        part_high = tl.load(highs + place, mask=inside, other=float("-inf"))
+        part_mass = tl.load(masses + place, mask=inside, other=0.0)
+        top = tl.maximum(high, tl.max(part_high))
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        weight, decay = tl.exp2(part_high - safe), tl.exp2(high - safe)
+        mass = mass * decay + tl.sum(weight * part_mass)
+        value = value * decay + tl.sum(weight[:, None] * part, 0)
+        if DIPOLE:
+            part_moved = tl.load(spreads + place, mask=index < near_slots, other=0.0)
+            moved = moved * decay + tl.sum(weight * part_moved)
+        high = top
+    return mass, value, moved
+
+
+@triton.jit
+def slope_along(
+    query, slope, head, d, scale, D: tl.constexpr, D_PAD: tl.constexpr
+):  # fmt: skip
+    """How far one query `[D]` moves dimensions `d` of a value, for a variance of 1."""
+    e = tl.arange(0, D_PAD)
+    q = tl.load(query + e, mask=e < D, other=0.0).to(tl.float32)
+    rows = slope + head.to(tl.int64) * D * D + d[:, None] * D + e[None, :]
+    matrix = tl.load(rows, mask=(d < D)[:, None] & (e < D)[None, :], other=0.0)
+    return scale * tl.sum(matrix.to(tl.float32) * q[None, :], 1)
+
+
+@triton.jit
+def combine_kernel(
+    query, slope, output, keys_read, counters, read_counts, sums, highs, masses, spreads,
+    query_stride_batch, query_stride_head, output_stride_batch, batch, problems, programs,
+    fixed_base, fixed_slots, scale_bits,
+    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, DIMS: tl.constexpr,
+    Z_PAD: tl.constexpr, SLOTS: tl.constexpr, CLUSTERED: tl.constexpr, DIPOLE: tl.constexpr,
+    NODE_UNIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid `(problems, ROWS, dimensions / DIMS)`; a program writes a part of one output row."""
+    z, row, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, tile = problem(z, TILES)
+    request = tile * TILE_BATCH + row // GROUP
+    d = share * DIMS + tl.arange(0, DIMS)
+    near, near_slots, along = 0, 0, tl.zeros([DIMS], tl.float32)
+    if DIPOLE:
+        line = tl.minimum(request, batch - 1).to(tl.int64) * query_stride_batch
+        line += (head * GROUP + row % GROUP) * query_stride_head
+        along = slope_along(query + line, slope, head, d, scale_bits / LOG2_E, D, D_PAD)
+    if CLUSTERED:  # the kernel before starts this one only when the lists are complete
+        _runs, _dropped, _near, begin, end = stream(counters, problems, Z_PAD, NODE_UNIT)
+        units = tl.cdiv(tl.max(end), programs)  # of a program of `attend_kernel`
+        near = at(begin, z, Z_PAD) // units + z
+        near_slots = (at(end, z, Z_PAD) - 1) // units + z - near + 1
+        if (request < batch) & (row % GROUP == 0) & (share == 0):
+            count = read_counts + z * TILE_BATCH + row // GROUP
+            read = tl.load(count, cache_modifier=".cg").to(tl.int64)
+            tl.atomic_add(keys_read + request, read, sem="relaxed")
+    if PDL:
+        gdc_wait()
+    if request < batch:
+        mass, value, moved = merge(
+            sums, highs, masses, spreads, near, near_slots, fixed_base + z * fixed_slots,
+            fixed_slots, row, d, SLOTS, ROWS, D, DIMS, DIPOLE,
+        )  # fmt: skip
+        value += moved * along
+        value = tl.where(mass == 0, 0.0, value / mass)  # padding attends to nothing; NaN shows
+        place = request.to(tl.int64) * output_stride_batch + (head * GROUP + row % GROUP) * D
+        tl.store(output + place + d, value.to(output.dtype.element_ty), mask=d < D)

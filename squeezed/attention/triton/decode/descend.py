@@ -1,0 +1,206 @@
+"""The kernel that walks one level down the tree.
+
+A program takes a few neighbouring nodes, finds their parents and which of those are kept, and
+selects among the children of these. Kept leaves go to the list of rows to attend; of a level
+between, it leaves a note which nodes are kept. Dropped nodes go to the list of the far field, with
+their masses: nobody needs to multiply their mean keys again.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from squeezed.attention.triton.decode.open import load_nodes, node_logits, node_scores
+from squeezed.attention.triton.decode.selection import (
+    RUN,
+    append_nodes,
+    append_runs,
+    attends_to_any,
+    hand_down,
+    keep_bits,
+    log_size,
+    normaliser,
+    reserve,
+    spread,
+)
+from squeezed.attention.triton.decode.softmax import LOG2_E, energy_of, load_query, problem
+
+
+@triton.jit
+def inherit(
+    scores, parent, live, bar, row, exists,
+    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Which requests keep the parent of each node `[N]`, by the scores the first kernel left."""
+    place = parent.to(tl.int64)[:, None] * ROWS + row[None, :]
+    mask = live[:, None] & exists[None, :]
+    score = tl.load(scores + place, mask=mask, other=float("-inf"))
+    return keep_bits(score, bar, row, GROUP, TILE_BATCH, BITS)
+
+
+@triton.jit
+def list_found(
+    kept, inherited, node, start, length, variance, logit, far_energy, row, exists,
+    runs, run_bits, far_nodes, far_variances, far_logits, counter,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, WRITE: tl.constexpr, SHARED: tl.constexpr,
+    LEAVES: tl.constexpr, FAR: tl.constexpr, DIPOLE: tl.constexpr,
+):  # fmt: skip
+    """Append the rows of kept leaves and the dropped nodes."""
+    count, dropped = tl.zeros(node.shape, tl.int32), tl.zeros_like(kept)
+    if LEAVES:
+        count = tl.where(kept != 0, tl.cdiv(length, RUN), 0)
+    if FAR:
+        dropped = inherited & ~kept
+    runs_found, nodes_found = tl.sum(count), tl.sum((dropped != 0).to(tl.int32))
+    if runs_found + nodes_found > 0:
+        first_run, first_node = reserve(counter, runs_found, nodes_found)
+        if LEAVES:
+            begin = first_run + tl.cumsum(count, 0) - count
+            append_runs(runs, run_bits, begin, kept, start, length, count, WRITE, SHARED)
+        if FAR:
+            mass = node_scores(logit, far_energy, variance, DIPOLE) + log_size(length)[:, None]
+            append_nodes(
+                far_nodes, far_variances, far_logits, first_node, dropped, node, variance, mass,
+                row, exists, GROUP, ROWS, SHARED, DIPOLE,
+            )  # fmt: skip
+
+
+@triton.jit
+def list_coarsest(
+    first, step, scores, key_offsets, variance, bar, energy, far_energy, row, exists, far_nodes,
+    far_variances, far_logits, counter, nodes, base,
+    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, BITS,
+    EVERYONE: tl.constexpr, SHARED: tl.constexpr, SECOND: tl.constexpr, DIPOLE: tl.constexpr,
+):  # fmt: skip
+    """Append the dropped ones of some blocks of the coarsest nodes, by the first kernel's scores.
+
+    All pointers are those of the problem and its head.
+    """
+    for block in range(first * N, nodes, step * N):
+        node = block + tl.arange(0, N)
+        live = node < nodes
+        place = node.to(tl.int64)[:, None] * ROWS + row[None, :]
+        mask = live[:, None] & exists[None, :]
+        score = tl.load(scores + place, mask=mask, other=float("-inf"))
+        start = tl.load(key_offsets + node, mask=live, other=0)
+        size = tl.load(key_offsets + node + 1, mask=live, other=0) - start
+        spread_of = tl.zeros(node.shape, tl.float32)
+        if SECOND or DIPOLE:
+            spread_of = tl.load(variance + node, mask=live, other=0.0)
+        kept = keep_bits(score, bar, row, GROUP, TILE_BATCH, BITS)
+        dropped = tl.where(size > 0, EVERYONE & ~kept, 0)
+        logit = score + (far_energy - energy)[None, :] * spread_of[:, None]
+        logit += log_size(size)[:, None]
+        found = tl.sum((dropped != 0).to(tl.int32))
+        if found > 0:
+            _, begin = reserve(counter, tl.zeros_like(found), found)
+            append_nodes(
+                far_nodes, far_variances, far_logits, begin, dropped, base + node, spread_of,
+                logit, row, exists, GROUP, ROWS, SHARED, DIPOLE,
+            )  # fmt: skip
+
+
+@triton.jit
+def descend_kernel(
+    query, parent_alpha, alpha, far_alpha, scores, parents_of, states, child_states, child_offsets,
+    parent_offsets, parent_variance, centroids, key_offsets, variance, norm_highs, norm_masses,
+    runs, run_bits, far_nodes, far_variances, far_logits, counters, read_counts, highs,
+    query_stride_batch, query_stride_head, batch, parents, nodes, children, base, parent_base,
+    run_capacity, far_capacity, listers, splits, recent_base, recent_stride, recent_chunks,
+    parent_thresholds, thresholds, scale_bits,
+    TOP: tl.constexpr, FLAT: tl.constexpr, LEAVES: tl.constexpr,
+    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, WRITE: tl.constexpr,
+    NORM_PAD: tl.constexpr, ROWS_PAD: tl.constexpr, NORM_STEP: tl.constexpr,
+    RECENT_PAD: tl.constexpr, REQUESTS: tl.constexpr, BITS: tl.constexpr,
+    EVERYONE: tl.constexpr, SHARED: tl.constexpr, SECOND: tl.constexpr, MASKED: tl.constexpr,
+    FAR: tl.constexpr, DIPOLE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid `(problems, parts + listers)`; a part is every `parts`-th block of `N` nodes of a level.
+
+    TOP: their parents are nodes of the coarsest level, which are selected here. With a far field,
+    listers share the blocks of the coarsest level, whose dropped nodes are to be listed too.
+    FLAT: there is only one level, whose nodes have no parents.
+    Else the launch before noted who keeps the parent.
+    """
+    z, part = tl.program_id(0), tl.program_id(1)
+    head, tile = problem(z, TILES)
+    wide = z.to(tl.int64)
+    row = tl.arange(0, R)
+    q, exists = load_query(
+        query, query_stride_batch, query_stride_head, head, tile, row, batch,
+        GROUP, TILE_BATCH, D, D_PAD,
+    )  # fmt: skip
+    energy = energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND)
+    far_energy = energy_of(q, far_alpha, head, row, scale_bits, GROUP, DIPOLE)
+    threshold, parent_threshold = tl.load(thresholds + head), tl.load(parent_thresholds + head)
+    scores += wide * parents * ROWS
+    far_nodes += wide * far_capacity
+    far_variances += wide * far_capacity
+    far_logits += wide * far_capacity * ROWS
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    norm = normaliser(norm_highs, norm_masses, z, splits, row, ROWS, ROWS_PAD, NORM_PAD, NORM_STEP)
+    selects = exists
+    if MASKED:
+        recent = recent_base + z * recent_stride
+        selects &= attends_to_any(highs, recent, recent_chunks, row, exists, ROWS, RECENT_PAD)
+    # What a score must exceed to be kept; nothing is where a row selects nothing.
+    bar = tl.where(selects, norm + threshold * LOG2_E, float("inf"))
+    parent_bar = tl.where(selects, norm + parent_threshold * LOG2_E, float("inf"))
+    request = tl.arange(0, REQUESTS)
+    read = tl.zeros([REQUESTS], tl.int32)
+    parts = tl.num_programs(1) - listers
+    if TOP and FAR and not FLAT and part >= parts:
+        list_coarsest(
+            part - parts, listers, scores, parent_offsets + head * (parents + 1),
+            parent_variance + head * parents, parent_bar,
+            energy_of(q, parent_alpha, head, row, scale_bits, GROUP, SECOND), far_energy,
+            row, exists, far_nodes, far_variances, far_logits, counters + z, parents,
+            parent_base, GROUP, TILE_BATCH, ROWS, N, BITS, EVERYONE, SHARED, SECOND, DIPOLE,
+        )  # fmt: skip
+    else:
+        for block in range(part * N, nodes, parts * N):
+            node = block + tl.arange(0, N)
+            live = node < nodes
+            if FLAT:
+                inherited = tl.where(live, EVERYONE, 0).to(BITS)
+            elif TOP:
+                parent = tl.load(parents_of + wide * nodes + node, mask=live, other=0)
+                inherited = inherit(
+                    scores, parent, live, parent_bar, row, exists,
+                    GROUP, TILE_BATCH, ROWS, BITS,
+                )  # fmt: skip
+            else:
+                inherited = tl.load(states + wide * nodes + node, mask=live, other=0)
+            kept = inherited & 0
+            busy = True
+            if not TOP and not FLAT:  # few are: a look at the notes of most blocks suffices
+                busy = tl.max((inherited != 0).to(tl.int32)) > 0
+            if busy:
+                mean, start, length, variances = load_nodes(
+                    centroids, key_offsets, variance, node, inherited != 0, head, nodes,
+                    D, D_PAD, SECOND or DIPOLE,
+                )  # fmt: skip
+                inherited = tl.where(length > 0, inherited, 0)
+                logit = node_logits(q, mean, scale_bits)
+                score = node_scores(logit, energy, variances, SECOND)
+                kept = inherited & keep_bits(score, bar, row, GROUP, TILE_BATCH, BITS)
+                list_found(
+                    kept, inherited, base + node, start, length, variances, logit, far_energy,
+                    row, exists, runs + wide * run_capacity, run_bits + wide * run_capacity,
+                    far_nodes, far_variances, far_logits, counters + z,
+                    GROUP, ROWS, WRITE, SHARED, LEAVES, FAR, DIPOLE,
+                )  # fmt: skip
+                if LEAVES:
+                    wanted = spread(kept, request, 0)
+                    read += tl.sum(tl.where(wanted, length[:, None], 0), 0)
+            if not LEAVES:
+                at = child_offsets + head * (nodes + 1) + node
+                child = tl.load(at, mask=live, other=0)
+                end = tl.load(at + 1, mask=live, other=0)
+                hand_down(child_states + wide * children, child, end, kept, WRITE)
+    if LEAVES:
+        found = (request < TILE_BATCH) & (read > 0)
+        tl.atomic_add(read_counts + z * TILE_BATCH + request, read, mask=found, sem="relaxed")

@@ -1,0 +1,193 @@
+"""The kernel that starts a decode step: all that needs no selection.
+
+It scores the coarsest nodes for the normaliser and attends to pinned and recent rows.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from squeezed.attention.triton.decode.selection import hand_down, log_size
+from squeezed.attention.triton.decode.softmax import (
+    energy_of,
+    fold,
+    fold_mass,
+    load_query,
+    load_rows,
+    nothing,
+    problem,
+    store_partial,
+)
+
+
+@triton.jit
+def load_nodes(
+    centroids, key_offsets, variance, node, live, head, nodes,
+    D: tl.constexpr, D_PAD: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
+    """Mean keys `[N, D_PAD]`, first rows, sizes and variances `[N]`; no load waits for another."""
+    mean = load_rows(centroids + head.to(tl.int64) * nodes * D, node, live, D, D, D_PAD)
+    at = head * (nodes + 1) + node
+    start = tl.load(key_offsets + at, mask=live, other=0)
+    stop = tl.load(key_offsets + at + 1, mask=live, other=0)
+    spread = tl.zeros(node.shape, tl.float32)
+    if SECOND:
+        spread = tl.load(variance + head * nodes + node, mask=live, other=0.0)
+    return mean, start, stop - start, spread
+
+
+@triton.jit
+def node_logits(q, mean, scale_bits):
+    """First-order logits `[N, R]` of nodes for query rows `[R, D_PAD]`."""
+    return tl.dot(mean, tl.trans(q)) * scale_bits
+
+
+@triton.jit
+def node_scores(first, energy, variances, SECOND: tl.constexpr):
+    """Logits `[N, R]` that select, from those of first order."""
+    scores = first
+    if SECOND:
+        scores += energy[None, :] * variances[:, None]
+    return scores
+
+
+@triton.jit
+def weigh_nodes(
+    q, exists, row, z, head, split, centroids, variance, key_offsets, child_offsets, energy, nodes,
+    scale_bits, scores, parents, norm_highs, norm_masses, splits,
+    ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr,
+    SECOND: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
+    """One share of the coarsest nodes: its part of the normaliser, and what selects below it."""
+    high = tl.full(row.shape, float("-inf"), tl.float32)
+    mass = tl.zeros(row.shape, tl.float32)
+    for start in range(split * N, nodes, splits * N):
+        node = start + tl.arange(0, N)
+        live = node < nodes
+        mean, _, size, variances = load_nodes(
+            centroids, key_offsets, variance, node, live, head, nodes, D, D_PAD, SECOND
+        )
+        if NESTED:  # asked for now, needed behind the scores
+            child = tl.load(child_offsets + node, mask=live, other=0)
+            end = tl.load(child_offsets + node + 1, mask=live, other=0)
+        score = node_scores(node_logits(q, mean, scale_bits), energy, variances, SECOND)
+        score = tl.where((size > 0)[:, None], score, float("-inf"))
+        place = (z.to(tl.int64) * nodes + node)[:, None] * ROWS + row[None, :]
+        tl.store(scores + place, score, mask=live[:, None] & exists[None, :])
+        if NESTED:
+            hand_down(parents, child, end, node, 8)
+        high, mass, _, _ = fold_mass(high, mass, score + log_size(size)[:, None], 0)
+    at = (z * splits + split) * ROWS + row
+    tl.store(norm_highs + at, high, mask=exists)
+    tl.store(norm_masses + at, mass, mask=exists)
+
+
+@triton.jit
+def attend_run(
+    q, keys, values, row_stride, first, stop, mask, mask_stride, scale_bits,
+    M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Softmax partial over the rows `[first, stop)` of one matrix of keys."""
+    high, mass, total = nothing(M, D_PAD)
+    for start in range(first, stop, N):
+        position = start + tl.arange(0, N)
+        live = position < stop
+        if MASKED:
+            live = live & (tl.load(mask + position * mask_stride, mask=live, other=0) != 0)
+        key = load_rows(keys, position, live, row_stride, D, D_PAD)
+        value = load_rows(values, position, live, row_stride, D, D_PAD)
+        logits = tl.where(live[None, :], tl.dot(q, tl.trans(key)) * scale_bits, float("-inf"))
+        high, mass, total = fold(high, mass, total, logits, value)
+    return high, mass, total
+
+
+@triton.jit
+def attend_recent(
+    query, keys, values, mask, sums, highs, masses,
+    query_stride_batch, query_stride_head, stride_batch, stride_head, stride_row,
+    mask_stride_batch, mask_stride_row, head, tile, member, slot, batch, first, stop, scale_bits,
+    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The heads of one request over a share of its own recent rows."""
+    index = tl.arange(0, M)
+    row = member * GROUP + index
+    q, exists = load_query(
+        query, query_stride_batch, query_stride_head, head, tile, row, batch,
+        GROUP, TILE_BATCH, D, D_PAD,
+    )  # fmt: skip
+    request = tl.minimum(tile * TILE_BATCH + member, batch - 1).to(tl.int64)
+    base = request * stride_batch + head.to(tl.int64) * stride_head
+    high, mass, total = attend_run(
+        q, keys + base, values + base, stride_row, first, stop,
+        mask + request * mask_stride_batch, mask_stride_row, scale_bits, M, D, D_PAD, N, MASKED,
+    )  # fmt: skip
+    exists = exists & (index < GROUP)
+    store_partial(sums, highs, masses, slot, row, exists, high, mass, total, ROWS, D, D_PAD)
+
+
+@triton.jit
+def open_kernel(
+    query, keys, values, centroids, variance, key_offsets, child_offsets, alpha,
+    suffix_keys, suffix_values, suffix_mask,
+    scores, parents, norm_highs, norm_masses, sums, highs, masses, counters, read_counts, keys_read,
+    query_stride_batch, query_stride_head, suffix_stride_batch, suffix_stride_head,
+    suffix_stride_row, mask_stride_batch, mask_stride_row,
+    batch, context_tokens, pinned, suffix, nodes, children, splits, pinned_chunks, suffix_chunks,
+    fixed_base, scale_bits,
+    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    M: tl.constexpr, M_ONE: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    N: tl.constexpr, CHUNK: tl.constexpr, SECOND: tl.constexpr, NESTED: tl.constexpr,
+    MASKED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid `(problems, pinned_chunks + splits + TILE_BATCH * suffix_chunks)`."""
+    z, part = tl.program_id(0), tl.program_id(1)
+    head, tile = problem(z, TILES)
+    if PDL:
+        gdc_launch_dependents()
+    if part == 0:  # what later kernels add to
+        tl.store(counters + z, tl.zeros([], tl.int64))
+        for index in range(TILE_BATCH):
+            tl.store(read_counts + z * TILE_BATCH + index, 0)
+            if (head == 0) & (tile * TILE_BATCH + index < batch):
+                tl.store(keys_read + tile * TILE_BATCH + index, 0)
+    shared_parts = pinned_chunks + splits
+    slot = fixed_base + z * (pinned_chunks + suffix_chunks)
+    if part < pinned_chunks:
+        row = tl.arange(0, M)
+        q, exists = load_query(
+            query, query_stride_batch, query_stride_head, head, tile, row, batch,
+            GROUP, TILE_BATCH, D, D_PAD,
+        )  # fmt: skip
+        base = head.to(tl.int64) * context_tokens * D
+        stop = tl.minimum(pinned, (part + 1) * CHUNK)
+        high, mass, total = attend_run(
+            q, keys + base, values + base, D, part * CHUNK, stop, suffix_mask, 0, scale_bits,
+            M, D, D_PAD, N, False,
+        )  # fmt: skip
+        store_partial(
+            sums, highs, masses, slot + part, row, exists, high, mass, total, ROWS, D, D_PAD
+        )
+    elif part < shared_parts:
+        row = tl.arange(0, R)
+        q, exists = load_query(
+            query, query_stride_batch, query_stride_head, head, tile, row, batch,
+            GROUP, TILE_BATCH, D, D_PAD,
+        )  # fmt: skip
+        weigh_nodes(
+            q, exists, row, z, head, part - pinned_chunks, centroids, variance, key_offsets,
+            child_offsets + head * (nodes + 1),
+            energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND), nodes, scale_bits,
+            scores, parents + z.to(tl.int64) * children, norm_highs, norm_masses, splits,
+            ROWS, D, D_PAD, N, SECOND, NESTED,
+        )  # fmt: skip
+    else:
+        chunk = (part - shared_parts) % suffix_chunks
+        attend_recent(
+            query, suffix_keys, suffix_values, suffix_mask, sums, highs, masses,
+            query_stride_batch, query_stride_head, suffix_stride_batch, suffix_stride_head,
+            suffix_stride_row, mask_stride_batch, mask_stride_row, head, tile,
+            (part - shared_parts) // suffix_chunks, slot + pinned_chunks + chunk, batch,
+            chunk * CHUNK, tl.minimum(suffix, (chunk + 1) * CHUNK), scale_bits,
+            GROUP, TILE_BATCH, ROWS, M_ONE, D, D_PAD, N, MASKED,
+        )  # fmt: skip

@@ -1,0 +1,86 @@
+"""The decode step as an operator of PyTorch, so that `torch.compile` keeps it in one graph.
+
+The operator takes a layer apart into tensors, since a graph can hold nothing else; `attend` here
+has the signature that every implementation shares.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from squeezed.attention.triton.decode import launch as decode
+from squeezed.context.layers import ClusteredLayer, Level
+from squeezed.context.rule import SelectionRule
+
+
+def attend(
+    query: Tensor,
+    layer: ClusteredLayer,
+    rule: SelectionRule,
+    suffix_keys: Tensor,
+    suffix_values: Tensor,
+    suffix_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`squeezed.attention.triton.decode.launch.attend`, as one node of a compiled graph."""
+    levels = layer.levels
+    return decode_step(
+        query,
+        layer.keys,
+        layer.values,
+        layer.positions,
+        layer.value_slope,
+        layer.centre,
+        [level.centroids for level in levels],
+        [level.mean_values for level in levels],
+        [level.variance for level in levels],
+        [level.key_offsets for level in levels],
+        [level.child_offsets for level in levels if level.child_offsets is not None],
+        suffix_keys,
+        suffix_values,
+        suffix_mask,
+        rule.alpha,
+        rule.far_alpha,
+        rule.log_thresholds,
+        rule.far_field,
+        layer.pinned,
+        scale,
+    )
+
+
+@torch.library.custom_op("squeezed::decode_step", mutates_args=())
+def decode_step(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    value_slope: Tensor,
+    centre: Tensor,
+    centroids: list[Tensor],
+    mean_values: list[Tensor],
+    variance: list[Tensor],
+    key_offsets: list[Tensor],
+    child_offsets: list[Tensor],
+    suffix_keys: Tensor,
+    suffix_values: Tensor,
+    suffix_mask: Tensor | None,
+    alpha: Tensor | None,
+    far_alpha: Tensor | None,
+    log_thresholds: Tensor,
+    far_field: str,
+    pinned: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """A decode step over the parts of a layer and its rule; levels run from coarse to fine."""
+    children = [*child_offsets, None] if centroids else []
+    columns = (centroids, mean_values, variance, key_offsets, children)
+    levels = tuple(Level(*parts) for parts in zip(*columns, strict=True))
+    layer = ClusteredLayer(keys, values, positions, pinned, levels, value_slope, centre)
+    rule = SelectionRule(log_thresholds, alpha, far_field, far_alpha=far_alpha)
+    return decode.attend(query, layer, rule, suffix_keys, suffix_values, suffix_mask, scale)
+
+
+@decode_step.register_fake
+def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[0], dtype=torch.int64)

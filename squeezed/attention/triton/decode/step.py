@@ -1,0 +1,139 @@
+"""The launches of one decode step, in the order in which they run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from squeezed.attention.triton.decode import attention, combine, descend
+from squeezed.attention.triton.decode import open as lookup
+from squeezed.attention.triton.decode.workspace import (
+    Shape,
+    Tuning,
+    Workspace,
+    ceil_div,
+    plan,
+    power_of_two,
+)
+
+
+class Step:
+    """One decode step over one scratch; every method is one launch."""
+
+    def __init__(self, query, layer, rule, keys, values, mask, scale, shape: Shape, tuning: Tuning):
+        self.query, self.layer, self.rule, self.tuning = query, layer, rule, tuning
+        self.suffix_keys, self.suffix_values, self.mask = keys, values, mask
+        self.shape, self.cut = shape, plan(shape, tuning)
+        self.scale_bits = scale * math.log2(math.e)
+        self.scratch = Workspace.allocate(shape, self.cut, query.device)
+        self.output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        self.keys_read = torch.empty(shape.batch, dtype=torch.int64, device=query.device)
+
+    def _tile(self) -> dict:
+        """Compile-time sizes that every kernel shares."""
+        cut, dim = self.cut, self.shape.dim
+        return dict(
+            GROUP=cut.group, TILE_BATCH=cut.tile_batch, TILES=cut.tiles, ROWS=cut.rows,
+            D=dim, D_PAD=power_of_two(dim),
+        )  # fmt: skip
+
+    def _launch(
+        self, warps: int, dependent: bool, stages: int = 1, registers: int | None = None
+    ) -> dict:
+        """Launch options; a dependent kernel may start while its predecessor drains."""
+        overlap = self.tuning.overlap
+        options = dict(num_warps=warps, num_stages=stages, PDL=overlap)
+        if self.shape.gpu.generation and registers:
+            options["maxnreg"] = registers
+        return options | dict(launch_pdl=True) if overlap and dependent else options
+
+    def _alpha(self, level: int) -> Tensor:
+        return self.query if self.rule.alpha is None else self.rule.alpha[level]
+
+    def open(self) -> None:
+        cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
+        keys, values, mask = self.suffix_keys, self.suffix_values, self.mask
+        top = self.layer.levels[0] if self.layer.levels else None
+        programs = cut.pinned_chunks + cut.splits + cut.tile_batch * cut.recent_chunks
+        lookup.open_kernel[cut.problems, programs](
+            self.query, self.layer.keys, self.layer.values,
+            top.centroids if top else self.query, top.variance if top else self.query,
+            top.key_offsets if top else self.query,
+            top.child_offsets if cut.nested else self.query, self._alpha(0), keys, values,
+            self.query if mask is None else mask, s.scores, s.parents_of, s.norm_highs,
+            s.norm_masses, s.sums, s.highs, s.masses, s.counters, s.read_counts, self.keys_read,
+            self.query.stride(0), self.query.stride(1), keys.stride(0), keys.stride(1),
+            keys.stride(2), 0 if mask is None else mask.stride(0),
+            0 if mask is None else mask.stride(3),
+            shape.batch, shape.tokens, shape.pinned, shape.recent, top.nodes if top else 0,
+            s.parents_of.shape[1], cut.splits, cut.pinned_chunks, cut.recent_chunks,
+            cut.fixed_base, self.scale_bits,
+            **self._tile(), M=cut.row_pad, M_ONE=16, R=cut.node_row_pad, N=tuning.score_tile,
+            CHUNK=tuning.chunk, SECOND=bool(top) and self.rule.alpha is not None,
+            NESTED=cut.nested, MASKED=mask is not None,
+            **self._launch(tuning.warps[0], dependent=False, stages=2),
+        )  # fmt: skip
+
+    def descend(self, stage: int) -> None:
+        cut, shape, s, tuning, rule = self.cut, self.shape, self.scratch, self.tuning, self.rule
+        levels, flat = self.layer.levels, not cut.nested
+        above, own = (0, 0) if flat else (stage, stage + 1)
+        parent, child = levels[above], levels[own]
+        leaves = child.child_offsets is None
+        norm_pad = power_of_two(cut.splits)
+        listers = cut.listers if stage == 0 else 0
+        descend.descend_kernel[cut.problems, cut.parts[stage] + listers](
+            self.query, self._alpha(above), self._alpha(own),
+            rule.far_alpha if shape.dipole else self.query, s.scores, s.parents_of,
+            s.states[max(stage - 1, 0)], s.states[0 if leaves else stage],
+            child.key_offsets if leaves else child.child_offsets, parent.key_offsets,
+            parent.variance, child.centroids, child.key_offsets, child.variance,
+            s.norm_highs, s.norm_masses, s.runs, s.run_bits, s.far_nodes, s.far_variances,
+            s.far_logits, s.counters, s.read_counts, s.highs,
+            self.query.stride(0), self.query.stride(1), shape.batch,
+            parent.nodes, child.nodes, 0 if leaves else levels[own + 1].nodes, cut.bounds[own],
+            cut.bounds[above], s.runs.shape[1], s.far_nodes.shape[1],
+            listers, cut.splits,
+            cut.fixed_base + cut.pinned_chunks, cut.fixed_slots, cut.recent_chunks,
+            rule.log_thresholds[above], rule.log_thresholds[own], self.scale_bits,
+            TOP=stage == 0, FLAT=flat, LEAVES=leaves,
+            **self._tile(), R=cut.node_row_pad, N=tuning.nodes, WRITE=tuning.write,
+            NORM_PAD=norm_pad, ROWS_PAD=power_of_two(cut.rows),
+            NORM_STEP=min(norm_pad, max(16, 2048 // power_of_two(cut.rows))),
+            RECENT_PAD=power_of_two(max(cut.recent_chunks, 1)),
+            REQUESTS=power_of_two(cut.tile_batch),
+            BITS=triton.language.int32 if cut.bits == torch.int32 else triton.language.int64,
+            EVERYONE=cut.everyone, SHARED=cut.tile_batch > 1, SECOND=rule.alpha is not None,
+            MASKED=self.mask is not None or shape.recent == 0, FAR=shape.far, DIPOLE=shape.dipole,
+            **self._launch(tuning.warps[1], dependent=True, registers=tuning.registers),
+        )  # fmt: skip
+
+    def attend(self) -> None:
+        cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
+        attention.attend_kernel[(cut.programs,)](
+            self.query, self.layer.keys, self.layer.values, s.runs, s.run_bits,
+            tuple(level.mean_values for level in self.layer.levels), cut.bounds, s.far_nodes,
+            s.far_variances, s.far_logits, s.counters, s.sums, s.highs, s.masses, s.spreads,
+            self.query.stride(0), self.query.stride(1), shape.batch, cut.problems, shape.tokens,
+            s.runs.shape[1], s.far_nodes.shape[1], self.scale_bits,
+            **self._tile(), M=cut.row_pad, TILE=tuning.tile, NODE_TILE=tuning.node_tile,
+            NODE_UNIT=tuning.node_unit, Z_PAD=power_of_two(cut.problems),
+            SHARED=cut.tile_batch > 1, FAR=shape.far, DIPOLE=shape.dipole, STAGES=tuning.stages,
+            **self._launch(tuning.warps[2], dependent=True),
+        )  # fmt: skip
+
+    def combine(self) -> None:
+        cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
+        dims = min(tuning.merge_dims, power_of_two(shape.dim))
+        combine.combine_kernel[cut.problems, cut.rows, ceil_div(shape.dim, dims)](
+            self.query, self.layer.value_slope, self.output, self.keys_read, s.counters,
+            s.read_counts, s.sums, s.highs, s.masses, s.spreads, self.query.stride(0),
+            self.query.stride(1), self.output.stride(0), shape.batch, cut.problems,
+            cut.programs, cut.fixed_base, cut.fixed_slots, self.scale_bits,
+            **self._tile(), DIMS=dims, Z_PAD=power_of_two(cut.problems), SLOTS=tuning.merge_slots,
+            CLUSTERED=bool(shape.nodes), DIPOLE=shape.dipole, NODE_UNIT=tuning.node_unit,
+            **self._launch(tuning.merge_warps, dependent=True),
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Prefill attention for Hopper GPUs: warps with roles, in Gluon."""

@@ -1,0 +1,191 @@
+"""Launcher of the prefill attention: from lists to the output, in three launches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from squeezed.attention.triton import gpus
+from squeezed.attention.triton.prefill.attention import attention_kernel
+from squeezed.attention.triton.prefill.hopper import kernel as prefill_hopper
+from squeezed.attention.triton.prefill.hopper.kernel import aligned, hopper_attention_kernel
+from squeezed.attention.triton.prefill.lookup import Found, Geometry
+from squeezed.attention.triton.prefill.plan import combine_kernel, plan_kernel
+from squeezed.config import FarField
+from squeezed.context.layers import ClusteredLayer
+from squeezed.context.rule import SelectionRule
+
+LOG2E = 1 / math.log(2)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of the attention kernel: query rows and keys of a tile, and how it is compiled."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    programs: int  # per multiprocessor
+    stretches: int = 2  # programs that share a tile: more fit the cache better, and merge more
+    others: int = 0  # keys of the suffix and nodes in a tile, if not as many
+    hopper: bool = False  # by the kernel of `prefill_hopper`
+
+
+def choose_tile(query: Tensor, sizes: Geometry, far_field: FarField) -> Tile:
+    """The shape measured best on an H200 (benchmarks/h200/prefill-tiles.json)."""
+    rows = max(16, triton.next_power_of_2(sizes.group * sizes.block))
+    if prefill_hopper.fits(query, rows, sizes.dim):
+        return Tile(**prefill_hopper.SHAPE, stretches=1, hopper=True)
+    if query.dtype == torch.float32:
+        return Tile(min(rows, 32), 32, warps=4, stages=2, programs=2)
+    if sizes.dim > 128:
+        return Tile(min(rows, 64), 32, warps=4, stages=2, programs=2)
+    if rows < 128:
+        return Tile(rows, 64, warps=4, stages=3, programs=2)
+    if far_field == "second_order" or gpus.of(query.device).small:  # two programs would spill
+        return Tile(128, 64, warps=8, stages=2, programs=1)
+    if far_field != "none":
+        return Tile(128, 64, warps=8, stages=2, programs=2)
+    if sizes.tiles <= gpus.of(query.device).multiprocessors:
+        return Tile(128, 64, warps=8, stages=4, programs=1)
+    return Tile(128, 128, warps=8, stages=3, programs=1)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The attention of one call: its tiles laid out as a line of units, shared by programs."""
+
+    sizes: Geometry
+    layer: ClusteredLayer
+    rule: SelectionRule
+    found: Found
+    tile: Tile
+
+    @property
+    def split_m(self) -> int:
+        return triton.cdiv(self.sizes.group * self.sizes.block, self.tile.rows)
+
+    @property
+    def pass_tiles(self) -> int:
+        """Tiles that run side by side."""
+        return triton.cdiv(self.programs, self.tile.stretches)
+
+    @property
+    def programs(self) -> int:
+        return gpus.of(self.layer.keys.device).multiprocessors * self.tile.programs
+
+    @property
+    def dipole(self) -> bool:
+        return self.far_levels > 0 and self.rule.far_field == "second_order"
+
+    @property
+    def far_levels(self) -> int:
+        return len(self.found.dropped)
+
+    @property
+    def classes(self) -> int:
+        return 2 + self.far_levels
+
+    def plan(self, valid: Tensor | None, suffix: int, causal: bool) -> tuple[Tensor, ...]:
+        """`ends [W]`, `bounds [W, classes]` int32 and keys read `[B]` int64."""
+        sizes, device = self.sizes, self.layer.keys.device
+        spans = sizes.tiles * self.split_m
+        ends = torch.empty(spans, dtype=torch.int32, device=device)
+        bounds = torch.empty(spans, self.classes, dtype=torch.int32, device=device)
+        keys_read = torch.empty(sizes.batch, dtype=torch.int64, device=device)
+        found = self.found
+        plan_kernel[(1,)](
+            ends, bounds, keys_read, found.rows.count, tuple(gone.count for gone in found.dropped),
+            ends if valid is None else _valid_per_block(valid, sizes),
+            sizes.tiles, sizes.blocks, sizes.rows, suffix, self.layer.pinned,
+            sizes.batch,
+            HEADS_KV=sizes.kv_heads, SPLIT_M=self.split_m, BLOCK=sizes.block,
+            BLOCK_N=self.tile.keys, OTHER_N=self.tile.others or self.tile.keys,
+            LEVELS=self.far_levels, CLASSES=self.classes,
+            MASKED=valid is not None, CAUSAL=causal, STEP=1024, num_warps=8,
+        )  # fmt: skip
+        return ends, bounds, keys_read
+
+    def attend(
+        self, query: Tensor, suffix_keys: Tensor, suffix_values: Tensor,
+        suffix_mask: Tensor | None, ends: Tensor, bounds: Tensor, scale: float,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Outputs and log2 masses of all stretches."""
+        sizes, tile, layer = self.sizes, self.tile, self.layer
+        found, dropped = self.found.rows, self.found.dropped
+        levels = layer.levels[: self.far_levels]
+        parts = self._parts(query)
+        mask = bounds if suffix_mask is None else suffix_mask.view(torch.int8)
+        mask_strides = (0, 0, 0) if suffix_mask is None else _mask_strides(suffix_mask)
+        if tile.hopper:
+            suffix_keys, suffix_values = map(aligned, (suffix_keys, suffix_values))
+        kernel, settings = self._kernel(query)
+        kernel[(self.programs,)](
+            query, *query.stride()[:3], layer.keys, layer.values, layer.tokens,
+            suffix_keys, *suffix_keys.stride()[:3], suffix_values, *suffix_values.stride()[:3],
+            mask, *mask_strides, ends, bounds, found.nodes, found.count,
+            tuple(lv.centroids for lv in levels), tuple(lv.mean_values for lv in levels),
+            tuple(lv.nodes for lv in levels), tuple(gone.nodes for gone in dropped),
+            tuple(gone.mass for gone in dropped), tuple(gone.variance for gone in dropped),
+            tuple(gone.count for gone in dropped),
+            self.rule.far_alpha if self.dipole else query, *parts.values(),
+            sizes.tiles, sizes.blocks, sizes.rows, suffix_keys.shape[2],
+            found.nodes.stride(0), self.pass_tiles, scale * LOG2E,
+            HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
+            BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT_M=self.split_m, LEVELS=self.far_levels,
+            CLASSES=self.classes, DIPOLE=self.dipole, CAUSAL=suffix_mask is None, STEP=512,
+            num_warps=tile.warps, **settings,
+        )  # fmt: skip
+        return parts
+
+    def _kernel(self, query: Tensor) -> tuple[triton.JITFunction, dict[str, int]]:
+        """The kernel of the tile's shape, and what only that one takes."""
+        tile = self.tile
+        if tile.hopper:
+            return hopper_attention_kernel, {"STAGES": tile.stages, "OTHER_N": tile.others}
+        settings = {"BLOCK_D": triton.next_power_of_2(self.sizes.dim), "num_stages": tile.stages}
+        if tile.programs * tile.warps == 16:
+            settings |= gpus.of(query.device).two_programs_of_8_warps()
+        return attention_kernel, settings
+
+    def _parts(self, query: Tensor) -> dict[str, Tensor]:
+        spans = self.sizes.tiles * self.split_m
+        slots = spans + triton.cdiv(spans, self.pass_tiles) * self.programs
+        part = query.new_empty(slots, self.tile.rows, self.sizes.dim, dtype=torch.float32)
+        moved = part.new_empty(part.shape[:2] if self.dipole else (0, 0))
+        return {"part": part, "part_lse": part.new_empty(part.shape[:2]), "part_moved": moved}
+
+    def combine(
+        self, query: Tensor, ends: Tensor, bounds: Tensor, parts: dict, scale: float
+    ) -> Tensor:
+        sizes, tile = self.sizes, self.tile
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        grid = (sizes.tiles * self.split_m, triton.cdiv(tile.rows, 16))
+        combine_kernel[grid](
+            query, *query.stride()[:3], self.layer.value_slope, output, ends, bounds,
+            *parts.values(), sizes.tiles, sizes.blocks, sizes.rows, self.programs,
+            self.pass_tiles, scale,
+            HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
+            BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_M=tile.rows, BLOCK_R=16,
+            SPLIT_M=self.split_m, CLASSES=self.classes, DIPOLE=self.dipole,
+            BLOCK_K=min(128, triton.next_power_of_2(sizes.dim)), num_warps=4,
+        )  # fmt: skip
+        return output
+
+
+def _mask_strides(mask: Tensor) -> tuple[int, int, int]:
+    """Request, query and key strides of `[B or 1, 1, Q, S]`."""
+    per_request = mask.stride(0) if mask.shape[0] > 1 else 0
+    return per_request, mask.stride(2), mask.stride(3)
+
+
+def _valid_per_block(valid: Tensor, sizes: Geometry) -> Tensor:
+    """Valid rows of every block of queries, `[B, N]` int32."""
+    missing = sizes.blocks * sizes.block - sizes.rows
+    padded = torch.nn.functional.pad(valid, (missing, 0)).view(sizes.batch, sizes.blocks, -1)
+    return padded.sum(-1, dtype=torch.int32)

@@ -1,0 +1,1 @@
+"""The nouns: layers, rules, prompts, calibration and the record of an indexed document."""

@@ -1,0 +1,116 @@
+"""Files of a saved context, read once into private memory: what was checked is what is used.
+
+A directory that another process replaces or clears after it was opened stays readable to the end:
+its files are held open until each was read. They are never mapped, for a mapping shows what is
+written into a file after the check, and ends the process when the file is cut.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from squeezed.context.storage.replacing import is_there
+from squeezed.errors import ContextFileError, shown
+
+PIECE = 1 << 26
+"""Bytes read and hashed at once, while they are still in the processor's cache."""
+
+
+class HeldDirectory:
+    """An open directory, and descriptors of those files in it that were asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.held: dict[str, int] = {}
+        self.descriptor = -1
+        self.descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Open files, to be read later; when descriptors run out, the rest is opened then."""
+        for name in names:
+            try:
+                self.held[name] = self._open(name)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    return
+                raise
+
+    def names(self) -> list[str]:
+        """What lies in the directory."""
+        return os.listdir(self.descriptor)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; -1 if it is not there, or is not a regular file."""
+        try:
+            found = os.fstat(self.held[name]) if name in self.held else self._stat(name)
+        except FileNotFoundError:
+            return -1
+        return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+    def read(self, name: str, most_bytes: int) -> tuple[Tensor, str]:
+        """All of a file, `[bytes]` uint8, and its SHA-256; at most `most_bytes + 1` of it."""
+        if name not in self.held:
+            self.held[name] = self._open(name)
+        self._refuse_deleted(self.held[name])
+        content = _content(self.held[name], most_bytes + 1)
+        os.close(self.held.pop(name))
+        return content
+
+    def is_current(self) -> bool:
+        """Whether the path still names this directory."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return False
+        own = os.fstat(self.descriptor)
+        return (found.st_ino, found.st_dev) == (own.st_ino, own.st_dev)
+
+    def _open(self, name: str) -> int:
+        """Never waits, as opening a pipe would."""
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(name, flags, dir_fd=self.descriptor)
+
+    def _stat(self, name: str) -> os.stat_result:
+        return os.stat(name, dir_fd=self.descriptor)
+
+    def _refuse_deleted(self, descriptor: int) -> None:
+        """A context that was replaced answers on; one that was deleted is not brought back."""
+        if not os.fstat(descriptor).st_nlink and not is_there(Path(os.path.realpath(self.path))):
+            raise ContextFileError(
+                f"{shown(self.path)}: the context was deleted after it was opened and before all of"
+                " it was read; index the document again"
+            )
+
+    def __reduce__(self):
+        return HeldDirectory, (self.path,)
+
+    def __del__(self) -> None:
+        for descriptor in (*self.held.values(), self.descriptor):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def _content(descriptor: int, most_bytes: int) -> tuple[Tensor, str]:
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    size = min(found.st_size, most_bytes)
+    content, digest = torch.empty(size, dtype=torch.uint8), hashlib.sha256()
+    view, done = memoryview(content.numpy()), 0
+    while done < size:
+        count = os.preadv(descriptor, [view[done : done + PIECE]], done)
+        if not count:
+            raise OSError(errno.EIO, "it became shorter while it was read")
+        digest.update(view[done : done + count])
+        done += count
+    return content, digest.hexdigest()

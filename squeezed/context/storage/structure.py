@@ -1,0 +1,235 @@
+"""What the tensors of a saved layer must be, before a kernel sees them.
+
+`CLUSTERED`, `LEVEL`, `WINDOW` and `OBSERVED_QUERIES` are the whole table: a field of a layer is one
+line there. Sizes are named, and a name means the same size wherever it stands; `Outline` gives them
+for each layer, in the description of the context. What no table can say of one tensor alone
+(offsets that end where the next level ends, positions that are a permutation) follows below it. No
+check trusts a number before another one has bounded it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from squeezed.context.layers import ClusteredLayer, Level, WindowLayer
+from squeezed.context.storage.strict import Count, Malformed, PositiveCount
+from squeezed.errors import shown
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+INDEX = (torch.int16, torch.int32)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Shapes and dtype of a layer: enough to say, without opening it, what it is.
+
+    Attributes:
+        kind: the class of the layer.
+        heads, rows, dim: those of its keys and values.
+        dtype: of keys, values and their means.
+        pinned: rows that every query reads; 0 in a window.
+        nodes: of every level, coarse to fine.
+    """
+
+    kind: Literal["ClusteredLayer", "WindowLayer"]
+    heads: PositiveCount
+    rows: Count
+    dim: PositiveCount
+    dtype: Literal["float16", "bfloat16", "float32", "float64"]
+    pinned: Count
+    nodes: tuple[PositiveCount, ...]
+
+    @classmethod
+    def of(cls, layer: ClusteredLayer | WindowLayer) -> Outline:
+        clustered = isinstance(layer, ClusteredLayer)
+        return cls(
+            type(layer).__name__,
+            *layer.keys.shape,
+            str(layer.keys.dtype).removeprefix("torch."),
+            layer.pinned if clustered else 0,
+            tuple(level.nodes for level in layer.levels) if clustered else (),
+        )
+
+    @property
+    def is_clustered(self) -> bool:
+        return self.kind == ClusteredLayer.__name__
+
+
+@runtime_checkable
+class OutlinedLayers(Protocol):
+    """Layers that are opened when used, and say before what they are."""
+
+    outlines: tuple[Outline, ...]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor: name, named sizes, dtypes (`None`: that of the keys), lowest and highest number.
+
+    A bound may be a named size; numbers are finite in any case.
+    """
+
+    name: str
+    sizes: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] | None = None
+    low: str | int | None = None
+    high: str | int | None = None
+
+
+KEYS_AND_VALUES = (
+    Field("keys", ("heads", "rows", "dim")),
+    Field("values", ("heads", "rows", "dim")),
+)
+CLUSTERED = (
+    *KEYS_AND_VALUES,
+    Field("positions", ("heads", "rows"), INDEX, 0, "last_row"),
+    Field("pinned", (), (torch.int64,), "pinned", "pinned"),
+    Field("value_slope", ("heads", "dim", "dim")),
+    Field("centre", ("heads", "dim")),
+)
+LEVEL = (
+    Field("centroids", ("heads", "nodes", "dim")),
+    Field("mean_values", ("heads", "nodes", "dim")),
+    Field("variance", ("heads", "nodes"), (torch.float32,), 0),
+    Field("key_offsets", ("heads", "ends"), (torch.int32,), "pinned", "rows"),
+    Field("child_offsets", ("heads", "ends"), (torch.int32,), 0, "children"),  # but in the leaves
+)
+WINDOW = (*KEYS_AND_VALUES, Field("window_tokens", (), (torch.int64,), "tokens", "tokens"))
+OBSERVED_QUERIES = Field("queries", ("query_heads", "observed", "dim"))
+
+
+def fields_of(outline: Outline, tokens: int) -> Iterator[tuple[str, Field, dict[str, int]]]:
+    """Every tensor of a layer: its name in the file, its field, and the sizes that are named."""
+    sizes = {
+        "heads": outline.heads,
+        "rows": outline.rows,
+        "last_row": outline.rows - 1,
+        "dim": outline.dim,
+        "pinned": outline.pinned,
+        "tokens": tokens,
+    }
+    for field in CLUSTERED if outline.is_clustered else WINDOW:
+        yield field.name, field, sizes
+    for depth, nodes in enumerate(outline.nodes):
+        children = outline.nodes[depth + 1] if depth + 1 < len(outline.nodes) else None
+        own = sizes | {"nodes": nodes, "ends": nodes + 1, "children": children or 0}
+        for field in LEVEL:
+            if field.name != "child_offsets" or children is not None:
+                yield f"level{depth}.{field.name}", field, own
+
+
+def check_outline(outline: Outline, tokens: int) -> None:
+    """Raise `Malformed` for a layer that no document of so many tokens can have."""
+    rows, pinned, nodes = outline.rows, outline.pinned, outline.nodes
+    if not outline.is_clustered:
+        _require(rows <= tokens and not pinned and not nodes, "a window wider than the document")
+        return
+    _require(rows == tokens, f"{rows} rows for {tokens} tokens")
+    _require(pinned < rows if nodes else pinned == rows, f"{pinned} of {rows} rows are pinned")
+    _require(all(count <= rows - pinned for count in nodes), "more nodes than rows")
+
+
+def check_layer(tensors: Mapping[str, Tensor], outline: Outline, tokens: int) -> None:
+    """Raise `Malformed` unless the tensors are exactly those of such a layer."""
+    wanted = {name: (field, sizes) for name, field, sizes in fields_of(outline, tokens)}
+    wrong = sorted(set(tensors) ^ set(wanted))
+    if wrong:
+        raise Malformed(f"{shown(wrong[0])} is missing or unknown")
+    for name, (field, sizes) in wanted.items():
+        check_tensor(name, tensors[name], field, sizes, DTYPES[outline.dtype])
+    if outline.is_clustered:
+        _check_positions(tensors["positions"], outline.pinned)
+        for depth in range(len(outline.nodes)):
+            _check_offsets(tensors, depth)
+
+
+def check_tensor(
+    name: str, tensor: Tensor, field: Field, sizes: Mapping[str, int], dtype: torch.dtype
+) -> None:
+    """Raise `Malformed` for another shape or dtype, or a number out of the field's range."""
+    shape = tuple(sizes[size] for size in field.sizes)
+    dtypes = field.dtypes or (dtype,)
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        raise Malformed(
+            f"{name}: expected shape {shape} of {dtypes[0]}, got {tuple(tensor.shape)} of "
+            f"{tensor.dtype}"
+        )
+    if not tensor.numel():
+        return
+    found_low, found_high = (float(x) for x in tensor.aminmax())
+    low, high = (sizes.get(x, x) for x in (field.low, field.high))
+    low = -torch.finfo(torch.float64).max if low is None else low
+    high = torch.finfo(torch.float64).max if high is None else high
+    if not (low <= found_low and found_high <= high):  # also if they are NaN
+        raise Malformed(f"{name}: numbers from {found_low} to {found_high}, out of its range")
+
+
+def _check_positions(positions: Tensor, pinned: int) -> None:
+    """Every head's rows are the document's tokens, each once; the pinned ones in order."""
+    rows = positions.long()
+    seen = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device).scatter_(1, rows, True)
+    _require(bool(seen.all()), "positions: not every token has a row")
+    front = rows[:, :pinned]
+    same = bool((front == front[:1]).all()) and bool((front.diff(dim=1) > 0).all())
+    _require(same, "positions: the pinned tokens are not in order")
+
+
+def _check_offsets(tensors: Mapping[str, Tensor], depth: int) -> None:
+    """Nodes lie end to end, and the children of each hold exactly its rows."""
+    name = f"level{depth}.key_offsets"
+    keys, low, high = tensors[name], tensors["pinned"], tensors["keys"].shape[1]
+    _check_ends(name, keys, low, high)
+    children = tensors.get(f"level{depth}.child_offsets")
+    if children is None:
+        return
+    finer = tensors[f"level{depth + 1}.key_offsets"]
+    _check_ends(f"level{depth}.child_offsets", children, 0, finer.shape[1] - 1)
+    nested = bool((finer.gather(1, children.long()) == keys).all())
+    _require(nested, f"{name}: the children of a node do not hold its rows")
+
+
+def _check_ends(name: str, offsets: Tensor, first: Tensor | int, last: int) -> None:
+    good = (offsets[:, 0] == first).all() & (offsets[:, -1] == last).all()
+    _require(bool(good & (offsets.diff(dim=1) >= 0).all()), f"{name}: not one run after the other")
+
+
+def _require(good: bool, complaint: str) -> None:
+    if not good:
+        raise Malformed(complaint)
+
+
+def tensors_of(layer: ClusteredLayer | WindowLayer) -> dict[str, Tensor]:
+    """The tensors of a layer by their names in its file."""
+    if isinstance(layer, WindowLayer):
+        own = {"keys": layer.keys, "values": layer.values}
+        return own | {"window_tokens": torch.tensor(layer.tokens)}
+    found = {field.name: getattr(layer, field.name) for field in CLUSTERED}
+    found["pinned"] = torch.tensor(layer.pinned)
+    for depth, level in enumerate(layer.levels):
+        own = {f"level{depth}.{field.name}": getattr(level, field.name) for field in LEVEL}
+        found |= {name: tensor for name, tensor in own.items() if tensor is not None}
+    return found
+
+
+def layer_of(tensors: Mapping[str, Tensor], outline: Outline) -> ClusteredLayer | WindowLayer:
+    """The layer that was checked."""
+    if not outline.is_clustered:
+        return WindowLayer(tensors["keys"], tensors["values"], int(tensors["window_tokens"]))
+    levels = tuple(
+        Level(**{field.name: tensors.get(f"level{depth}.{field.name}") for field in LEVEL})
+        for depth in range(len(outline.nodes))
+    )
+    found = {field.name: tensors[field.name] for field in CLUSTERED} | {
+        "pinned": int(tensors["pinned"])
+    }
+    return ClusteredLayer(levels=levels, **found)

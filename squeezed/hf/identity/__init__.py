@@ -1,0 +1,1 @@
+"""Does a context belong to this model and tokenizer?"""

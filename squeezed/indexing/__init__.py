@@ -1,0 +1,1 @@
+"""Offline: captured keys and values -> a tree of clusters, and calibration on a probe."""

@@ -1,0 +1,84 @@
+"""Observed queries + budget -> thresholds, and the weights of the second-order terms.
+
+In the paper one threshold per level holds for all layers and heads, so a head that needs more keys
+gets more (arXiv 2411.09688, section 3.2). A preset may instead try every KV head out at several
+shares of its keys (`squeezed.indexing.trials`), share the budget out by what that costs in error
+(`squeezed.indexing.allotment`) and give every head the thresholds that spend its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from squeezed.config import Preset
+from squeezed.context.calibration import Calibration
+from squeezed.context.captured import ObservedLayer
+from squeezed.indexing.allotment import FAR_FITTED_AT, SHARES, allot
+from squeezed.indexing.groups import join_in_groups
+from squeezed.indexing.second_order import fit_alpha
+from squeezed.indexing.thresholds import fit_head_thresholds, fit_thresholds
+from squeezed.indexing.trials import Trials, try_out
+
+
+def calibrate(
+    layers: Sequence[ObservedLayer], preset: Preset, budgets: tuple[float, ...]
+) -> Calibration:
+    """Fit alpha of every query head, thresholds for every budget, and the far field."""
+    joined, blocks = join_in_groups(layers), (1, preset.query_block)
+    alpha = [fit_alpha(seen) if preset.second_order else None for seen in joined]
+    if preset.per_head and layers and layers[0].layer.levels:
+        tried = zip(joined, alpha, strict=True)
+        trials = [_try_shares(seen, weight, preset) for seen, weight in tried]
+        far_alpha = [trial.far_alpha for trial in trials]
+        shares = allot(_apart(joined, [trial.errors for trial in trials]), budgets)
+        fitted = [
+            fit_head_thresholds(seen, weight, preset, own, blocks)
+            for seen, weight, own in zip(joined, alpha, _grouped(joined, shares), strict=True)
+        ]
+    else:
+        far_alpha = [_far_alpha(preset, weight) for weight in alpha]
+        fitted = fit_thresholds(joined, alpha, preset, budgets, blocks)
+    grids = _apart(joined, fitted)
+    per_token, per_block = (tuple(grid[kind] for grid in grids) for kind in range(2))
+    of_layers = (tuple(_apart(joined, found)) for found in (alpha, far_alpha))
+    return Calibration(preset, budgets, per_token, per_block, *of_layers)
+
+
+def _apart(joined: Sequence[ObservedLayer], found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Per layer what was found for joined layers, whose heads are the last dimension."""
+    return [
+        own
+        for seen, heads in zip(joined, found, strict=True)
+        for own in ([None] * seen.layers if heads is None else heads.chunk(seen.layers, -1))
+    ]
+
+
+def _grouped(joined: Sequence[ObservedLayer], shares: Sequence[Tensor]) -> list[Tensor]:
+    """Shares of layers, `[budgets, Hkv]` each, as those of joined layers."""
+    rest = iter(shares)
+    return [torch.cat(list(islice(rest, seen.layers)), 1) for seen in joined]
+
+
+def _try_shares(seen: ObservedLayer, alpha: Tensor | None, preset: Preset) -> Trials:
+    """How far the heads of a layer are from dense when all of them keep the same share."""
+    shares = _tried_shares(seen.queries.device).expand(-1, len(seen.layer.keys))
+    thresholds = fit_head_thresholds(seen, alpha, preset, shares, (1,))[0].float()
+    return try_out(seen, alpha, thresholds, preset.far_field, FAR_FITTED_AT)
+
+
+@cache
+def _tried_shares(device: torch.device) -> Tensor:
+    """`SHARES` `[S, 1]` on a device: copied once, for each copy waits for the device."""
+    return torch.tensor(SHARES, dtype=torch.float64, device=device)[:, None]
+
+
+def _far_alpha(preset: Preset, alpha: Tensor | None) -> Tensor | None:
+    """That of the leaves, before any trial; zero where there is no tree."""
+    if preset.far_field != "second_order" or alpha is None:
+        return None
+    return alpha[-1] if len(alpha) else alpha.new_zeros(alpha.shape[1])

@@ -1,0 +1,196 @@
+"""Rules tried out on observed queries: how far is their output from dense attention?
+
+The exact attention of a sample of queries is computed once; then every rule's share of it, and what
+stands for the rest, are compared with the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from squeezed.attention.scores import (
+    far_means,
+    log_normaliser,
+    log_sizes,
+    node_logits,
+    owners,
+    second_order,
+)
+from squeezed.config import FarField
+from squeezed.context.captured import ObservedLayer
+from squeezed.context.layers import ClusteredLayer
+from squeezed.indexing.products import float_product, kept_products
+
+TRIAL_QUERIES = 24  # observed queries per head
+
+FAR_PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Parts of `alpha` that the mass of dropped nodes may get."""
+
+CHUNK_LOGITS = 1 << 27
+"""Most exact logits held at once."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What the trials of one layer found.
+
+    Attributes:
+        errors: `[S, Hkv]` float64, mean squared error of the outputs of a KV head's group under
+            every rule, over the mean squared output of the layer's heads.
+        far_alpha: `[Hq]` float32, or `None` if the far field is not of second order.
+    """
+
+    errors: Tensor
+    far_alpha: Tensor | None
+
+
+def try_out(
+    seen: ObservedLayer,
+    alpha: Tensor | None,
+    thresholds: Tensor,
+    far_field: FarField,
+    fitted_at: int,
+) -> Trials:
+    """Try `S` rules that differ in their thresholds on a sample of the queries.
+
+    To second order a dropped node's mass is `N exp(s q.c + alpha (s |q|)^2 v / 2)`, with the alpha
+    of the leaves. In most heads that is what its keys weigh. In some, a few keys of a cluster hold
+    nearly all of its mass: then the estimate is right about the mass and wrong about the value. So
+    every query head takes the part of alpha with which its output under rule `fitted_at` comes
+    nearest to dense.
+
+    Args:
+        alpha: `[L, Hq]`, or `None` to first order.
+        thresholds: `[S, L, Hkv]` log thresholds.
+    """
+    layer, step = seen.layer, max(1, seen.queries.shape[1] // TRIAL_QUERIES)
+    heads = layer.keys.shape[0]
+    queries = seen.queries[:, ::step].unflatten(0, (heads, -1))  # [Hkv, G, n, D]
+    at_once = max(1, CHUNK_LOGITS // (queries[0, ..., 0].numel() * layer.tokens))
+    errors, norms, parts = [], [], []
+    for first in range(0, heads, at_once):
+        own = slice(first, first + at_once)
+        weights = None if alpha is None else alpha.unflatten(1, (heads, -1))[:, own].flatten(1)
+        trial = _Trial(queries[own], layer.of_heads(own), weights, seen.scale)
+        trial.select(thresholds[:, :, own])
+        trial.attend()
+        part = trial.part(fitted_at) if far_field == "second_order" else None
+        errors.append(trial.errors(far_field, part))
+        norms.append(trial.dense.square().sum(-1).mean(-1).flatten())
+        parts += [] if part is None else [part.flatten()]
+    norm = torch.cat(norms).double().unflatten(0, (seen.layers, -1)).mean(1)  # of every layer
+    of_heads = torch.cat(errors, 1).double().unflatten(1, (heads, -1)).sum(-1)
+    relative = of_heads / norm.repeat_interleave(heads // seen.layers, output_size=heads)
+    return Trials(relative, alpha[-1] * torch.cat(parts) if parts else None)
+
+
+class _Trial:
+    """Some queries `[Hkv, G, n, D]`, their exact attention over the context alone, and rules.
+
+    Attributes:
+        kept, dropped: `[S, Hkv, n, C]` and `[S, Hkv, n, F]` bool, leaves that every rule reads and
+            nodes of all levels that it drops.
+        logits, second: `[Hkv, G, n, F]`, the nodes' log mass to first order over the largest exact
+            logit, and the term of second order.
+        dense: `[Hkv, G, n, D]`, the exact output.
+        near: what every rule reads, weighted values `[Hkv, S, G, n, D]` and weights.
+        tilt: `[Hkv, 1, G, n, D]`, how far a query moves the value of a node of variance 1.
+    """
+
+    def __init__(self, queries: Tensor, layer: ClusteredLayer, alpha: Tensor | None, scale: float):
+        self.queries, self.layer, self.alpha, self.scale = queries, layer, alpha, scale
+
+    def select(self, thresholds: Tensor) -> None:
+        """Select by every rule, `thresholds [S, L, Hkv]`, on all levels."""
+        q = self.queries.float()[None]
+        alive = normaliser = None
+        logits, dropped = [], []
+        for depth, level in enumerate(self.layer.levels):
+            first = node_logits(q, level, self.scale)
+            alpha = None if self.alpha is None else self.alpha[depth]
+            score = second_order(first, q, level, alpha, self.scale)
+            if normaliser is None:
+                normaliser = log_normaliser(score, level.sizes)
+            best = (score - normaliser).amax(2)  # [1, Hkv, n, C]
+            filled = (level.sizes > 0)[None, :, None]
+            alive = filled if alive is None else alive & filled
+            kept = alive & (best > thresholds[:, depth, :, None, None])
+            logits.append((first + log_sizes(level.sizes, first))[0])
+            dropped.append(alive & ~kept)
+            if level.child_offsets is not None:
+                owner = owners(level.child_offsets, self.layer.levels[depth + 1].nodes)
+                alive = kept.gather(3, owner[None, :, None].expand(*kept.shape[:3], -1))
+        self.kept, self.dropped = kept, torch.cat(dropped, -1)
+        self.logits = torch.cat(logits, -1)
+        means, variance = far_means(self.layer, torch.float32)
+        self.summed = torch.cat(
+            [means, torch.ones_like(variance)[..., None], variance[..., None]], -1
+        )
+        if self.alpha is not None:
+            energy = (0.5 * self.scale**2) * q[0].square().sum(-1, keepdim=True)
+            alpha = self.alpha[-1].view(*q.shape[1:3], 1, 1)
+            self.second = alpha * energy * variance[:, None, None]
+        slope = torch.bmm(q[0].flatten(1, 2), self.layer.value_slope.float().mT)
+        self.tilt = self.scale * slope.view_as(q[0])[:, None]
+
+    def attend(self) -> None:
+        """Exact attention to all keys, and to those that every rule keeps."""
+        layer, rows = self.layer, self.queries.flatten(1, 2)  # [Hkv, G * n, D]
+        # On a GPU in the precision of the values: what rounding adds is far below any error here.
+        values = layer.values if layer.values.is_cuda else layer.values.float()
+        logits = float_product(rows, layer.keys.mT).mul_(self.scale)
+        top = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(top).exp_().to(values.dtype)
+        self.logits -= top.view(*self.queries.shape[:3], 1)
+        owner = owners(layer.levels[-1].key_offsets, layer.tokens)[:, layer.pinned :]
+        front, behind = weights.split([layer.pinned, layer.clustered], -1)
+        near = kept_products(behind, values[:, layer.pinned :], owner, self.kept)
+        pinned = float_product(front, values[:, : layer.pinned])
+        mass = front.sum(-1, keepdim=True, dtype=torch.float32)
+        output, mass = (
+            (some + always[:, None]).unflatten(2, self.queries.shape[1:3])
+            for some, always in zip(near, (pinned, mass), strict=True)
+        )
+        self.dense = output[:, -1] / mass[:, -1]
+        self.near = output[:, :-1], mass[:, :-1]
+
+    def errors(self, far_field: FarField, part: Tensor | None) -> Tensor:
+        """Mean squared distance from dense of every rule, `[S, Hq]`."""
+        if far_field == "none":
+            return self._distance(*self.near)
+        logits = self.logits if part is None else torch.addcmul(self.logits, part, self.second)
+        weights = logits.exp()[:, None] * self.dropped.transpose(0, 1)[:, :, None]
+        return self._distance(*self._with_far(self.near, weights, part is not None))
+
+    def part(self, rule: int) -> Tensor:
+        """The one of `FAR_PARTS` with the least error of each query head, `[Hkv, G, 1, 1]`."""
+        parts = _far_parts(self.queries.device)
+        logits = torch.addcmul(self.logits[:, None], parts.view(-1, 1, 1, 1), self.second[:, None])
+        weights = logits.exp_() * self.dropped[rule][:, None, None]
+        near = tuple(of_rules[:, rule, None] for of_rules in self.near)
+        best = self._distance(*self._with_far(near, weights, True)).argmin(0)
+        return parts[best].view(*self.queries.shape[:2], 1, 1)
+
+    def _with_far(
+        self, near: tuple[Tensor, Tensor], weights: Tensor, tilted: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted values and weights with those of dropped nodes, `weights [Hkv, S, G, n, F]`."""
+        sums = torch.bmm(weights.flatten(1, 3), self.summed).unflatten(1, weights.shape[1:4])
+        far, mass, spread = sums.split([self.summed.shape[2] - 2, 1, 1], -1)
+        output = near[0] + far
+        return torch.addcmul(output, spread, self.tilt) if tilted else output, near[1] + mass
+
+    def _distance(self, output: Tensor, mass: Tensor) -> Tensor:
+        """Mean squared distance from dense, `[S, Hq]`, from `[Hkv, S, G, n, D]` and weights."""
+        away = (output / mass - self.dense[:, None]).square().sum(-1).mean(-1)
+        return away.transpose(0, 1).flatten(1)
+
+
+@cache
+def _far_parts(device: torch.device) -> Tensor:
+    """`FAR_PARTS` on a device: copied once, for each copy waits for the device."""
+    return torch.tensor(FAR_PARTS, device=device)

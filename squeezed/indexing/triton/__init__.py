@@ -1,0 +1,1 @@
+"""Clustering on an NVIDIA GPU, written in Triton."""

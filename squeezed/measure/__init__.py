@@ -1,0 +1,1 @@
+"""Accuracy and speed, measured, and what a run says about itself."""

@@ -1,0 +1,101 @@
+"""Cases of the prefill benchmark: a context clustered for real, queries, a rule for the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from squeezed.attention.triton.prefill.launch import attend
+from squeezed.config import ClusteringConfig
+from squeezed.context.layers import ClusteredLayer
+from squeezed.context.rule import SelectionRule
+from squeezed.indexing.clustering import cluster_layer
+from squeezed.testing.parts import Parts
+
+NEG_INF = float("-inf")
+COARSE_SHARE = 1.25  # a level above the leaves keeps this times the square root of the budget
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: sizes in tokens, `budget` as the share of clustered keys read."""
+
+    context: int
+    rows: int
+    heads: int
+    kv_heads: int
+    dim: int
+    budget: float
+    query_block: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A clustered layer, the user's queries and the suffix they belong to."""
+
+    layer: ClusteredLayer
+    query: Tensor
+    suffix_keys: Tensor
+    suffix_values: Tensor
+    scale: float
+
+    @staticmethod
+    def of(case: Case, dtype: torch.dtype = torch.bfloat16) -> Inputs:
+        parts = Parts.of(case.kv_heads, case.dim, "cuda")
+        keys = parts.keys(case.context, dtype)
+        layer = cluster_layer(keys, torch.randn_like(keys), ClusteringConfig())
+        del keys
+        query = parts.queries(case.rows, case.heads // case.kv_heads, dtype)
+        suffix = layer.centred(parts.keys(case.rows, dtype)[None])
+        return Inputs(layer, query, suffix, torch.randn_like(suffix), case.dim**-0.5)
+
+    def first(self, rows: int) -> Inputs:
+        """The same context under only the first `rows` user tokens."""
+        query, keys, values = (
+            x[:, :, :rows].contiguous() for x in (self.query, self.suffix_keys, self.suffix_values)
+        )
+        return replace(self, query=query, suffix_keys=keys, suffix_values=values)
+
+    def head(self, index: int) -> Inputs:
+        """KV head `index` and its group alone."""
+        group = self.query.shape[1] // self.layer.keys.shape[0]
+        one = slice(index, index + 1)
+        query = self.query[:, index * group : (index + 1) * group]
+        return Inputs(
+            self.layer.of_heads(one),
+            query,
+            self.suffix_keys[:, one],
+            self.suffix_values[:, one],
+            self.scale,
+        )
+
+    def arguments(self, rule: SelectionRule) -> tuple:
+        return (
+            self.query, self.layer, rule, self.suffix_keys, self.suffix_values, None, self.scale,
+        )  # fmt: skip
+
+    def share_read(self, rule: SelectionRule) -> float:
+        """Share of the clustered keys that a query reads, averaged over heads and queries."""
+        heads, rows = self.layer.keys.shape[0], self.query.shape[2]
+        return int(attend(*self.arguments(rule))[1]) / (self.layer.clustered * heads * rows)
+
+
+def rule_for(inputs: Inputs, case: Case) -> SelectionRule:
+    """Thresholds that spend the budget, level by level from the coarsest, by bisection."""
+    depth, found = len(inputs.layer.levels), []
+    for level in range(depth):
+        wanted = COARSE_SHARE * case.budget**0.5 if level < depth - 1 else case.budget
+        low, high = -40.0, 5.0
+        for _ in range(14):
+            middle = (low + high) / 2
+            rule = _rule(inputs, case, (*found, middle, *[NEG_INF] * (depth - level - 1)))
+            read = inputs.share_read(rule)
+            low, high = (middle, high) if read > wanted else (low, middle)
+        found.append(high)
+    return _rule(inputs, case, tuple(found))
+
+
+def _rule(inputs: Inputs, case: Case, thresholds: tuple[float, ...]) -> SelectionRule:
+    return SelectionRule.for_all_heads(thresholds, inputs.layer, None, "none", case.query_block)

@@ -1,5 +1,0 @@
-"""The whole method on the CPU: Numba for few query rows, matrix products for many."""
-
-from squeezed.ops.cpu.attention import attend
-
-__all__ = ["attend"]

@@ -1,0 +1,88 @@
+"""Trials measure what attention would do, and find the far field that errs least."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from trees import random_layer
+
+from squeezed.attention.reference import attend
+from squeezed.context.captured import ObservedLayer
+from squeezed.context.rule import SelectionRule
+from squeezed.indexing import trials as trial
+
+SCALE, GROUP = 0.2, 2
+
+
+def observed(tokens=900, nodes=(12, 60)):
+    layer = random_layer(tokens=tokens, nodes=nodes)
+    queries = 2 * torch.randn(2 * GROUP, 72, 32, generator=torch.Generator().manual_seed(3))
+    return ObservedLayer(layer, queries, SCALE)
+
+
+def rules(far_field, thresholds=(-7.5, -6.8, -6.0)):
+    alpha = torch.full((2, 2 * GROUP), 0.8)
+    far_alpha = alpha[-1] if far_field == "second_order" else None
+    return [
+        SelectionRule(torch.tensor([[t - 0.5] * 2, [t] * 2]), alpha, far_field, 1, far_alpha)
+        for t in thresholds
+    ]
+
+
+def tried_out(seen, tried):
+    thresholds = torch.stack([rule.log_thresholds for rule in tried])
+    return trial.try_out(seen, tried[0].alpha, thresholds, tried[0].far_field, 1)
+
+
+def errors_by_attention(seen, rule):
+    """Squared errors of the output over the mean square of dense, summed over groups, `[Hkv]`."""
+    query = seen.queries[None, :, ::3]
+    nothing = query.new_zeros(1, 2, 0, 32)
+    dense, _ = attend(
+        query, replace(seen.layer, levels=()), rule, nothing, nothing, everything(query), SCALE
+    )
+    output, _ = attend(query, seen.layer, rule, nothing, nothing, everything(query), SCALE)
+    away = (output - dense).square().sum(-1).mean((0, 2)) / dense.square().sum(-1).mean()
+    return away.unflatten(0, (2, GROUP)).sum(1)
+
+
+def everything(query):
+    return torch.ones(1, 1, query.shape[2], 0, dtype=torch.bool)
+
+
+@pytest.fixture(autouse=True)
+def no_padding(monkeypatch):
+    """Queries with no recent token count as padding in `attend`; here they are all real."""
+    from squeezed.attention.reference import attention
+
+    found = attention.lookup
+
+    def lookup(query, layer, rule, scale, valid=None):
+        return found(query, layer, rule, scale)
+
+    monkeypatch.setattr(attention, "lookup", lookup)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 25])
+@pytest.mark.parametrize("far_field", ["none", "first_order"])
+def test_errors_are_those_of_attention(far_field, chunk, monkeypatch):
+    monkeypatch.setattr(trial, "CHUNK_LOGITS", chunk)
+    seen, tried = observed(), rules(far_field)
+    found = tried_out(seen, tried)
+    assert found.far_alpha is None
+    for of_share, rule in zip(found.errors, tried, strict=True):
+        expected = errors_by_attention(seen, rule).double()
+        torch.testing.assert_close(of_share, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_every_head_takes_the_far_field_with_the_least_error():
+    seen, tried = observed(), rules("second_order")
+    found = tried_out(seen, tried)
+    parts = (found.far_alpha / tried[0].far_alpha).tolist()
+    assert all(min(abs(part - known) for known in trial.FAR_PARTS) < 1e-6 for part in parts)
+    chosen = [replace(rule, far_alpha=found.far_alpha) for rule in tried]
+    expected = torch.stack([errors_by_attention(seen, rule) for rule in chosen]).double()
+    torch.testing.assert_close(found.errors, expected, atol=1e-6, rtol=1e-4)
+    for part in trial.FAR_PARTS:
+        other = replace(tried[1], far_alpha=tried[1].far_alpha * part)
+        assert (found.errors[1] <= errors_by_attention(seen, other) * (1 + 1e-4)).all()

@@ -1,0 +1,107 @@
+"""Children of a process that has worked answer as it did, with as many threads."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import os, sys, threading, time
+import torch
+import squeezed
+from squeezed.attention import implementation
+from squeezed.rule import SelectionRule
+from trees import random_layer
+
+torch.set_num_threads(2)
+attend = implementation(sys.argv[1], torch.device("cpu"))
+generator = torch.Generator().manual_seed(0)
+layer = random_layer()
+query, suffix, large = (
+    torch.randn(shape, generator=generator) for shape in ((1, 4, 1, 32), (1, 2, 3, 32), (700, 700))
+)
+rule = SelectionRule.for_all_heads((-9.0, -9.0), layer, None, "none")
+
+def work():
+    found = attend(query, layer, rule, suffix, suffix, None, 0.2)[0]
+    return found, (large @ large).softmax(-1).sum(-1)  # split among torch's threads
+
+expected = work()
+
+def same():
+    return all(torch.allclose(x, y, atol=1e-5) for x, y in zip(work(), expected))
+
+def child(generations):
+    process = os.fork()
+    if process == 0:
+        right = same() and torch.get_num_threads() == 2
+        os._exit(0 if right and (generations == 1 or child(generations - 1)) else 1)
+    for _ in range(1200):
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return status == 0
+        time.sleep(0.05)
+    os.kill(process, 9)
+    return False
+
+def beside(other):
+    "A child made by a thread that never worked, or while another works."
+    found, stop = [], threading.Event()
+    def busy():
+        while not stop.is_set():
+            work()
+    maker = threading.Thread(target=lambda: found.append(child(1)))
+    worker = threading.Thread(target=busy if other else int)
+    worker.start()
+    maker.start()
+    maker.join()
+    stop.set()
+    worker.join()
+    return found[0]
+
+print([child(2), child(1), beside(False), beside(True), same()])
+"""
+
+
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_children_answer_like_their_parent(implementation, layer):
+    if implementation == "reference" and layer != "default":
+        pytest.skip("the reference has no Numba")
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "NUMBA_THREADING_LAYER": layer}
+    environment |= {"NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, implementation],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.stdout.strip() == str([True] * 5), done.stderr
+
+
+WITHOUT_DISMISSAL = """
+import os
+import torch
+from squeezed import forks
+forks._gnu_openmp_libraries = lambda: {"/nowhere/libgomp.so.1"}
+torch.set_num_threads(2)
+large = torch.randn(700, 700)
+(large @ large).softmax(-1)
+process = os.fork()
+if process == 0:
+    (large @ large).softmax(-1)
+    os._exit(torch.get_num_threads())
+print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_child_works_alone_where_threads_cannot_be_dismissed():
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DISMISSAL],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.strip() == "1", done.stderr
