@@ -34,7 +34,9 @@ class ClusteringConfig:
 
     levels: tuple[float, ...] = (0.01, 0.05)
     iterations: int = 5  # ten are no better (benchmarks/ACCURACY.md)
-    query_space: bool = True  # compare keys as queries see them, beside their values (metric.py)
+    query_space: bool = (
+        True  # compare keys as queries see them, beside their values (indexing/space.py)
+    )
     pinned_first: int = 16  # tokens; attention sinks, always read exactly
     pinned_last: int = 100  # tokens; what a question follows, always read exactly
 
@@ -50,6 +52,17 @@ class ClusteringConfig:
         expect("query_space", self.query_space, bool, "True or False")
         whole("pinned_first", self.pinned_first, 0)
         whole("pinned_last", self.pinned_last, 0)
+
+    def pinned(self, tokens: int) -> tuple[int, int]:
+        """How many of the first tokens are pinned, and how many of all."""
+        first = min(self.pinned_first, tokens)
+        return first, first + min(self.pinned_last, tokens - first)
+
+    def counts(self, tokens: int) -> tuple[int, ...]:
+        """Nodes per head of every level, coarse to fine; none if less than two would be left."""
+        clustered = tokens - self.pinned(tokens)[1]
+        counts = tuple(max(1, round(share * clustered)) for share in self.levels)
+        return counts if counts[-1] >= 2 else ()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ token; bytes are those of the context, and of the model's weights where it says 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 
@@ -92,7 +93,7 @@ def plan(
             f"bandwidth: expected {low:g} to {high:g} bytes per second, got {bandwidth:g}"
         )
     check_budget(budget)
-    nodes = level_nodes(tokens, clustering)
+    nodes = clustering.counts(tokens)
     full = shape.full_layers * shape.kv_heads
     windowed = shape.window_layers * shape.kv_heads * min(tokens, shape.window)
     windowed_bytes = 2 * windowed * shape.row_bytes
@@ -114,17 +115,10 @@ def plan(
 
 
 def clustered_tokens(tokens: int, clustering: ClusteringConfig) -> int:
-    return max(0, tokens - clustering.pinned_first - clustering.pinned_last)
+    return tokens - clustering.pinned(tokens)[1]
 
 
-def level_nodes(tokens: int, clustering: ClusteringConfig) -> list[int]:
-    """Nodes per head of every level, coarse to fine; none if the document is too short."""
-    clustered = clustered_tokens(tokens, clustering)
-    counts = [max(1, round(share * clustered)) for share in clustering.levels]
-    return counts if clustered >= max(2, counts[-1] * 2) else []
-
-
-def _index_bytes_per_head(shape: ModelShape, tokens: int, nodes: list[int]) -> int:
+def _index_bytes_per_head(shape: ModelShape, tokens: int, nodes: Sequence[int]) -> int:
     """Positions of all rows; means, variance, offsets of all nodes; child links above leaves;
     the slope of values and the centre of keys."""
     narrow = tokens <= torch.iinfo(torch.int16).max
@@ -140,7 +134,7 @@ def _bytes_per_head(
     shape: ModelShape,
     tokens: int,
     budget: float,
-    nodes: list[int],
+    nodes: Sequence[int],
     clustering: ClusteringConfig,
     preset: Preset,
 ) -> float:
@@ -164,7 +158,7 @@ def _bytes_per_head(
 
 
 def _clustering_flops_per_head(
-    shape: ModelShape, tokens: int, nodes: list[int], clustering: ClusteringConfig
+    shape: ModelShape, tokens: int, nodes: Sequence[int], clustering: ClusteringConfig
 ) -> int:
     """Similarities of every key to the centroids of its own parent, in every pass of k-means."""
     passes, flops, above = clustering.iterations + 1, 0.0, 1

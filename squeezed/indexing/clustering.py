@@ -60,9 +60,9 @@ def cluster_layers(
     """
     heads, tokens = keys[0].shape[:2]
     centres = [common_part(k) for k in keys]
-    first, pinned = _pinned(tokens, config)
-    counts = [max(1, round(share * (tokens - pinned))) for share in config.levels]
-    if counts[-1] < 2:
+    first, pinned = config.pinned(tokens)
+    counts = config.counts(tokens)
+    if not counts:
         return [_unclustered(*layer) for layer in zip(keys, values, centres, strict=True)]
     clustered = slice(first, first + tokens - pinned)
     points, space = _points(
@@ -180,14 +180,8 @@ def steps_on(device: torch.device) -> Steps:
     return Steps(fused.cluster_segments, fused.describe_level)
 
 
-def _pinned(tokens: int, config: ClusteringConfig) -> tuple[int, int]:
-    """How many of the first tokens are pinned, and how many of all."""
-    first = min(config.pinned_first, tokens)
-    return first, first + min(config.pinned_last, tokens - first)
-
-
 def build_tree(
-    points: Tensor, counts: list[int], config: ClusteringConfig
+    points: Tensor, counts: Sequence[int], config: ClusteringConfig
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """Cluster `[Hkv, n, D]` unit vectors into `counts[l]` nodes per head and level.
 

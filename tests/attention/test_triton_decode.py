@@ -7,7 +7,7 @@ import pytest
 import torch
 from trees import far_alpha_for, random_layer
 
-from squeezed.attention import reference
+from squeezed.attention import reference, triton
 from squeezed.attention.reference.lookup import lookup
 from squeezed.attention.triton.decode import launch as decode
 from squeezed.attention.triton.decode import operator
@@ -422,6 +422,33 @@ def test_operator_promises_the_shapes_it_returns():
     torch.library.opcheck(
         operator.decode_step, arguments, test_utils=("test_schema", "test_faketensor")
     )
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_tokens_that_select_alone_equal_reference_in_tiles_of_few_sizes(rows, monkeypatch):
+    layer = layer_of().to(interpreter.DEVICE)
+    query, keys, values = inputs(layer, 2, 2, recent=rows + 3)
+    query = query * torch.rand(1, 1, rows, 1, device=query.device).to(query.dtype)
+    mask = torch.rand(2, 1, rows, rows + 3, device=query.device) > 0.3
+    mask[0, :, 0] = False  # padding
+    rule = rule_of(layer, 2, far_field="second_order", second_order=True)
+    sizes, launch = set(), decode.attend
+    monkeypatch.setattr(triton, "MAX_ROWS", 8)  # four tokens of two heads
+
+    def attend(part, *arguments):
+        sizes.add(len(part))
+        return launch(part, *arguments, TUNING)
+
+    monkeypatch.setattr(decode, "attend", attend)
+    operands = (layer, rule, keys, values, mask, 32**-0.5)
+    output, read = triton.attend_tokens(query, *operands)
+    exact, expected = reference.attend(query.double(), *operands)
+    rounded, _ = reference.attend(query, *operands)
+    epsilon = torch.finfo(query.dtype).eps
+    allowed = 2 * (rounded.double() - exact).norm() + epsilon / 2 * exact.norm()
+    assert (output.double() - exact).norm() <= allowed
+    assert read.tolist() == expected.tolist()
+    assert all(size & (size - 1) == 0 for size in sizes)
 
 
 @pytest.mark.parametrize("where", ["query", "suffix", "pinned"])

@@ -4,9 +4,9 @@ import json
 import re
 
 import pytest
-from measure.examples import made_document, runner
 from typer.testing import CliRunner
 
+from measure.examples import made_document, runner
 from squeezed.cli.eval import app
 from squeezed.measure.accuracy import report
 

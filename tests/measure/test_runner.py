@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from measure.examples import HEADER, made_document, runner
 from tiny import document
 
+from measure.examples import HEADER, made_document, runner
 from squeezed import engine
 from squeezed.errors import SqueezedError
 from squeezed.measure.accuracy.results import ResultFile, read_rows

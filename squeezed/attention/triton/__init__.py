@@ -47,7 +47,9 @@ def attend_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Several tokens per request that select alone: every token is decoded as its own request.
 
-    The tokens of a tile share the context, so each cluster is read once for all of them.
+    The tokens of a tile share the context, so each cluster is read once for all of them. Every size
+    of a tile is compiled for, so the last one is filled up with rows that attend to nothing: a
+    question of another length finds its kernels compiled.
     """
     batch, heads, rows, _ = query.shape
     if suffix_mask is None:
@@ -59,18 +61,26 @@ def attend_tokens(
         parts, reads = [], []
         for start in range(0, rows, step):
             part = query[request, :, start : start + step].transpose(0, 1).unsqueeze(2)
+            mask = suffix_mask[request, 0, start : start + step, None, None]
             count = part.shape[0]
+            tile = min(step, 1 << (count - 1).bit_length())
             output, read = decode.attend(
-                part,
+                _filled(part, tile),
                 layer,
                 rule,
-                suffix_keys[request].expand(count, -1, -1, -1),
-                suffix_values[request].expand(count, -1, -1, -1),
-                suffix_mask[request, 0, start : start + step, None, None],
+                suffix_keys[request].expand(tile, -1, -1, -1),
+                suffix_values[request].expand(tile, -1, -1, -1),
+                _filled(mask, tile),
                 scale,
             )
-            parts.append(output[:, :, 0])
+            parts.append(output[:count, :, 0])
             reads.append(read.sum())
         outputs.append(torch.cat(parts).transpose(0, 1))
         keys_read.append(torch.stack(reads).sum())
     return torch.stack(outputs), torch.stack(keys_read)
+
+
+def _filled(rows: Tensor, tile: int) -> Tensor:
+    """Rows `[n, ...]` of a tile, with zero ones behind them up to its size, `[tile, ...]`."""
+    missing = tile - len(rows)
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
