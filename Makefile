@@ -1,11 +1,12 @@
 # make demo    index the demo document, ask three questions, print the table
-# make test    every test
+# make test    style, the import contract and every test, in WORKERS processes
 # make lint    ruff
 # All create the virtual environment in .venv first; remove that directory to start over.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -16,8 +17,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(INSTALLED)
 	$(BIN)/squeezed demo
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+test: $(INSTALLED) lint
+	$(BIN)/lint-imports
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
