@@ -89,7 +89,7 @@ def rows_read(entry: ContextLayer, query: Tensor, scale: float) -> Tensor | None
     Args:
         query: `[1, Hq, N, D]`, each selecting alone.
     """
-    rule = getattr(entry.context, "token", None)
+    rule = entry.context.rule
     if rule is None:
         return None
     layer = entry.context.layer

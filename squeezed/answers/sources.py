@@ -117,7 +117,7 @@ def attention_by_position(
         if exact is not None:
             read.scatter_add_(0, positions.flatten(), exact.double().cpu().flatten())
     heads = len(layers) * layers[0].context.layer.keys.shape[0]
-    has_tree = hasattr(layers[0].context, "token")
+    has_tree = layers[0].context.rule is not None
     mass[: context.config.clustering.pinned_first] = 0
     return mass / mass.sum().clamp(min=1e-30), read / heads if has_tree else None
 

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import abc
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from squeezed.config import BEST
 from squeezed.context.layers import ClusteredLayer
+from squeezed.context.rule import SelectionRule
 
 if TYPE_CHECKING:
     from squeezed.context.record import ContextRecord
 
 
-class ContextAttention(Protocol):
+class ContextAttention(abc.ABC):
     """One layer of a fixed context, as one method reads it.
 
     Attributes:
         layer: keys, values and tree.
-        tokens: length of the context.
-        selectable_keys: keys per query token that the method chooses among, over all KV heads; the
-            pinned ones, which every method reads, are not counted.
+        rule: by which a single token selects nodes of the tree; `None` if the method has none.
     """
 
     layer: ClusteredLayer
-    tokens: int
-    selectable_keys: int
+    rule: SelectionRule | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Length of the context."""
+        return self.layer.tokens
+
+    @property
+    def selectable_keys(self) -> int:
+        """Keys per query token that the method chooses among, over all KV heads; the pinned ones,
+        which every method reads, are not counted."""
+        return self.layer.clustered * self.layer.keys.shape[0]
 
     def tensors(self) -> list[Tensor]:
         """Tensors that `attend` reads beside its arguments: a CUDA graph holds them in place."""
-        ...
+        return self.layer.tensors()
 
+    @abc.abstractmethod
     def attend(
         self,
         query: Tensor,
@@ -42,7 +55,8 @@ class ContextAttention(Protocol):
         """Attention of `query [B, Hq, Q, D]` over context and suffix.
 
         Args:
-            suffix_keys, suffix_values: `[B, Hkv, S, D]`, always attended densely.
+            suffix_keys, suffix_values: `[B, Hkv, S, D]`, always attended densely; keys are relative
+                to the layer's centre (`ClusteredLayer.centred`).
             suffix_mask: `[B, 1, Q, S]` bool, or `None` for causal without padding.
             per_token: every token selects alone; otherwise blocks of the user's tokens may share.
 
@@ -50,7 +64,6 @@ class ContextAttention(Protocol):
             Output `[B, Hq, Q, D]`, and the keys that each request read, `[B]` int64, summed over KV
             heads and query tokens, without the pinned ones.
         """
-        ...
 
     def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
         """Bytes read beside keys and values by a decoding step of each token of `query`, in sum.
@@ -59,7 +72,27 @@ class ContextAttention(Protocol):
         choose keys, or puts in place of those it drops. Only evaluations call this. A scalar
         tensor is on the context's device, so that nobody need wait for it.
         """
-        ...
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the tokens of a user's input share what they select.
+
+    Attributes:
+        query_block: tokens that select together.
+        single_tokens: the last ones, which select alone.
+    """
+
+    query_block: int
+    single_tokens: int
+
+    @classmethod
+    def of(cls, context: ContextRecord) -> Blocks:
+        """As the context's last preset has it, so that all methods select where ours does."""
+        presets = [calibration.preset for calibration in context.calibrations.values()]
+        preset = presets[-1] if presets else BEST
+        return cls(preset.query_block, preset.single_tokens)
 
 
 class Method(Protocol):

@@ -9,28 +9,15 @@ from torch import Tensor
 
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.record import ContextRecord
+from squeezed.methods.base import ContextAttention
 from squeezed.methods.masked import causal, masked_attention
 
 
 @dataclass(frozen=True)
-class DenseLayer:
+class DenseLayer(ContextAttention):
     """A layer that is read whole."""
 
     layer: ClusteredLayer
-
-    @property
-    def tokens(self) -> int:
-        return self.layer.tokens
-
-    @property
-    def selectable_keys(self) -> int:
-        return self.layer.clustered * self.layer.keys.shape[0]
-
-    def tensors(self) -> list[Tensor]:
-        return self.layer.tensors()
-
-    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
-        return 0.0
 
     def attend(
         self,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from squeezed.attention.scores import NEG_INF
-from squeezed.config import BEST
 from squeezed.context.record import ContextRecord
+from squeezed.methods.base import Blocks
 from squeezed.methods.masked import MaskedLayer, Queries, document_rank, top_rows
 
 
@@ -58,7 +58,7 @@ class LazyLayer(MaskedLayer):
 def _last_rows(queries: Queries) -> Tensor:
     """Index of the last row of every block."""
     device, blocks = queries.q.device, queries.count - queries.single
-    back = torch.arange(blocks - 1, -1, -1, device=device) * BEST.query_block
+    back = torch.arange(blocks - 1, -1, -1, device=device) * queries.query_block
     alone = torch.arange(queries.early, queries.early + queries.single, device=device)
     return torch.cat([queries.early - 1 - back, alone])
 
@@ -90,6 +90,13 @@ class LazyLLM:
         layers, survivors = context.clustered_layers, Survivors()
         plan = [*shares(budget, len(layers)), 0.0]
         return [
-            LazyLayer(layer, budget, i == 0, round(plan[i + 1] * layer.clustered), survivors)
+            LazyLayer(
+                layer,
+                budget,
+                Blocks.of(context),
+                i == 0,
+                round(plan[i + 1] * layer.clustered),
+                survivors,
+            )
             for i, layer in enumerate(layers)
         ]

@@ -19,8 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from squeezed.attention.interface import causal_mask
 from squeezed.attention.reference.attention import softmax_or_nothing
 from squeezed.attention.scores import NEG_INF, block_count, block_scores, grouped, query_blocks
-from squeezed.config import BEST
 from squeezed.context.layers import ClusteredLayer
+from squeezed.methods.base import Blocks, ContextAttention
 
 FarField = tuple[Tensor, Tensor]
 """Log masses `[B, Hkv, G, Q, F]` and mean values `[Hkv, F, D]` of what was not read exactly."""
@@ -35,12 +35,14 @@ class Queries:
         valid: `[B, Q]` bool, False for padding.
         single: the last rows, which select alone; those before select in blocks.
         scale: softmax scale.
+        query_block: rows of a block.
     """
 
     q: Tensor
     valid: Tensor
     single: int
     scale: float
+    query_block: int
 
     @property
     def early(self) -> int:
@@ -50,13 +52,13 @@ class Queries:
     @property
     def count(self) -> int:
         """Blocks and single rows, `N`; each selects separately."""
-        return block_count(self.early, BEST.query_block) + self.single
+        return block_count(self.early, self.query_block) + self.single
 
     @cached_property
     def blocks(self) -> Tensor:
         """Which of the `N` every row belongs to, `[Q]`."""
         device = self.q.device
-        early = query_blocks(self.early, BEST.query_block, device)
+        early = query_blocks(self.early, self.query_block, device)
         return torch.cat([early, torch.arange(self.count - self.single, self.count, device=device)])
 
     def logits(self, keys: Tensor) -> Tensor:
@@ -70,24 +72,17 @@ class Queries:
         alone = alone.masked_fill(~valid[:, None, early:, None], NEG_INF)
         if not early:
             return alone
-        blocks = block_scores(log_weights[..., :early, :], BEST.query_block, valid[:, :early])
+        blocks = block_scores(log_weights[..., :early, :], self.query_block, valid[:, :early])
         return torch.cat([blocks, alone], 2)
 
 
 @dataclass(frozen=True)
-class MaskedLayer(abc.ABC):
+class MaskedLayer(ContextAttention):
     """A `ContextAttention` whose subclass only decides which rows are read."""
 
     layer: ClusteredLayer
     budget: float
-
-    @property
-    def tokens(self) -> int:
-        return self.layer.tokens
-
-    @property
-    def selectable_keys(self) -> int:
-        return self.layer.clustered * self.layer.keys.shape[0]
+    blocks: Blocks
 
     @property
     def budget_keys(self) -> int:
@@ -101,12 +96,6 @@ class MaskedLayer(abc.ABC):
     def far_field(self, queries: Queries) -> FarField | None:
         """What the rows that are not read still count; nothing for most methods."""
         return None
-
-    def tensors(self) -> list[Tensor]:
-        return self.layer.tensors()
-
-    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
-        return 0.0
 
     def attend(
         self,
@@ -122,8 +111,9 @@ class MaskedLayer(abc.ABC):
         queries = Queries(
             q=grouped(query, self.layer.keys.shape[0]),
             valid=mask.any(-1)[:, 0].expand(query.shape[0], rows),
-            single=rows if per_token else min(rows, BEST.single_tokens),
+            single=rows if per_token else min(rows, self.blocks.single_tokens),
             scale=scale,
+            query_block=self.blocks.query_block,
         )
         keep = self._keep_all_blocks(queries)
         far = self.far_field(queries) if self.layer.clustered else None

@@ -10,6 +10,7 @@ from torch import Tensor
 from squeezed.attention.reference.lookup import Lookup
 from squeezed.attention.scores import NEG_INF, far_means, grouped, log_sizes, node_logits, owners
 from squeezed.context.record import ContextRecord
+from squeezed.methods.base import Blocks
 from squeezed.methods.masked import FarField, MaskedLayer, Queries, fill, rows_of
 from squeezed.methods.traffic import tree_bytes
 
@@ -52,7 +53,7 @@ class MultipoleLayer(MaskedLayer):
             return 0.0
         q = grouped(query, self.layer.keys.shape[0])
         valid = torch.ones(q.shape[0], q.shape[3], dtype=torch.bool, device=q.device)
-        queries = Queries(q, valid, q.shape[3], scale)
+        queries = Queries(q, valid, q.shape[3], scale, self.blocks.query_block)
         return tree_bytes(self.layer, self.descend(queries), variance=False, far_field=True)
 
 
@@ -68,4 +69,6 @@ class Multipole:
     paper = "https://arxiv.org/abs/2506.13059"
 
     def prepare(self, context: ContextRecord, budget: float) -> list[MultipoleLayer]:
-        return [MultipoleLayer(layer, budget) for layer in context.clustered_layers]
+        return [
+            MultipoleLayer(layer, budget, Blocks.of(context)) for layer in context.clustered_layers
+        ]

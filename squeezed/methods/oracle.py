@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from squeezed.context.record import ContextRecord
+from squeezed.methods.base import Blocks
 from squeezed.methods.masked import MaskedLayer, Queries, top_rows
 
 
@@ -30,4 +31,6 @@ class Oracle:
     paper = "none: an upper end"
 
     def prepare(self, context: ContextRecord, budget: float) -> list[OracleLayer]:
-        return [OracleLayer(layer, budget) for layer in context.clustered_layers]
+        return [
+            OracleLayer(layer, budget, Blocks.of(context)) for layer in context.clustered_layers
+        ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from squeezed.context.record import ContextRecord
+from squeezed.methods.base import Blocks
 from squeezed.methods.masked import MaskedLayer, Queries, document_rank, fill, rows_of
 
 PAGE_TOKENS = 16  # the paper's
@@ -74,4 +75,7 @@ class Quest:
     page_tokens: int = PAGE_TOKENS
 
     def prepare(self, context: ContextRecord, budget: float) -> list[QuestLayer]:
-        return [QuestLayer(layer, budget, self.page_tokens) for layer in context.clustered_layers]
+        return [
+            QuestLayer(layer, budget, Blocks.of(context), self.page_tokens)
+            for layer in context.clustered_layers
+        ]

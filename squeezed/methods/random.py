@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from squeezed.context.record import ContextRecord
+from squeezed.methods.base import Blocks
 from squeezed.methods.fixed import FixedLayer
 from squeezed.methods.masked import top_rows
 
@@ -26,5 +27,7 @@ class Random:
         for layer in context.clustered_layers:
             draws = torch.rand(layer.keys.shape[0], layer.clustered, generator=generator)
             chosen = top_rows(draws, round(budget * layer.clustered))
-            layers.append(FixedLayer(layer, budget, chosen.to(layer.keys.device)))
+            layers.append(
+                FixedLayer(layer, budget, Blocks.of(context), chosen.to(layer.keys.device))
+            )
         return layers

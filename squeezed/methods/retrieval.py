@@ -11,6 +11,7 @@ from squeezed.attention.scores import NEG_INF, grouped
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.record import ContextRecord
 from squeezed.errors import SqueezedError
+from squeezed.methods.base import Blocks
 from squeezed.methods.masked import MaskedLayer, Queries, top_rows
 
 LINKS = 32  # neighbours per key and layer of the graph; twice as many at its base
@@ -116,7 +117,7 @@ class Retrieval:
             indexes = [self._indexes(layer) for layer in context.clustered_layers]
             self.built = (context, indexes)
         return [
-            RetrievalLayer(layer, budget, indexes)
+            RetrievalLayer(layer, budget, Blocks.of(context), indexes)
             for layer, indexes in zip(context.clustered_layers, self.built[1], strict=True)
         ]
 

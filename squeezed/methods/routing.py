@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from squeezed.attention.scores import NEG_INF, owners
 from squeezed.context.record import ContextRecord
+from squeezed.methods.base import Blocks
 from squeezed.methods.masked import MaskedLayer, Queries, fill, rows_of
 
 
@@ -45,4 +46,6 @@ class Routing:
     paper = "https://arxiv.org/abs/2003.05997"
 
     def prepare(self, context: ContextRecord, budget: float) -> list[RoutingLayer]:
-        return [RoutingLayer(layer, budget) for layer in context.clustered_layers]
+        return [
+            RoutingLayer(layer, budget, Blocks.of(context)) for layer in context.clustered_layers
+        ]

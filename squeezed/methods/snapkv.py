@@ -11,6 +11,7 @@ from torch.nn.functional import max_pool1d
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.record import ContextRecord
 from squeezed.errors import SqueezedError
+from squeezed.methods.base import Blocks
 from squeezed.methods.fixed import FixedLayer
 from squeezed.methods.masked import document_rank, top_rows
 
@@ -62,5 +63,5 @@ class SnapKV:
             if layer.clustered:
                 mass = votes(layer, observed, scale, self.pool_tokens)
                 chosen = top_rows(mass, round(budget * layer.clustered))
-            layers.append(FixedLayer(layer, budget, chosen))
+            layers.append(FixedLayer(layer, budget, Blocks.of(context), chosen))
         return layers

@@ -16,11 +16,12 @@ from squeezed.context.layers import ClusteredLayer
 from squeezed.context.record import ContextRecord
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
+from squeezed.methods.base import ContextAttention
 from squeezed.methods.traffic import tree_bytes
 
 
 @dataclass(frozen=True)
-class SqueezedLayer:
+class SqueezedLayer(ContextAttention):
     """A clustered layer with the rules of one token and of a block of the user's tokens.
 
     The last `single_tokens` of an input select alone, for the answer hangs on them; those before
@@ -34,12 +35,8 @@ class SqueezedLayer:
     compute: Callable[..., tuple[Tensor, Tensor]]
 
     @property
-    def tokens(self) -> int:
-        return self.layer.tokens
-
-    @property
-    def selectable_keys(self) -> int:
-        return self.layer.clustered * self.layer.keys.shape[0]
+    def rule(self) -> SelectionRule:
+        return self.token
 
     def tensors(self) -> list[Tensor]:
         return [*self.layer.tensors(), *self.token.tensors(), *self.block.tensors()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from squeezed.context.record import ContextRecord
+from squeezed.methods.base import Blocks
 from squeezed.methods.fixed import FixedLayer
 from squeezed.methods.masked import document_rank, top_rows
 
@@ -25,6 +26,7 @@ class Streaming:
             FixedLayer(
                 layer,
                 budget,
+                Blocks.of(context),
                 top_rows(document_rank(layer).double(), round(budget * layer.clustered)),
             )
             for layer in context.clustered_layers

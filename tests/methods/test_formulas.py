@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from methods.contexts import DIM, GROUP, KV_HEADS, PINNED, SCALE, random_call, random_context
 from squeezed.attention.scores import grouped
+from squeezed.config import BEST
 from squeezed.methods import create
 from squeezed.methods.lazyllm import shares
 from squeezed.methods.masked import Queries, fill
@@ -17,7 +19,7 @@ from squeezed.methods.snapkv import votes
 def queries_of(query, per_token=True):
     q = grouped(query, KV_HEADS)
     valid = torch.ones(q.shape[0], q.shape[3], dtype=torch.bool)
-    return Queries(q, valid, q.shape[3] if per_token else 0, SCALE)
+    return Queries(q, valid, q.shape[3] if per_token else 0, SCALE, BEST.query_block)
 
 
 def kept(name, budget, call, context=None, **settings):
@@ -230,7 +232,8 @@ def test_fill_stops_where_the_keys_come_nearest_to_the_budget():
 
 def test_early_tokens_of_a_long_question_select_by_the_mean_of_their_block():
     query = random_call(batch=1, rows=170).query
-    queries = Queries(grouped(query, KV_HEADS), torch.ones(1, 170, dtype=torch.bool), 64, SCALE)
+    valid = torch.ones(1, 170, dtype=torch.bool)
+    queries = Queries(grouped(query, KV_HEADS), valid, 64, SCALE, BEST.query_block)
     weights = torch.randn(1, KV_HEADS, GROUP, 170, 9).log_softmax(-1)
     blocks = [weights[:, :, :, rows] for rows in (slice(0, 42), slice(42, 106))]
     means = [block.exp().mean(3, keepdim=True).log() for block in blocks]
@@ -246,3 +249,18 @@ def test_group_heads_share_every_key_that_one_of_them_wants():
     wanted = tree.keys[0, PINNED + 5] * 50 / DIM
     call.query[0, 0, 0], call.query[0, 1, 0] = wanted, -wanted
     assert layer.keep(queries_of(call.query))[0, 0, 0, 5]
+
+
+@pytest.mark.parametrize("method", ["oracle", "quest", "multipole", "routing"])
+def test_methods_select_in_the_blocks_of_the_contexts_own_preset(method):
+    context, call = random_context(layers=1), random_call(rows=12)
+    best = context.calibrations[BEST.name]
+    outputs = []
+    for block, single in ((64, 64), (4, 2)):
+        preset = replace(best.preset, query_block=block, single_tokens=single)
+        own = replace(context, calibrations={preset.name: replace(best, preset=preset)})
+        [layer] = create(method).prepare(own, 0.1)
+        outputs.append(call.attend(layer, per_token=False)[0])
+        alone = call.attend(layer, per_token=True)[0]
+        torch.testing.assert_close(outputs[-1][:, :, -2:], alone[:, :, -2:])
+    assert not torch.allclose(outputs[0][:, :, :10], outputs[1][:, :, :10], atol=1e-4)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from squeezed.context.layers import ClusteredLayer
+from squeezed.context.rule import SelectionRule
 from squeezed.methods.base import ContextAttention
 from squeezed.methods.dense import DenseLayer
 
@@ -125,7 +126,7 @@ class ErrorHistogram:
 
 
 @dataclass(frozen=True)
-class MeteredLayer:
+class MeteredLayer(ContextAttention):
     """A method's layer that tells the meter what happens in it."""
 
     inner: ContextAttention
@@ -137,12 +138,8 @@ class MeteredLayer:
         return self.inner.layer
 
     @property
-    def tokens(self) -> int:
-        return self.inner.tokens
-
-    @property
-    def selectable_keys(self) -> int:
-        return self.inner.selectable_keys
+    def rule(self) -> SelectionRule | None:
+        return self.inner.rule
 
     def tensors(self) -> list[Tensor]:
         return self.inner.tensors()
