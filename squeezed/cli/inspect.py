@@ -58,15 +58,16 @@ def inspect(
 def _plot(
     path: Path, model: str, asking: Asking, question: str, picture: Path
 ) -> list[list[float]]:
-    from squeezed.costs import inspection
+    from squeezed.answers.reading import budget_by_head
+    from squeezed.cli.plot import plot
     from squeezed.engine import respond
 
     session = open_session(path, model, "auto", "auto")
     cache = session.cache(asking)
     ids = session.context.template.question_ids(session.tokenizer, question)
     respond(session.model, session.tokenizer, cache, ids, max_new_tokens=24)
-    budgets = inspection.budget_by_head(session.context, cache)
-    inspection.plot(session.context, budgets, picture)
+    budgets = budget_by_head(session.context, cache)
+    plot(session.context, budgets, picture)
     return [[round(share, 4) for share in row] for row in budgets.tolist()]
 
 
