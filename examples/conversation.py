@@ -1,4 +1,4 @@
-"""A conversation about a document: python examples/conversation.py manual.txt "Why?" "And then?" """
+"""A conversation about a document: python examples/conversation.py manual.txt "Why?" "And?" """
 
 import sys
 from pathlib import Path

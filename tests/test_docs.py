@@ -10,7 +10,9 @@ from tiny import document, tiny_model, tiny_tokenizer
 from squeezed.cli.app import group
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -56,7 +58,9 @@ def test_python_in_pages_compiles(path):
 def test_files_named_in_pages_exist(path):
     """`room/file.py` is one of ours, seen from the root, the package or the tests."""
     for name in re.findall(r"`((?:[\w.]+/)+(?:[\w.]+\.(?:py|md|json|toml))?)`", prose(path)):
-        places = (ROOT / folder / name for folder in ("", "squeezed", "benchmarks", "benchmarks/h200"))
+        places = (
+            ROOT / folder / name for folder in ("", "squeezed", "benchmarks", "benchmarks/h200")
+        )
         assert any(place.exists() for place in places), name
 
 
