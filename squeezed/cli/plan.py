@@ -30,6 +30,7 @@ def plan(
 ) -> None:
     """Work out memory, clustering and bytes per token of a context without running a model."""
     from squeezed.costs import plan as planning
+    from squeezed.costs.shape import model_shape
     from squeezed.hf.loading import load_config
 
     check_budget(budget)
@@ -37,7 +38,7 @@ def plan(
         raise SqueezedError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     clustering = index_config(levels, DEFAULTS["iterations"], DEFAULTS["chunk"]).clustering
     quiet_libraries()
-    shape = planning.model_shape(load_config(model, note))
+    shape = model_shape(load_config(model, note))
     found = planning.plan(shape, context, budget, bandwidth * 1e9, clustering, PRESETS[preset])
     if json:
         emit({"model": model, "preset": preset} | found.record())

@@ -112,9 +112,9 @@ def test_interrupt_after_the_work_is_ignored(pressed):
 
 def test_fault_of_this_package_is_one_line_too(capsys, monkeypatch):
     from squeezed.cli import main
-    from squeezed.costs import plan
+    from squeezed.costs import shape
 
-    monkeypatch.setattr(plan, "model_shape", lambda config: 1 / 0)
+    monkeypatch.setattr(shape, "model_shape", lambda config: 1 / 0)
     monkeypatch.setattr("squeezed.hf.loading.load_config", lambda *words: None)
     assert main(["plan", "x"]) == 1
     err = capsys.readouterr().err

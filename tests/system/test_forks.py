@@ -83,7 +83,7 @@ def test_children_answer_like_their_parent(implementation, layer):
 WITHOUT_DISMISSAL = """
 import os
 import torch
-from squeezed import forks
+from squeezed.system import forks
 forks._gnu_openmp_libraries = lambda: {"/nowhere/libgomp.so.1"}
 torch.set_num_threads(2)
 large = torch.randn(700, 700)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from squeezed.attention.interface import causal_mask
-from squeezed.attention.triton.decode import launch as decode
+from squeezed.attention.triton.decode import launch as decoding
 from squeezed.attention.triton.decode import operator
-from squeezed.attention.triton.prefill import launch as prefill
+from squeezed.attention.triton.prefill import launch as prefilling
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
 
@@ -29,11 +29,11 @@ def attend(
     """Squeezed attention on the GPU; `squeezed.attention.reference` has shapes and meaning."""
     operands = (layer, rule, suffix_keys, suffix_values, suffix_mask, scale)
     if query.shape[2] == 1:
-        step = operator if torch.compiler.is_compiling() else decode
+        step = operator if torch.compiler.is_compiling() else decoding
         return step.attend(query, *operands)
     if rule.query_block == 1:
         return attend_tokens(query, *operands)
-    return prefill.attend(query, *operands)
+    return prefilling.attend(query, *operands)
 
 
 def attend_tokens(
@@ -64,7 +64,7 @@ def attend_tokens(
             mask = suffix_mask[request, 0, start : start + step, None, None]
             count = part.shape[0]
             tile = min(step, 1 << (count - 1).bit_length())
-            output, read = decode.attend(
+            output, read = decoding.attend(
                 _filled(part, tile),
                 layer,
                 rule,

@@ -169,7 +169,10 @@ def check_attention(fingerprint: dict, layer: int, module: nn.Module) -> None:
     """
     named = ((_IN_LAYER.fullmatch(name), made) for name, made in fingerprint["weights"].items())
     layers = [(int(match[1]), match[2], made) for match, made in named if match]
-    known = {name: made for place, name, made in layers if place == layer}
+    known: dict[str, list] = {}  # attention and MLP may have a part of one name
+    for place, name, made in layers:
+        if place == layer:
+            known.setdefault(name, []).append(made)
     count = getattr(getattr(module, "config", None), "num_hidden_layers", None)
     made_of = 1 + max((place for place, _, _ in layers), default=-1)
     what = None
@@ -177,7 +180,7 @@ def check_attention(fingerprint: dict, layer: int, module: nn.Module) -> None:
         what = f"{made_of} layers, not {count}"
     for part in parts(module):
         made = known.get(part.name) if part.tensor is not None else None
-        if made and not _sameness(_entry(part, made), made):
+        if made and not any(_sameness(_entry(part, one), one) for one in made):
             what = what or f"{part.name} of layer {layer} differs"
     if what:
         raise _another_model(what)

@@ -24,6 +24,7 @@ from squeezed.config import DEFAULT_BUDGET
 from squeezed.hf.attention import using_attention
 from squeezed.hf.cache import suffix_mask
 from squeezed.hf.capture import capture
+from squeezed.measure.record import write_record
 from squeezed.measure.speed import common
 from squeezed.measure.speed.fabricated import context_of, dense_cache, random_model
 
@@ -172,7 +173,7 @@ def main(
     results = run(context, method, layers, budget, new_tokens, device, small)
     rows = [asdict(result) for result in results]
     if device == "cuda":
-        common.write_record(out, {"layers": layers, "budget": budget}, rows)
+        write_record(out, {"layers": layers, "budget": budget}, rows)
     table = []
     for result in results:
         same = [r for r in results if r.context_tokens == result.context_tokens]
