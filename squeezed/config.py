@@ -1,4 +1,4 @@
-"""Every default of the package, with its unit. All classes are frozen; bad values raise here."""
+"""The settings that a caller may choose, with their units; frozen, and bad values raise here."""
 
 from __future__ import annotations
 
