@@ -13,6 +13,7 @@ from squeezed.hf.answer import respond
 from squeezed.hf.build import build_cache
 from squeezed.hf.loading import load_model
 from squeezed.methods import create
+from squeezed.methods.base import Blocks
 from squeezed.methods.masked import MaskedLayer, top_rows
 
 
@@ -30,7 +31,8 @@ class MeanQuery:
     paper = "none: an example"
 
     def prepare(self, context, budget):
-        return [MeanQueryLayer(layer, budget) for layer in context.clustered_layers]
+        blocks = Blocks.of(context)
+        return [MeanQueryLayer(layer, budget, blocks) for layer in context.clustered_layers]
 
 
 def run(model, tokenizer, text, question, budget=0.1, new_tokens=32):

@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from methods.contexts import random_call, random_context
 from tiny import document, tiny_model, tiny_tokenizer
 
 from squeezed.cli.app import group
@@ -52,6 +53,16 @@ def test_links_lead_to_files_and_headings_that_exist(path):
 def test_python_in_pages_compiles(path):
     for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
         compile(block, path.name, "exec")
+
+
+def test_the_method_that_a_page_shows_reads_its_budget():
+    page = (ROOT / "docs" / "write-a-method.md").read_text(encoding="utf-8")
+    scope = {"__name__": "page"}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], scope)
+    layers, call = scope["MeanQuery"]().prepare(random_context(), 0.1), random_call(rows=1)
+    for layer in layers:
+        _, read = call.attend(layer)
+        assert read.tolist() == [layer.budget_keys * layer.layer.keys.shape[0]] * 2
 
 
 @named(PAGES)
