@@ -9,6 +9,7 @@ from torch import Tensor
 
 from squeezed.hf.attention import using_attention
 from squeezed.hf.cache import SqueezedCache, suffix_mask
+from squeezed.hf.support import input_device
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def next_token_logits(model, cache: SqueezedCache, question: Tensor, answer: Ten
 
 
 def _forward(model, cache: SqueezedCache, ids: Tensor) -> Tensor:
-    ids = ids[None].to(model.device)
+    ids = ids[None].to(input_device(model))
     mask = suffix_mask(cache.get_seq_length(), torch.ones_like(ids))
     return model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[0]
 

@@ -9,6 +9,7 @@ from squeezed.context.layers import WindowLayer
 from squeezed.hf.attention import using_attention
 from squeezed.hf.cache import ContextLayer, SqueezedCache, WindowedLayer, suffix_mask
 from squeezed.hf.fixed_context import FixedContext
+from squeezed.hf.support import input_device
 from squeezed.measure.accuracy.meter import Meter
 from squeezed.methods.base import ContextAttention
 
@@ -49,7 +50,8 @@ def generate_answers(
     model, tokenizer, context: FixedContext, cache: SqueezedCache, questions: list[Tensor], new: int
 ) -> list[str]:
     """Greedy answers to question ids, as `squeezed.generate` would give them one by one."""
-    ids, mask = (x.to(model.device) for x in left_padded(questions, filler_id(tokenizer)))
+    ids, mask = left_padded(questions, filler_id(tokenizer))
+    ids, mask = (x.to(input_device(model)) for x in (ids, mask))
     with using_attention(model):
         output = model.generate(
             input_ids=ids,
@@ -80,14 +82,15 @@ def forced_logits(
         parts: ids of each question `[S]` and of its answer `[T]`, `T >= 1`.
     """
     filler = filler_id(tokenizer)
-    ids, mask = (x.to(model.device) for x in left_padded([q for q, _ in parts], filler))
+    device = input_device(model)
+    ids, mask = (x.to(device) for x in left_padded([q for q, _ in parts], filler))
     width = max(len(answer) for _, answer in parts)
     answers = torch.full((len(parts), width), filler)
     given = torch.zeros_like(answers)
     for i, (_, answer) in enumerate(parts):
         answers[i, : len(answer)] = answer
         given[i, : len(answer) - 1] = 1  # nothing follows an answer's last token
-    answers, given = answers.to(model.device), given.to(model.device)
+    answers, given = answers.to(device), given.to(device)
     everything = torch.cat([mask, given], 1)
     positions = (len(context.tokens) + everything.cumsum(1) - 1).clamp(min=0)
     split = ids.shape[1]
