@@ -334,7 +334,7 @@ def test_cpu_leaves_the_threads_of_torch_alone():
 import torch
 from trees import random_layer
 from squeezed.attention import cpu
-from squeezed.rule import SelectionRule
+from squeezed.context.rule import SelectionRule
 torch.set_num_threads(1)
 layer = random_layer()
 query, suffix = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 3, 32)

@@ -11,7 +11,7 @@ import os, sys, threading, time
 import torch
 import squeezed
 from squeezed.attention import implementation
-from squeezed.rule import SelectionRule
+from squeezed.context.rule import SelectionRule
 from trees import random_layer
 
 torch.set_num_threads(2)
