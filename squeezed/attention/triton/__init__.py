@@ -8,13 +8,12 @@ from torch import Tensor
 from squeezed.attention.interface import causal_mask
 from squeezed.attention.triton.decode import launch as decoding
 from squeezed.attention.triton.decode import operator
+from squeezed.attention.triton.decode.workspace import MAX_ROWS, power_of_two
 from squeezed.attention.triton.prefill import launch as prefilling
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
 
 __all__ = ["attend"]
-
-MAX_ROWS = 64  # query rows of one decode tile
 
 
 def attend(
@@ -63,7 +62,7 @@ def attend_tokens(
             part = query[request, :, start : start + step].transpose(0, 1).unsqueeze(2)
             mask = suffix_mask[request, 0, start : start + step, None, None]
             count = part.shape[0]
-            tile = min(step, 1 << (count - 1).bit_length())
+            tile = min(step, power_of_two(count))
             output, read = decoding.attend(
                 _filled(part, tile),
                 layer,

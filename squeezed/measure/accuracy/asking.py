@@ -7,7 +7,8 @@ from torch import Tensor
 
 from squeezed.context.layers import WindowLayer
 from squeezed.hf.attention import using_attention
-from squeezed.hf.cache import ContextLayer, SqueezedCache, WindowedLayer, suffix_mask
+from squeezed.hf.build import build_cache
+from squeezed.hf.cache import SqueezedCache, suffix_mask
 from squeezed.hf.fixed_context import FixedContext
 from squeezed.hf.support import input_device
 from squeezed.measure.accuracy.meter import Meter
@@ -20,10 +21,9 @@ def metered_cache(
     """A new cache whose full-attention layers report to `meter`."""
     metered = iter(meter.wrap(attentions))
     layers = [
-        WindowedLayer(layer) if isinstance(layer, WindowLayer) else ContextLayer(next(metered))
-        for layer in context.layers
+        layer if isinstance(layer, WindowLayer) else next(metered) for layer in context.layers
     ]
-    return SqueezedCache(layers, budget, context.tokens)
+    return build_cache(layers, budget, context.tokens)
 
 
 def left_padded(rows: list[Tensor], filler: int) -> tuple[Tensor, Tensor]:
