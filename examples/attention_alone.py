@@ -11,6 +11,7 @@ from squeezed.config import BEST, ClusteringConfig
 from squeezed.context.captured import ObservedLayer
 from squeezed.indexing.calibrate import calibrate
 from squeezed.indexing.clustering import cluster_layer
+from squeezed.indexing.forest import Forest
 from squeezed.testing.parts import Parts
 
 HEADS, GROUP, DIM, SCALE, RECENT = 2, 2, 64, 64**-0.5, 8
@@ -23,7 +24,9 @@ def run(tokens=4096, budgets=(0.05, 0.1, 0.3, 1.0), name="reference"):
     every = parts.keys(tokens + RECENT, torch.float32)  # much of them is common to all
     values = torch.randn(every.shape, generator=parts.generator)
     layer = cluster_layer(every[:, :tokens], values[:, :tokens], ClusteringConfig(), probe[0])
-    calibration = calibrate([ObservedLayer(layer, probe[0], SCALE)], BEST, (0.05, 0.1, 0.3))
+    calibration = calibrate(
+        Forest.of([ObservedLayer(layer, probe[0], SCALE)]), BEST, (0.05, 0.1, 0.3)
+    )
 
     attend, expected = implementation(name, every.device), dense(query, every, values)
     recent = layer.centred(every[None, :, tokens:]), values[None, :, tokens:]

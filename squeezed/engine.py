@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from squeezed.config import BEST, DEFAULT_BUDGET, IndexConfig
+from squeezed.context.captured import handed_over
 from squeezed.context.prompt import PromptTemplate
 from squeezed.context.storage import directory
 from squeezed.context.text import check_text
@@ -83,17 +84,18 @@ def index(
     )
     prefilled = time.perf_counter()
     with torch.autocast(input_device(model).type, enabled=False):
-        layers, seen = cluster(
-            captured,
+        layers, forest = cluster(
+            handed_over(captured),
             len(tokens),
             config.clustering,
-            lambda done: progress("cluster", done, len(captured)),
+            lambda done: progress("cluster", done, len(kinds)),
         )
         clustered = time.perf_counter()
         calibrations = {}
         for done, preset in enumerate(config.presets):
-            calibrations[preset.name] = calibrate(seen, preset, config.budgets)
+            calibrations[preset.name] = calibrate(forest, preset, config.budgets)
             progress("calibrate", done + 1, len(config.presets))
+    seen = forest.layers()
     return FixedContext(
         tokens=tokens,
         layers=tuple(layers),

@@ -16,6 +16,7 @@ from squeezed.context.storage.manifest import _checksum
 from squeezed.context.storage.structure import tensors_of
 from squeezed.hf.fixed_context import FixedContext
 from squeezed.indexing.calibrate import calibrate
+from squeezed.indexing.forest import Forest
 
 TOKENS, HEADS, DIM, PINNED, SCALE = 90, 2, 16, 10, 0.3
 WINDOW_FILE, LAYER_FILE = "layer_001.safetensors", "layer_002.safetensors"
@@ -33,7 +34,7 @@ def made_context(seed=0, dtype=torch.float32):
         for i in range(2)
     ]
     queries = [torch.randn(2 * HEADS, 8, DIM, generator=generator).to(dtype) for _ in trees]
-    seen = [ObservedLayer(tree, q, SCALE) for tree, q in zip(trees, queries, strict=True)]
+    seen = Forest.of([ObservedLayer(*pair, SCALE) for pair in zip(trees, queries, strict=True)])
     config = IndexConfig(ClusteringConfig(levels=(0.04, 0.1)), budgets=(0.1, 0.3))
     recent = torch.randn(2, HEADS, 12, DIM, generator=generator).to(dtype)
     return FixedContext(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,16 +27,21 @@ class CapturedLayer:
     scale: float
 
 
+def handed_over(layers: list[CapturedLayer]) -> Iterator[CapturedLayer]:
+    """Every layer, taken out of the list: whoever takes one is then the only one to hold it."""
+    layers.reverse()
+    while layers:
+        yield layers.pop()
+
+
 @dataclass(frozen=True)
 class ObservedLayer:
     """A clustered layer and the probe's queries there.
 
     Attributes:
         queries: `[Hq, W, D]`.
-        layers: how many layers' heads it holds, one after the other (`squeezed.indexing.groups`).
     """
 
     layer: ClusteredLayer
     queries: Tensor
     scale: float
-    layers: int = 1

@@ -28,7 +28,7 @@ BISECTIONS = 50
 LOWEST_ERROR = 1e-12
 
 
-def allot(errors: list[Tensor], budgets: tuple[float, ...]) -> list[Tensor]:
+def allot(errors: Tensor, layer_of_head: Tensor, budgets: tuple[float, ...]) -> Tensor:
     """The shares with the least error in sum whose mean over all heads is the budget.
 
     The price of a key is the same for all heads: each takes the share that minimises its error
@@ -36,20 +36,19 @@ def allot(errors: list[Tensor], budgets: tuple[float, ...]) -> list[Tensor]:
     gets at least what it would at the price at which it spends `LEAST_SHARE` of the budget.
 
     Args:
-        errors: per layer, first to last, `[len(SHARES), Hkv]`, squared errors.
+        errors: `[len(SHARES), N]`, squared errors of the KV heads of all layers.
+        layer_of_head: `[N]` int64 on the CPU, counted from 0; heads of a layer stand together.
 
     Returns:
-        Per layer `[budgets, Hkv]` float64.
+        `[budgets, N]` float64.
     """
-    heads = [of_layer.shape[1] for of_layer in errors]
-    weighted = [errors[0] * FIRST_LAYER_WEIGHT, *errors[1:]]
-    shares, curves = _curves(torch.cat(weighted, 1).double())
+    layers, layer = int(layer_of_head[-1]) + 1, layer_of_head.to(errors.device)
+    weighted = torch.where(layer == 0, FIRST_LAYER_WEIGHT * errors, errors)
+    shares, curves = _curves(weighted.double())
     wanted = shares.new_tensor(budgets)[:, None]
-    layer = torch.repeat_interleave(torch.tensor(heads)).to(shares.device)
-    alone = (LEAST_SHARE * wanted).expand(-1, len(heads))
+    alone = (LEAST_SHARE * wanted).expand(-1, layers)
     least = _spend(shares, curves, alone, layer, torch.zeros_like(wanted))
-    found = _spend(shares, curves, wanted, torch.zeros_like(layer), least)
-    return list(found.split(heads, 1))
+    return _spend(shares, curves, wanted, torch.zeros_like(layer), least)
 
 
 def _spend(shares: Tensor, curves: Tensor, wanted: Tensor, group: Tensor, least: Tensor) -> Tensor:

@@ -8,9 +8,7 @@ shares of its keys (`squeezed.indexing.trials`), share the budget out by what th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -19,49 +17,39 @@ from squeezed.config import Preset
 from squeezed.context.calibration import Calibration
 from squeezed.context.captured import ObservedLayer
 from squeezed.indexing.allotment import FAR_FITTED_AT, SHARES, allot
-from squeezed.indexing.groups import join_in_groups
+from squeezed.indexing.forest import Forest
 from squeezed.indexing.second_order import fit_alpha
 from squeezed.indexing.thresholds import fit_head_thresholds, fit_thresholds
 from squeezed.indexing.trials import Trials, try_out
 
 
-def calibrate(
-    layers: Sequence[ObservedLayer], preset: Preset, budgets: tuple[float, ...]
-) -> Calibration:
+def calibrate(forest: Forest, preset: Preset, budgets: tuple[float, ...]) -> Calibration:
     """Fit alpha of every query head, thresholds for every budget, and the far field."""
-    joined, blocks = join_in_groups(layers), (1, preset.query_block)
+    joined, blocks = forest.joined, (1, preset.query_block)
     alpha = [fit_alpha(seen) if preset.second_order else None for seen in joined]
-    if preset.per_head and layers and layers[0].layer.levels:
+    if preset.per_head and joined and joined[0].layer.levels:
         tried = zip(joined, alpha, strict=True)
         trials = [_try_shares(seen, weight, preset) for seen, weight in tried]
         far_alpha = [trial.far_alpha for trial in trials]
-        shares = allot(_apart(joined, [trial.errors for trial in trials]), budgets)
+        errors = torch.cat(list(map(_relative, trials, forest.layers_in)), 1)
+        shares = allot(errors, forest.layer_of_head, budgets).split(forest.heads, 1)
         fitted = [
             fit_head_thresholds(seen, weight, preset, own, blocks)
-            for seen, weight, own in zip(joined, alpha, _grouped(joined, shares), strict=True)
+            for seen, weight, own in zip(joined, alpha, shares, strict=True)
         ]
     else:
         far_alpha = [_far_alpha(preset, weight) for weight in alpha]
         fitted = fit_thresholds(joined, alpha, preset, budgets, blocks)
-    grids = _apart(joined, fitted)
+    grids = forest.apart(fitted)
     per_token, per_block = (tuple(grid[kind] for grid in grids) for kind in range(2))
-    of_layers = (tuple(_apart(joined, found)) for found in (alpha, far_alpha))
+    of_layers = (tuple(forest.apart(found)) for found in (alpha, far_alpha))
     return Calibration(preset, budgets, per_token, per_block, *of_layers)
 
 
-def _apart(joined: Sequence[ObservedLayer], found: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Per layer what was found for joined layers, whose heads are the last dimension."""
-    return [
-        own
-        for seen, heads in zip(joined, found, strict=True)
-        for own in ([None] * seen.layers if heads is None else heads.chunk(seen.layers, -1))
-    ]
-
-
-def _grouped(joined: Sequence[ObservedLayer], shares: Sequence[Tensor]) -> list[Tensor]:
-    """Shares of layers, `[budgets, Hkv]` each, as those of joined layers."""
-    rest = iter(shares)
-    return [torch.cat(list(islice(rest, seen.layers)), 1) for seen in joined]
+def _relative(trial: Trials, layers: int) -> Tensor:
+    """Errors `[S, Hkv]` over the mean squared output of their layer's heads."""
+    norm, heads = trial.norms.unflatten(0, (layers, -1)).mean(1), trial.errors.shape[1]
+    return trial.errors / norm.repeat_interleave(heads // layers, output_size=heads)
 
 
 def _try_shares(seen: ObservedLayer, alpha: Tensor | None, preset: Preset) -> Trials:

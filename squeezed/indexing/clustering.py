@@ -44,7 +44,7 @@ def cluster_layer(
         SqueezedError: a NaN or infinity among them.
     """
     check_layer(keys=keys, values=values, queries=queries)
-    return cluster_layers([keys], [values], config, [queries])[0]
+    return cluster_layers([keys], [values], config, [queries])
 
 
 def cluster_layers(
@@ -52,18 +52,17 @@ def cluster_layers(
     values: Sequence[Tensor],
     config: ClusteringConfig,
     queries: Sequence[Tensor | None],
-) -> list[ClusteredLayer]:
-    """Cluster layers of one shape together, as one layer with the heads of all.
+) -> ClusteredLayer:
+    """Cluster layers of one shape together, as one layer that has the heads of all in their order.
 
-    Arguments are those of `cluster_layer`, for every layer, all finite. The results are views that
-    lie side by side in memory, in the order of the layers.
+    Arguments are those of `cluster_layer`, for every layer, all finite.
     """
-    heads, tokens = keys[0].shape[:2]
+    tokens = keys[0].shape[1]
     centres = [common_part(k) for k in keys]
     first, pinned = config.pinned(tokens)
     counts = config.counts(tokens)
     if not counts:
-        return [_unclustered(*layer) for layer in zip(keys, values, centres, strict=True)]
+        return _unclustered(torch.cat(keys), torch.cat(values), torch.cat(centres))
     clustered = slice(first, first + tokens - pinned)
     points, space = _points(
         [k[:, clustered] for k in keys], [v[:, clustered] for v in values], queries, centres
@@ -83,18 +82,16 @@ def cluster_layers(
     )
     slope = value_slope(sorted_keys[:, pinned:], sorted_values[:, pinned:], levels[-1])
     slope = _held(slope, sorted_keys.dtype)
-    together = ClusteredLayer(
+    return ClusteredLayer(
         sorted_keys, sorted_values, _narrow(positions), pinned, levels, slope, centre
     )
-    return [together.of_heads(slice(h, h + heads)) for h in range(0, len(positions), heads)]
 
 
 def _unclustered(keys: Tensor, values: Tensor, centre: Tensor) -> ClusteredLayer:
     heads, tokens, dim = keys.shape
     positions = _narrow(torch.arange(tokens, device=keys.device).repeat(heads, 1))
     flat = keys.new_zeros(heads, dim, dim)
-    keys = (keys - centre[:, None]).contiguous()
-    return ClusteredLayer(keys, values.contiguous(), positions, tokens, (), flat, centre)
+    return ClusteredLayer(keys - centre[:, None], values, positions, tokens, (), flat, centre)
 
 
 def common_part(keys: Tensor) -> Tensor:

@@ -40,11 +40,13 @@ class Trials:
 
     Attributes:
         errors: `[S, Hkv]` float64, mean squared error of the outputs of a KV head's group under
-            every rule, over the mean squared output of the layer's heads.
+            every rule.
+        norms: `[Hq]` float64, mean squared dense output.
         far_alpha: `[Hq]` float32, or `None` if the far field is not of second order.
     """
 
     errors: Tensor
+    norms: Tensor
     far_alpha: Tensor | None
 
 
@@ -82,10 +84,9 @@ def try_out(
         errors.append(trial.errors(far_field, part))
         norms.append(trial.dense.square().sum(-1).mean(-1).flatten())
         parts += [] if part is None else [part.flatten()]
-    norm = torch.cat(norms).double().unflatten(0, (seen.layers, -1)).mean(1)  # of every layer
     of_heads = torch.cat(errors, 1).double().unflatten(1, (heads, -1)).sum(-1)
-    relative = of_heads / norm.repeat_interleave(heads // seen.layers, output_size=heads)
-    return Trials(relative, alpha[-1] * torch.cat(parts) if parts else None)
+    far_alpha = alpha[-1] * torch.cat(parts) if parts else None
+    return Trials(of_heads, torch.cat(norms).double(), far_alpha)
 
 
 class _Trial:

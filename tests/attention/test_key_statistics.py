@@ -19,6 +19,7 @@ from squeezed.context.captured import ObservedLayer
 from squeezed.context.layers import ClusteredLayer
 from squeezed.indexing.calibrate import calibrate
 from squeezed.indexing.clustering import cluster_layer
+from squeezed.indexing.forest import Forest
 from squeezed.testing.keys import REAL_LIKE, draw
 
 BUDGETS = (1.0, 0.3, 0.1, 0.02)
@@ -35,7 +36,8 @@ def case(kind, dtype, rows=1, device="cpu"):
     """A drawn layer, clustered and calibrated, and its twin in float64 without a centre."""
     drawn = draw(REAL_LIKE[kind], TOKENS, 2, 32, dtype, group=2, rows=rows, seed=5, device=device)
     layer = cluster_layer(drawn.keys, drawn.values, CLUSTERING, drawn.probe)
-    rules = calibrate([ObservedLayer(layer, drawn.probe, drawn.scale)], BEST, (0.02, 0.1, 0.3))
+    seen = Forest.of([ObservedLayer(layer, drawn.probe, drawn.scale)])
+    rules = calibrate(seen, BEST, (0.02, 0.1, 0.3))
     return drawn, layer, plain_twin(layer), rules
 
 

@@ -21,23 +21,21 @@ def error_at(shares, level, slope):
 
 def test_shares_spend_the_budget_and_grow_with_it():
     generator = torch.Generator().manual_seed(0)
-    errors = [
-        torch.rand(len(SHARES), 4, generator=generator).sort(0, descending=True).values
-        for _ in range(5)
-    ]
-    shares = torch.cat(allot(errors, BUDGETS), 1)  # [budgets, N]
+    errors = torch.rand(len(SHARES), 20, generator=generator).sort(0, descending=True).values
+    shares = allot(errors, torch.arange(20) // 4, BUDGETS)  # [budgets, N]
     assert shares.mean(1).tolist() == pytest.approx(BUDGETS, rel=1e-3)
     assert (shares.diff(dim=0) >= -1e-9).all() and (shares > 0).all() and (shares <= 1).all()
 
 
 def test_heads_alike_share_alike():
-    (shares,) = allot([curve(1.0, 1.0).expand(-1, 6)], BUDGETS)
+    shares = allot(curve(1.0, 1.0).expand(-1, 6), torch.zeros(6, dtype=torch.long), BUDGETS)
     assert shares.equal(shares[:, :1].expand_as(shares))
 
 
 def test_no_other_split_of_the_budget_errs_less():
     heads = ((1.0, 1.0), (0.1, 1.0), (0.3, 0.5))
-    (shares,) = allot([torch.cat([curve(*head) for head in heads], 1)], (0.1,))
+    errors = torch.cat([curve(*head) for head in heads], 1)
+    shares = allot(errors, torch.tensor([0, 0, 0]), (0.1,))
     found = sum(error_at(x, *head) for x, head in zip(shares[0], heads, strict=True))
     tried = torch.logspace(-2, -0.6, 60, dtype=torch.float64)
     best = min(
@@ -52,21 +50,21 @@ def test_no_other_split_of_the_budget_errs_less():
 def test_an_error_that_rises_with_the_share_counts_as_flat():
     noisy = curve(1.0, 1.0)
     noisy[3] = noisy[2] * 1.5
-    (shares,) = allot([torch.cat([noisy, curve(1.0, 1.0)], 1)], BUDGETS)
+    shares = allot(torch.cat([noisy, curve(1.0, 1.0)], 1), torch.tensor([0, 0]), BUDGETS)
     assert shares.isfinite().all() and shares.mean(1).tolist() == pytest.approx(BUDGETS, rel=1e-3)
 
 
 def test_the_first_layer_gets_more_than_another_with_the_same_errors():
-    first, second = allot([curve(1.0, 1.0), curve(1.0, 1.0)], (0.1,))
-    assert first > second
+    shares = allot(curve(1.0, 1.0).expand(-1, 2), torch.tensor([0, 1]), (0.1,))
+    assert shares[0, 0] > shares[0, 1]
 
 
 def test_no_layer_falls_below_its_part_of_the_budget():
     errors = [curve(1.0, 1.0), curve(1e-9, 1.0).expand(-1, 3), curve(0.5, 0.5)]
-    shares = allot(errors, BUDGETS)
-    means = torch.stack([of_layer.mean(1) for of_layer in shares])
+    shares = allot(torch.cat(errors, 1), torch.tensor([0, 1, 1, 1, 2]), BUDGETS)
+    means = torch.stack([of_layer.mean(1) for of_layer in shares.split([1, 3, 1], 1)])
     budgets = torch.tensor(BUDGETS, dtype=torch.float64)
     assert means[1].tolist() == pytest.approx((LEAST_SHARE * budgets).tolist(), rel=0.06)
     assert (means >= LEAST_SHARE * budgets * (1 - 1e-9)).all()
-    assert (torch.cat(shares, 1).diff(dim=0) >= -1e-9).all()
-    assert torch.cat(shares, 1).mean(1).tolist() == pytest.approx(BUDGETS, rel=1e-3)
+    assert (shares.diff(dim=0) >= -1e-9).all()
+    assert shares.mean(1).tolist() == pytest.approx(BUDGETS, rel=1e-3)

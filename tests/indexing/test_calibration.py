@@ -13,6 +13,7 @@ from squeezed.context.calibration import interpolate
 from squeezed.context.captured import ObservedLayer
 from squeezed.context.layers import ClusteredLayer
 from squeezed.indexing.calibrate import calibrate
+from squeezed.indexing.forest import Forest
 from squeezed.indexing.second_order import fit_alpha
 from squeezed.indexing.thresholds import fit_thresholds, keep_shares
 
@@ -56,14 +57,14 @@ def shares_kept(found, seen):
 @pytest.mark.parametrize("block", [False, True])
 def test_thresholds_spend_the_budget_on_what_they_observed(preset, block, nodes):
     seen = observed(nodes=nodes)
-    calibration = calibrate(seen, preset, BUDGETS)
+    calibration = calibrate(Forest.of(seen), preset, BUDGETS)
     for budget in BUDGETS:
         assert spent(seen, calibration, budget, block) == pytest.approx(budget, rel=0.08)
 
 
 def test_between_the_grid_more_budget_reads_more():
     seen = observed()
-    calibration = calibrate(seen, BEST, BUDGETS)
+    calibration = calibrate(Forest.of(seen), BEST, BUDGETS)
     shares = [spent(seen, calibration, b, False) for b in (0.02, 0.05, 0.07, 0.1, 0.2, 0.6, 1.0)]
     assert shares == sorted(shares) and shares[2] == pytest.approx(0.07, rel=0.25)
     assert shares[-1] == 1.0
@@ -71,7 +72,7 @@ def test_between_the_grid_more_budget_reads_more():
 
 def test_one_threshold_lets_a_sharp_layer_read_less():
     seen = observed()
-    calibration = calibrate(seen, PAPER, BUDGETS)
+    calibration = calibrate(Forest.of(seen), PAPER, BUDGETS)
     first, last = (calibration.rule(i, 0.1, False).log_thresholds for i in (0, 2))
     assert first.equal(last) and first.equal(first[:, :1].expand_as(first))
     shares = [spent(seen[i : i + 1], calibration, 0.1, False) for i in (0, 2)]
@@ -81,7 +82,7 @@ def test_one_threshold_lets_a_sharp_layer_read_less():
 def test_a_head_that_errs_more_gets_more_of_the_keys():
     seen = observed()
     calm = replace(seen[0], queries=seen[0].queries * 0)  # weighs all keys alike: means suffice
-    calibration = calibrate([calm, seen[2]], BEST, BUDGETS)
+    calibration = calibrate(Forest.of([calm, seen[2]]), BEST, BUDGETS)
     shares = []
     for index, layer in enumerate([calm, seen[2]]):
         rule = calibration.rule(index, 0.1, False)
@@ -92,7 +93,7 @@ def test_a_head_that_errs_more_gets_more_of_the_keys():
 def test_a_head_without_a_share_still_reads_what_beats_all_it_was_asked():
     seen = observed(layers=2)
     quiet = replace(seen[0], queries=seen[0].queries * 0)  # all its clusters score alike
-    calibration = calibrate([quiet, seen[1]], BEST, BUDGETS)
+    calibration = calibrate(Forest.of([quiet, seen[1]]), BEST, BUDGETS)
     rule = calibration.rule(0, BUDGETS[0], False)
     found = lookup(10 * seen[0].queries[None], quiet.layer, rule, SCALE)
     assert found.kept.any()
@@ -112,7 +113,9 @@ def test_thresholds_of_a_block_size_do_not_depend_on_the_others(preset):
 def test_a_document_too_short_to_cluster_has_no_thresholds():
     seen = [replace(layer, layer=replace(layer.layer, levels=())) for layer in observed()]
     for preset in (PAPER, BEST):
-        assert calibrate(seen, preset, BUDGETS).rule(2, 0.1, True).log_thresholds.shape == (0, 2)
+        assert calibrate(Forest.of(seen), preset, BUDGETS).rule(
+            2, 0.1, True
+        ).log_thresholds.shape == (0, 2)
 
 
 def slope(seen, level, query_head):

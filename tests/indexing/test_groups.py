@@ -1,16 +1,18 @@
 """Layers worked on together give what they give one by one."""
 
-from dataclasses import replace
+import weakref
 
 import pytest
 import torch
 
 from squeezed.config import BEST, PAPER, ClusteringConfig
-from squeezed.context.captured import ObservedLayer
+from squeezed.context.captured import CapturedLayer, ObservedLayer, handed_over
 from squeezed.indexing import groups as together
+from squeezed.indexing.build import cluster
 from squeezed.indexing.calibrate import calibrate
 from squeezed.indexing.clustering import cluster_layer, cluster_layers
-from squeezed.indexing.groups import in_groups, join, join_in_groups, side_by_side
+from squeezed.indexing.forest import Forest
+from squeezed.indexing.groups import in_groups
 from squeezed.testing.parts import Parts
 
 BUDGETS = (0.05, 0.2)
@@ -28,8 +30,16 @@ def drawn(layers=5, tokens=700, heads=2, dim=16):
     return tuple(zip(*found, strict=True))
 
 
-def observed(trees, queries):
-    return [ObservedLayer(tree, own, 0.25) for tree, own in zip(trees, queries, strict=True)]
+def forest(layers_in=(5,), of=None):
+    """Layers of which so many each are clustered as one."""
+    keys, values, queries = drawn(sum(layers_in)) if of is None else of
+    joined, first = [], 0
+    for count in layers_in:
+        own = slice(first, first + count)
+        tree = cluster_layers(keys[own], values[own], ClusteringConfig(), queries[own])
+        joined.append(ObservedLayer(tree, torch.cat(queries[own]), 0.25))
+        first += count
+    return Forest(tuple(joined), tuple(layers_in))
 
 
 def assert_equal(found, expected):
@@ -41,29 +51,20 @@ def assert_equal(found, expected):
 def test_trees_of_layers_clustered_together_are_those_of_each(query_space):
     keys, values, queries = drawn()
     queries = queries if query_space else [None] * len(keys)
-    for found, *alone in zip(
-        cluster_layers(keys, values, ClusteringConfig(), queries),
-        keys,
-        values,
-        queries,
-        strict=True,
-    ):
-        expected = cluster_layer(alone[0], alone[1], ClusteringConfig(), alone[2])
+    together = cluster_layers(keys, values, ClusteringConfig(), queries)
+    for place, alone in enumerate(zip(keys, values, queries, strict=True)):
+        expected = cluster_layer(*alone[:2], ClusteringConfig(), alone[2])
+        found = together.of_heads(slice(2 * place, 2 * place + 2))
         assert found.positions.equal(expected.positions)
         assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("preset", [PAPER, BEST], ids=lambda preset: preset.name)
-def test_calibrations_of_joined_layers_are_those_of_each(preset, monkeypatch):
+def test_calibrations_of_joined_layers_are_those_of_each(preset):
     keys, values, queries = drawn()
-    seen = observed(cluster_layers(keys, values, ClusteringConfig(), queries), queries)
-    seen[3] = replace(seen[3], queries=seen[3].queries * 4)  # outputs of another norm
-    expected = calibrate(seen, preset, BUDGETS)
-    monkeypatch.setattr(
-        "squeezed.indexing.calibrate.join_in_groups",
-        lambda layers: [join(layers[:3]), join(layers[3:])],
-    )
-    found = calibrate(seen, preset, BUDGETS)
+    queries = (*queries[:3], queries[3] * 4, queries[4])  # outputs of another norm
+    found = calibrate(forest((3, 2), (keys, values, queries)), preset, BUDGETS)
+    expected = calibrate(forest((1,) * 5, (keys, values, queries)), preset, BUDGETS)
     for name in ("per_token", "per_block", "alpha", "far_alpha"):
         for ours, theirs in zip(getattr(found, name), getattr(expected, name), strict=True):
             if theirs is None:
@@ -73,32 +74,59 @@ def test_calibrations_of_joined_layers_are_those_of_each(preset, monkeypatch):
 
 
 def test_documents_too_short_to_cluster_join_as_well():
-    keys, values, queries = drawn(layers=2, tokens=100)
-    seen = observed(cluster_layers(keys, values, ClusteringConfig(), queries), queries)
-    joined = join(seen)
-    assert joined.layers == 2 and joined.layer.levels == ()
-    centre = joined.layer.centre[:, None]
-    torch.testing.assert_close(joined.layer.keys + centre, torch.cat(keys))
+    drawn_layers = drawn(layers=2, tokens=100)
+    short = forest((2,), drawn_layers)
+    joined = short.joined[0].layer
+    assert joined.levels == () and len(short.layers()) == 2
+    torch.testing.assert_close(joined.keys + joined.centre[:, None], torch.cat(drawn_layers[0]))
+    assert calibrate(short, BEST, BUDGETS).rule(1, 0.1, True).log_thresholds.shape == (0, 2)
 
 
-def test_layers_clustered_together_join_without_a_copy():
-    keys, values, queries = drawn(layers=3)
-    trees = cluster_layers(keys, values, ClusteringConfig(), queries)
-    tree = join(observed(trees, queries)).layer
-    for whole, first, last in zip(
-        tree.tensors(), trees[0].tensors(), trees[-1].tensors(), strict=True
-    ):
-        assert whole.data_ptr() == first.data_ptr() and whole[-len(last) :].equal(last)
-        assert whole[-len(last) :].data_ptr() == last.data_ptr()
-    apart = [trees[0], trees[2]]
-    assert join(observed(apart, queries[:2])).layer.keys.equal(torch.cat([t.keys for t in apart]))
+def test_layers_of_a_forest_are_views_in_their_order():
+    trees = forest((1, 2))
+    assert trees.layer_of_head.tolist() == [0, 0, 1, 1, 2, 2] and trees.heads == [2, 4]
+    for place, seen in enumerate(trees.layers()):
+        whole = trees.joined[min(place, 1)]
+        half = slice(2, 4) if place == 2 else slice(0, 2)
+        for own, of_all in zip(seen.layer.tensors(), whole.layer.tensors(), strict=True):
+            assert own.data_ptr() == of_all[half].data_ptr() and own.equal(of_all[half])
+        group = slice(6, 12) if place == 2 else slice(0, 6)
+        assert seen.queries.equal(whole.queries[group]) and seen.scale == 0.25
 
 
-def test_only_neighbours_of_one_shape_lie_side_by_side():
-    rows = torch.arange(24.0).view(6, 4)
-    for parts in ([rows[:2], rows[4:]], [rows[2:4], rows[:2]], [rows[:3, :2], rows[3:, :2]]):
-        assert side_by_side(parts).equal(torch.cat(parts))
-    assert side_by_side([rows[:3], rows[3:]]).data_ptr() == rows.data_ptr()
+def test_what_was_found_for_joined_layers_comes_apart_by_layer():
+    found = forest((1, 2)).apart([torch.arange(6.0), torch.arange(12.0).view(1, 12)])
+    assert [own.flatten().tolist() for own in found] == [
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 3, 4, 5],
+        [6, 7, 8, 9, 10, 11],
+    ]
+    assert forest((1, 2)).apart([None, None]) == [None, None, None]
+
+
+def test_only_the_tree_holds_a_layer_that_was_handed_over():
+    layers = [CapturedLayer(k, v, q, 0.25) for k, v, q in zip(*drawn(3), strict=True)]
+    alive = [weakref.ref(layer.keys) for layer in layers]
+    counts = []
+    cluster(
+        handed_over(layers),
+        700,
+        ClusteringConfig(),
+        lambda done: counts.append((done, held(alive))),
+    )
+    assert counts[-1] == (3, 0) and layers == []
+
+
+def held(references):
+    return sum(reference() is not None for reference in references)
+
+
+def test_layers_in_a_list_of_the_caller_stay_there():
+    layers = [CapturedLayer(k, v, q, 0.25) for k, v, q in zip(*drawn(2), strict=True)]
+    trees, _ = cluster(layers, 700, ClusteringConfig())
+    assert len(layers) == 2 and all(isinstance(layer, CapturedLayer) for layer in layers)
+    again, _ = cluster(layers, 700, ClusteringConfig())
+    assert all(a.keys.equal(b.keys) for a, b in zip(trees, again, strict=True))
 
 
 def test_groups_hold_layers_of_one_shape_and_a_bounded_number_of_keys(monkeypatch):
@@ -110,4 +138,4 @@ def test_groups_hold_layers_of_one_shape_and_a_bounded_number_of_keys(monkeypatc
     assert len(in_groups(shapes, torch.device("cpu"))) == len(shapes)
     monkeypatch.setattr(together, "LAYERS_AT_ONCE", 2)
     assert [own.stop for own in in_groups(shapes[:4], GPU)] == [2, 4]
-    assert in_groups([], GPU) == [] and join_in_groups([]) == []
+    assert in_groups([], GPU) == []

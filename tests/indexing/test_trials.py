@@ -35,15 +35,15 @@ def tried_out(seen, tried):
 
 
 def errors_by_attention(seen, rule):
-    """Squared errors of the output over the mean square of dense, summed over groups, `[Hkv]`."""
+    """Mean squared error of the output by group, `[Hkv]`, and mean square of dense, `[Hq]`."""
     query = seen.queries[None, :, ::3]
     nothing = query.new_zeros(1, 2, 0, 32)
     dense, _ = attend(
         query, replace(seen.layer, levels=()), rule, nothing, nothing, everything(query), SCALE
     )
     output, _ = attend(query, seen.layer, rule, nothing, nothing, everything(query), SCALE)
-    away = (output - dense).square().sum(-1).mean((0, 2)) / dense.square().sum(-1).mean()
-    return away.unflatten(0, (2, GROUP)).sum(1)
+    away, norm = (x.square().sum(-1).mean((0, 2)) for x in (output - dense, dense))
+    return away.unflatten(0, (2, GROUP)).sum(1), norm
 
 
 def everything(query):
@@ -71,8 +71,9 @@ def test_errors_are_those_of_attention(far_field, chunk, monkeypatch):
     found = tried_out(seen, tried)
     assert found.far_alpha is None
     for of_share, rule in zip(found.errors, tried, strict=True):
-        expected = errors_by_attention(seen, rule).double()
+        expected, norms = (x.double() for x in errors_by_attention(seen, rule))
         torch.testing.assert_close(of_share, expected, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(found.norms, norms, atol=1e-6, rtol=1e-4)
 
 
 def test_every_head_takes_the_far_field_with_the_least_error():
@@ -81,8 +82,8 @@ def test_every_head_takes_the_far_field_with_the_least_error():
     parts = (found.far_alpha / tried[0].far_alpha).tolist()
     assert all(min(abs(part - known) for known in trial.FAR_PARTS) < 1e-6 for part in parts)
     chosen = [replace(rule, far_alpha=found.far_alpha) for rule in tried]
-    expected = torch.stack([errors_by_attention(seen, rule) for rule in chosen]).double()
+    expected = torch.stack([errors_by_attention(seen, rule)[0] for rule in chosen]).double()
     torch.testing.assert_close(found.errors, expected, atol=1e-6, rtol=1e-4)
     for part in trial.FAR_PARTS:
         other = replace(tried[1], far_alpha=tried[1].far_alpha * part)
-        assert (found.errors[1] <= errors_by_attention(seen, other) * (1 + 1e-4)).all()
+        assert (found.errors[1] <= errors_by_attention(seen, other)[0] * (1 + 1e-4)).all()

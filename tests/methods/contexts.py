@@ -8,6 +8,7 @@ from trees import random_layer
 from squeezed.config import BEST, PAPER
 from squeezed.context.captured import ObservedLayer
 from squeezed.indexing.calibrate import calibrate
+from squeezed.indexing.forest import Forest
 
 SCALE = 0.3
 KV_HEADS, GROUP, DIM, PINNED = 2, 2, 32, 20
@@ -34,7 +35,7 @@ def random_context(layers=2, tokens=300, seed=0, dtype=torch.float32):
         for i in range(layers)
     ]
     queries = [torch.randn(KV_HEADS * GROUP, 12, DIM, generator=generator).to(dtype) for _ in trees]
-    seen = [ObservedLayer(tree, q, SCALE) for tree, q in zip(trees, queries, strict=True)]
+    seen = Forest.of([ObservedLayer(*pair, SCALE) for pair in zip(trees, queries, strict=True)])
     calibrations = {preset.name: calibrate(seen, preset, BUDGETS) for preset in (PAPER, BEST)}
     return RandomContext(trees, queries, [SCALE] * layers, calibrations)
 

@@ -12,6 +12,7 @@ from squeezed.context.prompt import PromptTemplate
 from squeezed.hf.fixed_context import FixedContext
 from squeezed.indexing.calibrate import calibrate
 from squeezed.indexing.clustering import cluster_layer
+from squeezed.indexing.forest import Forest
 
 
 def random_model(layers: int, device: str, small: bool = False) -> LlamaForCausalLM:
@@ -60,7 +61,7 @@ def context_of(model, seeds: list[CapturedLayer], tokens: int, budget: float) ->
         layers=tuple(layers),
         windows=(None,) * len(layers),
         scales=tuple(seed.scale for seed in seeds),
-        calibrations={BEST.name: calibrate(seen, BEST, config.budgets)},
+        calibrations={BEST.name: calibrate(Forest.of(seen), BEST, config.budgets)},
         config=config,
         template=PromptTemplate.plain(),
         model="",

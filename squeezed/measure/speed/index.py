@@ -17,7 +17,7 @@ import torch
 import typer
 
 from squeezed.config import PRESETS, IndexConfig
-from squeezed.context.captured import CapturedLayer
+from squeezed.context.captured import CapturedLayer, handed_over
 from squeezed.indexing.build import cluster
 from squeezed.indexing.calibrate import calibrate
 from squeezed.measure.record import write_record
@@ -71,17 +71,19 @@ def measure(shape: Shape, context: int, presets: list[str]) -> dict:
     """One context length."""
     config = IndexConfig()
     captured = captured_layers(shape, context, config.clustering.pinned_last)
-    (_, seen), seconds, peak = timed(lambda: cluster(captured, context, config.clustering))
-    kv_bytes = sum(s.layer.kv_bytes() for s in seen)
+    (_, forest), seconds, peak = timed(
+        lambda: cluster(handed_over(captured), context, config.clustering)
+    )
+    kv_bytes = sum(seen.layer.kv_bytes() for seen in forest.joined)
     row = {
         "context": context,
         "layers": shape.layers,
         "cluster_s": seconds,
-        "index_share_of_kv": sum(s.layer.index_bytes() for s in seen) / kv_bytes,
+        "index_share_of_kv": sum(seen.layer.index_bytes() for seen in forest.joined) / kv_bytes,
         "calibrate_s": {},
     }
     for preset in presets:
-        calibrate_one = partial(calibrate, seen, PRESETS[preset], config.budgets)
+        calibrate_one = partial(calibrate, forest, PRESETS[preset], config.budgets)
         _, row["calibrate_s"][preset], extra = timed(calibrate_one)
         peak = max(peak, extra)
     row["total_s"] = seconds + sum(row["calibrate_s"].values())
