@@ -1,6 +1,8 @@
 # make demo    index the demo document, ask three questions, print the table
-# make test    style, the import contract and every test, in WORKERS processes
-# make lint    ruff
+# make test    all of what follows, and every test, in WORKERS processes
+# make lint    style, spelling and the import contract
+# make docs    the site, into build/site; a broken link, or one that needs the network, fails
+# make format  put the style right
 # All create the virtual environment in .venv first; remove that directory to start over.
 
 PYTHON ?= python3
@@ -11,19 +13,23 @@ INSTALLED := $(VENV)/.installed
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint docs format clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/squeezed demo
 
-test: $(INSTALLED) lint
-	$(BIN)/lint-imports
+test: $(INSTALLED) lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -1,15 +1,21 @@
-"""For MkDocs: pages and records beside docs/ become part of the site, and links follow them."""
+"""For MkDocs: pages and records beside docs/ become part of the site, and links follow them.
+
+A page that a browser could not show without the network stops the build.
+"""
 
 import posixpath
 import re
 from pathlib import Path
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 BESIDE = ("*.md", "benchmarks/**/*.md", "benchmarks/**/*.json", "benchmarks/**/*.png",
           "examples/*.py", "squeezed/demo/README.md")  # fmt: skip
 LINK = re.compile(r"\]\(([^)\s#]+)")
+FETCHED = re.compile(r"""<(?:[^>]+\ssrc|link\s[^>]*href)=["']((?:https?:)?//[^"']+)""")
+"""What a browser loads by itself, such as a font or a picture: not what a reader clicks on."""
 README = ("README.md", "project.md")
 """The project's README on the site, where README.md is the overview of docs/."""
 
@@ -34,6 +40,12 @@ def on_page_markdown(markdown, page, config, files):
         return f"]({posixpath.relpath(site_place(target), place)}"
 
     return LINK.sub(moved, markdown)
+
+
+def on_post_page(output, page, config):
+    for address in FETCHED.findall(output):
+        raise PluginError(f"{page.file.src_uri}: loads {address}; expected a file of the site")
+    return output
 
 
 def site_place(source):

@@ -3,9 +3,11 @@
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from methods.contexts import random_call, random_context
+from mkdocs.exceptions import PluginError
 from tiny import document, tiny_model, tiny_tokenizer
 
 from squeezed.cli.app import group
@@ -127,3 +129,16 @@ def test_example_attention_alone_is_dense_at_a_budget_of_one_and_errs_less_the_m
     errors = run_of("attention_alone")(tokens=2048)
     assert errors[1.0] < 1e-5
     assert errors[0.05] > errors[0.1] > errors[0.3] > 1e-4
+
+
+def test_a_page_that_loads_something_from_the_network_stops_the_site():
+    hook = runpy.run_path(str(ROOT / "docs" / "site_hooks.py"))["on_post_page"]
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    alone = '<img src="plot.png"><a href="https://arxiv.org/abs/2411.09688">paper</a>'
+    assert hook(alone, page, None) == alone
+    for fetched in (
+        '<img alt="x" src="https://example.org/x.png">',
+        '<link rel="stylesheet" href="//example.org/font.css">',
+    ):
+        with pytest.raises(PluginError, match=r"example\.org"):
+            hook(alone + fetched, page, None)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import interpreter  # before any kernel
 import pytest
 import torch
+from devices import gpu
 from trees import far_alpha_for, random_layer
 
 from squeezed.attention import reference, triton
@@ -17,18 +18,17 @@ from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
 
-ON_GPU = interpreter.DEVICE == "cuda"
 # The interpreter multiplies no bfloat16.
-DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16,)
-SIZES = (
-    dict(tokens=9000, nodes=(80, 400), pinned=116) if ON_GPU else dict(tokens=300, nodes=(6, 24))
-)
-SMALL = Tuning(
+DTYPES = (torch.float16, gpu(torch.bfloat16))
+SMALL = dict(tokens=300, nodes=(5, 10, 24))
+LARGE = dict(tokens=9000, nodes=(20, 80, 400), pinned=116)
+SIZES = pytest.mark.parametrize("size", [SMALL, gpu(LARGE)], ids=["small", "large"])
+INTERPRETED = Tuning(
     score_tile=16, chunk=32, nodes=16, write=2, tile=16, node_tile=16, stages=3, merge_slots=8,
     overlap=False,
 )  # fmt: skip
-TUNING = None if ON_GPU else SMALL
-BASE = Tuning() if ON_GPU else SMALL
+TUNING = INTERPRETED if interpreter.DEVICE == "cpu" else None
+BASE = TUNING or Tuning()
 PATHS = {
     "one round": replace(BASE, walk_programs=64),
     "several rounds": replace(BASE, walk_programs=1, node_tile=64),
@@ -38,7 +38,7 @@ KEEP_ALL, KEEP_NONE = -float("inf"), 1e9
 
 
 def layer_of(**changes):
-    return random_layer(**{"dtype": DTYPES[0], "dim": 32, **SIZES, **changes})
+    return random_layer(**{"dtype": torch.float16, "dim": 32, **SMALL, "nodes": (6, 24), **changes})
 
 
 def inputs(layer, batch=1, group=1, recent=5, seed=0, scale_query=1.0):
@@ -107,12 +107,12 @@ def _tensors(field):
     return field if isinstance(field, tuple) else (field,)
 
 
+@SIZES
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("far_field", ["none", "first_order", "second_order"])
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_decode_equals_reference_at_any_depth_and_far_field(levels, far_field, path):
-    nodes = (20, 80, 400)[-levels:] if ON_GPU else (4, 10, 24)[-levels:]
-    layer = layer_of(nodes=nodes)
+def test_decode_equals_reference_at_any_depth_and_far_field(levels, far_field, path, size):
+    layer = layer_of(**size | {"nodes": size["nodes"][-levels:]})
     rule = rule_of(layer, 2, far_field=far_field, second_order=True)
     assert_equals_reference(*_around(layer, rule, inputs(layer, group=2)), tuning=PATHS[path])
 
@@ -122,17 +122,16 @@ def _around(layer, rule, drawn):
     return query, layer, rule, keys, values
 
 
+@SIZES
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("group", "dim"), [(1, 64), (3, 96), (4, 128), (16, 32), (2, 256)])
-def test_decode_equals_reference_for_head_shapes(group, dim, dtype):
-    layer = layer_of(dim=dim, dtype=dtype)
+def test_decode_equals_reference_for_head_shapes(group, dim, dtype, size):
+    layer = layer_of(dim=dim, dtype=dtype, **size | {"nodes": size["nodes"][-2:]})
     rule = rule_of(layer, group, far_field="first_order")
     assert_equals_reference(*_around(layer, rule, inputs(layer, group=group)))
 
 
-@pytest.mark.parametrize(
-    ("batch", "group"), [(3, 2), (40, 2), (64, 1)] if ON_GPU else [(3, 2), (5, 1)]
-)
+@pytest.mark.parametrize(("batch", "group"), [(3, 2), (5, 1), gpu(40, 2), gpu(64, 1)])
 def test_requests_that_share_a_context_equal_reference(batch, group):
     layer = layer_of()
     query, keys, values = inputs(layer, batch, group)
@@ -143,12 +142,13 @@ def test_requests_that_share_a_context_equal_reference(batch, group):
         assert_equals_reference(query, layer, rule, keys, values, mask, tuning=tuning)
 
 
+@SIZES
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("far_field", ["none", "first_order", "second_order"])
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_requests_that_disagree_on_a_coarsest_node_equal_reference(levels, far_field, path):
-    nodes = (20, 80, 400)[-levels:] if ON_GPU else (5, 10, 24)[-levels:]
-    layer = layer_of(nodes=nodes).to(interpreter.DEVICE)
+def test_requests_that_disagree_on_a_coarsest_node_equal_reference(levels, far_field, path, size):
+    nodes = size["nodes"][-levels:]
+    layer = layer_of(**size | {"nodes": nodes}).to(interpreter.DEVICE)
     query, keys, values = inputs(layer, batch=4, group=2)
     torch.manual_seed(0)
     rule = rule_of(layer, 2, far_field=far_field, second_order=True)
@@ -253,7 +253,7 @@ def test_clusters_of_one_key_equal_reference():
 @pytest.mark.parametrize("shift", [-1e4, 1e4])
 def test_huge_logits_equal_reference(shift):
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(2, SIZES["tokens"], 32, generator=generator)
+    keys = torch.randn(2, SMALL["tokens"], 32, generator=generator)
     keys[..., 0] = shift / 40
     layer = layer_of(keys=keys)
     query, recent_keys, recent_values = inputs(layer)
@@ -265,7 +265,7 @@ def test_huge_logits_equal_reference(shift):
 
 def test_sinks_of_huge_norm_equal_reference():
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(2, SIZES["tokens"], 32, generator=generator)
+    keys = torch.randn(2, SMALL["tokens"], 32, generator=generator)
     keys[:, :4] *= 60
     layer = layer_of(keys=keys)
     assert_equals_reference(*_around(layer, rule_of(layer), inputs(layer)))
@@ -336,7 +336,7 @@ def test_views_of_a_static_buffer_are_read_in_place():
     assert_equals_reference(query, layer, rule_of(layer), *views)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU with room for 9 GB")
+@pytest.mark.gpu(memory_gb=12)
 def test_offsets_beyond_31_bits_equal_reference():
     tokens = (1 << 31) // 128 + 4096
     keys = torch.randn(1, tokens, 128, dtype=torch.bfloat16, device="cuda")
@@ -358,7 +358,7 @@ def test_offsets_beyond_31_bits_equal_reference():
     torch.testing.assert_close(output.float(), dense, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.gpu
 def test_decode_replays_from_a_graph():
     layer = layer_of().to("cuda")
     query, keys, values = inputs(layer, batch=2, group=2)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import interpreter
 import pytest
 import torch
+from devices import gpu
 from trees import far_alpha_for, random_layer
 
 from squeezed.attention.reference import attend as reference
@@ -17,7 +18,6 @@ from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
 
 DEVICE = interpreter.DEVICE
-LARGE = DEVICE == "cuda"
 KV_HEADS = 2
 FAR_FIELDS = ("none", "first_order", "second_order")
 NEG_INF = float("-inf")
@@ -34,7 +34,7 @@ def inputs(kv_heads=2, group=1, rows=12, suffix=15, dim=16, batch=1, dtype=torch
 def layer_of(**settings):
     settings = {
         "kv_heads": KV_HEADS,
-        "tokens": 3000 if LARGE else 200,
+        "tokens": 200,
         "dim": 16,
         "nodes": (6, 24),
     } | settings
@@ -110,12 +110,13 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
 
 
+@pytest.mark.parametrize("tokens", [200, gpu(3000)])
 @pytest.mark.parametrize("far_field", FAR_FIELDS)
 @pytest.mark.parametrize(
     "group, rows, nodes", [(1, 13, (5, 20)), (3, 8, (20,)), (1, 9, (3, 9, 40))]
 )
-def test_prefill_equals_reference(far_field, group, rows, nodes):
-    layer = layer_of(nodes=nodes)
+def test_prefill_equals_reference(far_field, group, rows, nodes, tokens):
+    layer = layer_of(nodes=nodes, tokens=tokens)
     query, keys, values = inputs(group=group, rows=rows)
     leaf = threshold_keeping(layer, query, 0.3, 8)
     rule = rule_of((upper_threshold(layer),) * (len(nodes) - 1) + (leaf,), far_field)
@@ -123,9 +124,10 @@ def test_prefill_equals_reference(far_field, group, rows, nodes):
     assert 0 < int(keys_read) < 0.7 * layer.clustered * 2 * rows
 
 
+@pytest.mark.parametrize("tokens", [200, gpu(3000)])
 @pytest.mark.parametrize("far_field", FAR_FIELDS)
-def test_prefill_second_order_equals_reference(far_field):
-    layer = layer_of()
+def test_prefill_second_order_equals_reference(far_field, tokens):
+    layer = layer_of(tokens=tokens)
     query, keys, values = inputs(group=2)
     check(layer, rule_of((-7.0, -5.5), far_field, heads=4), query, keys, values)
 
@@ -251,16 +253,11 @@ def test_prefill_accepts_strided_queries_and_suffixes():
     assert torch.equal(output, expected)
 
 
-half_precision = pytest.mark.skipif(not LARGE, reason="needs a GPU: 16-bit tensor cores")
-
-
-@pytest.fixture(params=["hopper", "any GPU"])
+@pytest.fixture(params=[gpu("hopper", generation=gpus.HOPPER), gpu("any GPU")])
 def kernel(request, monkeypatch):
-    """Both attention kernels on a Hopper GPU, the common one elsewhere."""
+    """Both attention kernels, on 16-bit tensor cores: one is for Hopper GPUs alone."""
     if request.param == "any GPU":
         monkeypatch.setattr(prefill_hopper, "fits", lambda *sizes: False)
-    elif gpus.of(torch.device(DEVICE)).generation != gpus.HOPPER:
-        pytest.skip("needs a Hopper GPU")
 
 
 def half_inputs(dim=128, dtype=torch.bfloat16, nodes=(50, 250), **settings):
@@ -273,7 +270,6 @@ def half_rule(layer, far_field, block=128):
     return rule_of((upper - 1.5,) * (len(layer.levels) - 1) + (upper,), far_field, block)
 
 
-@half_precision
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "dim, group, block", [(128, 1, 128), (64, 4, 64), (128, 3, 128), (96, 2, 64), (256, 1, 64)]
@@ -284,14 +280,12 @@ def test_prefill_half_precision_equals_reference(kernel, dtype, dim, group, bloc
         check(layer, half_rule(layer, far_field, block), *operands)
 
 
-@half_precision
 @pytest.mark.parametrize("far_field", ["none", "second_order"])
 def test_prefill_half_precision_under_a_mask_equals_reference(kernel, far_field):
     layer, *operands = half_inputs(batch=2)
     check(layer, half_rule(layer, far_field), *operands, mask_of(300, 310, [0, 150]))
 
 
-@half_precision
 @pytest.mark.parametrize("nodes", [(1, 1), (250,), (9, 50, 250)])
 @pytest.mark.parametrize("leaf", [NEG_INF, None, 1e4])
 def test_prefill_half_precision_of_any_tree_and_share_equals_reference(kernel, nodes, leaf):
@@ -302,7 +296,6 @@ def test_prefill_half_precision_of_any_tree_and_share_equals_reference(kernel, n
     check(layer, rule, *operands)
 
 
-@half_precision
 def test_prefill_half_precision_without_tree_is_dense(kernel):
     layer, *operands = half_inputs()
     layer = replace(layer, pinned=layer.tokens, levels=())
@@ -310,7 +303,6 @@ def test_prefill_half_precision_without_tree_is_dense(kernel):
     assert int(keys_read) == 0
 
 
-@half_precision
 def test_prefill_half_precision_of_unaligned_suffixes_equals_reference(kernel):
     layer, query, *suffix = half_inputs()
     wide = [
@@ -320,7 +312,6 @@ def test_prefill_half_precision_of_unaligned_suffixes_equals_reference(kernel):
     check(layer, half_rule(layer, "none"), query, *views)
 
 
-@half_precision
 def test_prefill_half_precision_is_the_same_every_time(kernel):
     layer, *operands = half_inputs()
     rule = half_rule(layer, "second_order")
@@ -331,7 +322,6 @@ def test_prefill_half_precision_is_the_same_every_time(kernel):
         assert torch.equal(again, first)
 
 
-@half_precision
 @pytest.mark.parametrize("far_field", FAR_FIELDS)
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
 def test_prefill_half_precision_survives_extreme_logits(kernel, far_field, offset):
@@ -349,7 +339,7 @@ def test_prefill_half_precision_survives_extreme_logits(kernel, far_field, offse
     torch.testing.assert_close(output.double(), expected, rtol=1e-2, atol=2e-2)
 
 
-@half_precision
+@pytest.mark.gpu(memory_gb=12)
 def test_prefill_offsets_beyond_31_bits_equal_reference(kernel):
     tokens = (1 << 31) // 128 + 4096
     keys = torch.randn(1, tokens, 128, dtype=torch.bfloat16, device="cuda")

@@ -4,7 +4,6 @@ import copy
 import json
 
 import pytest
-import torch
 from tiny import document, tiny_model, tiny_tokenizer
 
 import squeezed
@@ -163,7 +162,5 @@ def test_unknown_preset_and_implementation_are_refused(context, model):
 
 
 def test_triton_is_not_replaced_in_silence(context, model):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     with pytest.raises(squeezed.SqueezedError, match="needs a context on a GPU"):
         squeezed.generate(model, tiny_tokenizer(), context, "x", implementation="triton")
