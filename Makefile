@@ -2,6 +2,7 @@
 # make test    all of what follows, and every test, in WORKERS processes
 # make lint    style, spelling and the import contract
 # make docs    the site, into build/site; a broken link, or one that needs the network, fails
+# make package sdist and wheel into dist, and the wheel tried in an environment of its own
 # make format  put the style right
 # All create the virtual environment in .venv first; remove that directory to start over.
 
@@ -10,16 +11,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
+EMPTY := build/empty
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint docs format clean
+.PHONY: demo test lint docs package format clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/squeezed demo
 
-test: $(INSTALLED) lint docs
+test: $(INSTALLED) lint docs package
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: $(INSTALLED)
@@ -30,6 +32,14 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+package: $(INSTALLED)
+	rm -rf dist $(EMPTY)
+	$(BIN)/python -m build --outdir dist . >/dev/null
+	$(PYTHON) -m venv $(EMPTY)
+	$(EMPTY)/bin/python -m pip install --quiet --constraint constraints.txt torch dist/*.whl
+	HF_HUB_OFFLINE=1 $(EMPTY)/bin/python -I tests/packaged.py
+	rm -rf $(EMPTY)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -8,7 +8,7 @@ from tiny import document, tiny_model, tiny_tokenizer
 
 import squeezed
 from squeezed.cli import main
-from squeezed.demo.run import QUESTIONS
+from squeezed.demo.run import QUESTIONS, run_demo
 from squeezed.demo.run import document as demo_document
 from squeezed.errors import SqueezedError
 from squeezed.measure.agreement import compare, next_token_logits
@@ -62,6 +62,19 @@ def test_demo_document_is_plain_text_of_some_length():
     text = demo_document()
     assert text.startswith("Write-Ahead Logging") and 25_000 < len(text) < 35_000
     assert "3.7.0" in text and "network filesystem" in text
+
+
+def test_quick_demo_asks_one_question_of_the_first_quarter(monkeypatch):
+    text = demo_document()[:4000]
+    monkeypatch.setattr("squeezed.demo.run.document", lambda: text)
+    demo = run_demo(tiny_model(), tiny_tokenizer(), implementation="reference", quick=True)
+    record = demo.record()
+    assert record["document"] == "the first 25% of sqlite_wal.txt"
+    assert [(row["question"], row["budget_asked"]) for row in record["asked"]] == [
+        (QUESTIONS[0], 1.0),
+        (QUESTIONS[0], 0.1),
+    ]
+    assert 1000 <= record["tokens"] < 1100  # the tiny model reads bytes
 
 
 @pytest.mark.slow

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+from typing import Annotated
+
+import typer
 import typer.main
 
 from squeezed.cli.lazy import lazy_group
@@ -22,4 +26,19 @@ COMMANDS = {
 
 def group():
     """The command line as a click-style command."""
-    return typer.main.get_command(lazy_group("squeezed", HELP, COMMANDS))
+    return typer.main.get_command(lazy_group("squeezed", HELP, COMMANDS, root))
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        print(f"squeezed-attention {metadata.version('squeezed-attention')}")
+        raise typer.Exit
+
+
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
+
+import typer
 
 from squeezed.cli import options
 from squeezed.cli.console import emit, index_progress, megabytes, note, quiet_libraries
@@ -13,6 +16,10 @@ from squeezed.context.text import printable
 from squeezed.errors import SqueezedError
 from squeezed.measure.record import machine
 
+Quick = Annotated[
+    bool, typer.Option("--quick", help="The document's first quarter and one question: a minute.")
+]
+
 
 def demo(
     model: options.Model = DEFAULTS["model"],
@@ -21,6 +28,7 @@ def demo(
     implementation: options.Implementation = DEFAULTS["implementation"],
     dtype: options.Dtype = DEFAULTS["dtype"],
     device: options.Device = DEFAULTS["device"],
+    quick: Quick = False,
     json: options.Json = False,
 ) -> None:
     """Index SQLite's write-ahead-log manual, ask three questions with dense and squeezed."""
@@ -33,7 +41,7 @@ def demo(
     quiet_libraries()
     loaded, tokenizer = load_model(model, dtype, device, note)
     with index_progress() as progress:
-        done = run_demo(loaded, tokenizer, budget, preset, implementation, progress)
+        done = run_demo(loaded, tokenizer, budget, preset, implementation, progress, quick)
     record = {"model": model, "preset": preset, "machine": machine()} | done.record()
     if json:
         emit(record)
@@ -54,8 +62,8 @@ def _show(record: dict) -> None:
         table.add_row(*map(printable, table_row(row)))
     times = ", ".join(f"{name} {s:.1f} s" for name, s in record["index_seconds"].items())
     table.caption = (
-        f"{record['tokens']:,} tokens of document, {megabytes(record['kv_bytes'])} of keys and "
-        f"values, {megabytes(record['index_bytes'])} of index; {times}; "
+        f"{record['tokens']:,} tokens of {record['document']}, {megabytes(record['kv_bytes'])} of "
+        f"keys and values, {megabytes(record['index_bytes'])} of index; {times}; "
         f"everything {record['seconds']:.0f} s"
     )
     width = None if sys.stdout.isatty() else 160

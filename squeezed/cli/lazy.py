@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import typer
 import typer.core
@@ -42,8 +43,21 @@ class LazyGroup(typer.core.TyperGroup):
             formatter.write_dl(rows)
 
 
-def lazy_group(name: str, help: str, commands: dict[str, tuple[str, str]]) -> typer.Typer:
-    """A Typer application over `{command: ("module:attribute", summary)}`."""
+def no_options() -> None:
+    pass
+
+
+def lazy_group(
+    name: str,
+    help: str,
+    commands: dict[str, tuple[str, str]],
+    root: Callable[..., None] = no_options,
+) -> typer.Typer:
+    """A Typer application over `{command: ("module:attribute", summary)}`.
+
+    Args:
+        root: its parameters are the options that stand before the command's name.
+    """
     group = type(
         f"{name.title()}Group",
         (LazyGroup,),
@@ -53,12 +67,7 @@ def lazy_group(name: str, help: str, commands: dict[str, tuple[str, str]]) -> ty
         },
     )
     app = typer.Typer(cls=group, name=name, help=help, add_completion=False, rich_markup_mode=None)
-
-    @app.callback()
-    def root() -> None:
-        pass
-
-    root.__doc__ = help
+    app.callback(help=help)(root)
     return app
 
 

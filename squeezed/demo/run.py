@@ -20,6 +20,8 @@ QUESTIONS = (
     "What threshold size of the WAL file triggers an automatic checkpoint?",
 )
 ANSWER_TOKENS = 32
+QUICK_PART = 4
+"""A quick run reads one part in this many of the document, and asks its first question."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -55,10 +57,11 @@ class Demo:
     context: FixedContext
     asked: list[Asked]
     seconds: float
+    document: str
 
     def record(self) -> dict:
         return {
-            "document": "sqlite_wal.txt",
+            "document": self.document,
             "tokens": len(self.context.tokens),
             "dtype": str(self.context.clustered_layers[0].keys.dtype).removeprefix("torch."),
             "kv_bytes": self.context.kv_bytes(),
@@ -81,14 +84,20 @@ def run_demo(
     preset: str = BEST.name,
     implementation: str = "auto",
     progress: Progress = lambda phase, done, total: None,
+    quick: bool = False,
 ) -> Demo:
     """Index the demo's document and ask every question twice: dense, and at `budget`.
 
     Args:
         progress: called with a phase, steps done and steps in all; see `squeezed.index`.
+        quick: read the beginning of the document only, and ask the one question answered there.
     """
     started = time.perf_counter()
-    context = squeezed.index(model, tokenizer, document(), progress=progress)
+    text, questions, name = document(), QUESTIONS, "sqlite_wal.txt"
+    if quick:
+        text, questions = text[: len(text) // QUICK_PART], QUESTIONS[:1]
+        name = f"the first {1 / QUICK_PART:.0%} of {name}"
+    context = squeezed.index(model, tokenizer, text, progress=progress)
     squeezed.generate(  # compiles the kernels once, outside the times of the first question
         model,
         tokenizer,
@@ -100,10 +109,10 @@ def run_demo(
         max_new_tokens=2,
     )
     asked: list[Asked] = []
-    for number, question in enumerate(QUESTIONS, 1):
+    for number, question in enumerate(questions, 1):
         asked += ask_twice(model, tokenizer, context, question, budget, preset, implementation)
-        progress("ask", number, len(QUESTIONS))
-    return Demo(context, asked, time.perf_counter() - started)
+        progress("ask", number, len(questions))
+    return Demo(context, asked, time.perf_counter() - started, name)
 
 
 def ask_twice(

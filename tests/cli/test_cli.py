@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 
 import pytest
 from tiny import document, tiny_model, tiny_tokenizer
@@ -54,6 +55,11 @@ def test_help_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     assert all(name in done.stdout for name in ("index", "ask", "chat", "inspect", "plan", "demo"))
+
+
+def test_version_is_that_of_the_installed_package(capsys):
+    status, out, _ = run(capsys, "--version")
+    assert (status, out) == (0, f"squeezed-attention {metadata.version('squeezed-attention')}\n")
 
 
 @pytest.mark.parametrize("words", [("bench",), ("bench", "cpu"), ("bench", "decode"), ("eval",)])
