@@ -1,0 +1,398 @@
+"""The KV connector: what the scheduler decides reaches the workers, and what they read comes back.
+
+One instance lives with the scheduler and one with every worker. No keys are transferred: contexts
+are in the workers' memory, and vLLM's blocks hold only what follows them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+
+from squeezed.context.record import ContextRecord
+from squeezed.errors import UnsupportedModelError
+from squeezed.hf.identity.checkpoint import Checkpoint
+from squeezed.vllm import blocks, metrics
+from squeezed.vllm.arena import Origin
+from squeezed.vllm.catalogue import Catalogue
+from squeezed.vllm.cutting import Share, bytes_on
+from squeezed.vllm.news import Reader, StepNews, WorkerNews
+from squeezed.vllm.refusals import check_engine, hybrid
+from squeezed.vllm.residency import Residency
+from squeezed.vllm.serving import Reading, Serving
+from squeezed.vllm.settings import Settings
+from squeezed.vllm.worker import WORKER
+
+log = logging.getLogger("squeezed")
+
+RETRY_SECONDS = 60.0
+"""After this time a context that could not be loaded may be tried again."""
+
+STATS_SECONDS = 0.5
+"""Least time between two reports for metrics while no request ends."""
+
+
+@dataclass
+class ToWorkers(StepNews, KVConnectorMetadata):
+    """`StepNews` as vLLM carries it."""
+
+
+@dataclass
+class FromWorkers(KVConnectorWorkerMetadata):
+    """`WorkerNews` as vLLM carries it."""
+
+    news: WorkerNews
+
+    def aggregate(self, other: FromWorkers) -> FromWorkers:
+        return FromWorkers(self.news.add(other.news))
+
+
+class SqueezedConnector(KVConnectorBase_V1, SupportsHMA):
+    """Both halves; vLLM asks each for its own part only."""
+
+    def __init__(self, vllm_config, role, kv_cache_config) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.settings = Settings.of(self._kv_transfer_config.kv_connector_extra_config)
+        if role == KVConnectorRole.SCHEDULER:
+            self.scheduler = SchedulerHalf(vllm_config, kv_cache_config, self.settings)
+        else:
+            _start_worker(vllm_config, self.settings)
+            self._news = WorkerNews()
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    # The scheduler's half
+
+    def bind_kv_cache_manager(self, kv_cache_manager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self.scheduler.block_ids = kv_cache_manager.get_block_ids
+
+    def on_new_request(self, request) -> None:
+        """Called before the request is looked up in the prefix cache."""
+        self.scheduler.arrive(request)
+
+    def get_num_new_matched_tokens(self, request, num_computed_tokens) -> tuple[int | None, bool]:
+        """No tokens: the block manager has counted the context. `None` while it is loaded."""
+        return (0 if self.scheduler.may_begin(request) else None), False
+
+    def update_state_after_alloc(self, request, blocks, num_external_tokens) -> None:
+        self.scheduler.admitted(request, blocks.get_block_ids())
+
+    def build_connector_meta(self, scheduler_output) -> KVConnectorMetadata:
+        # or the news would come after the forward pass; vLLM's HiSparse connector does the same
+        scheduler_output.has_sync_kv_loads = True
+        return self.scheduler.news_for(scheduler_output)
+
+    def update_connector_output(self, connector_output) -> None:
+        found = connector_output.kv_connector_worker_meta
+        if isinstance(found, FromWorkers):
+            self.scheduler.heard(found.news)
+
+    def request_finished_all_groups(self, request, block_ids) -> tuple[bool, dict | None]:
+        return False, self.scheduler.finished(request)
+
+    def get_kv_connector_stats(self):
+        scheduler = getattr(self, "scheduler", None)
+        return scheduler.stats() if scheduler else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data=None):
+        return metrics.Stats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, vllm_config, metric_types, labelnames, per_engine_labelvalues):
+        return metrics.Prometheus(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    # The worker's half
+
+    def start_load_kv(self, forward_context, **kwargs: Any) -> None:
+        """Runs before the forward pass: `has_sync_kv_loads`."""
+        news = self._get_connector_metadata()
+        idle = forward_context.attn_metadata is None
+        self._news = WORKER.step(news, list(kwargs.get("request_ids", ())), idle)
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        news, self._news = self._news, WorkerNews()
+        news.spent = WORKER.spent()
+        return FromWorkers(news) if news else None
+
+    def wait_for_layer_load(self, layer_name: str) -> None: ...
+
+    def save_kv_layer(self, layer_name, kv_layer, attn_metadata, **kwargs) -> None: ...
+
+    def wait_for_save(self) -> None: ...
+
+    def take_events(self) -> Iterable:
+        return ()
+
+    def shutdown(self) -> None:
+        if self.role == KVConnectorRole.SCHEDULER:
+            self.scheduler.end()
+        elif WORKER.arena is not None:
+            WORKER.arena.end()
+
+
+@dataclass
+class Chain:
+    """The hashes of a request over a context: the context's blocks, and their ends.
+
+    Attributes:
+        usual: hash that vLLM gave the context's last block.
+        own: hash that stands there instead.
+    """
+
+    blocks: int
+    usual: bytes
+    own: bytes
+
+
+@dataclass
+class Late:
+    """A report that leaves with this step, and takes the numbers that come at its end."""
+
+    reading: Reading
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class SchedulerHalf:
+    """Requests of vLLM's scheduler, and `Serving`, which knows contexts."""
+
+    def __init__(self, vllm_config, kv_cache_config, settings: Settings) -> None:
+        on_cpu = vllm_config.device_config.device_type == "cpu"
+        check_engine(vllm_config, on_cpu)
+        self.block_size = vllm_config.cache_config.block_size
+        self.ranks = vllm_config.parallel_config.tensor_parallel_size
+        self.never = hybrid(len(kv_cache_config.kv_cache_groups))
+        self.names_rows = not on_cpu
+        self.block_ids = None
+        catalogue = Catalogue(
+            settings.contexts, self.block_size, self._bytes, engine_check(vllm_config)
+        )
+        catalogue.look()
+        catalogue.watch(settings.scan_seconds)
+        residency = Residency(settings.memory_bytes(device_bytes(on_cpu)))
+        self.serving = Serving(settings, catalogue, residency)
+        self.chains: dict[str, Chain] = {}
+        self.using: Counter[bytes] = Counter()
+        self.to_tell = ToWorkers()
+        self.have: Counter[str] = Counter()
+        self.late: dict[str, Late] = {}
+        self.failed_at: float | None = None
+        self.load_seconds: list[float] = []
+        self.told_at = time.monotonic()
+
+    def arrive(self, request) -> None:
+        arguments = (request.sampling_params.extra_args or {}) if request.sampling_params else {}
+        reading = self.serving.arrive(
+            request.request_id,
+            request.prompt_token_ids,
+            arguments,
+            self.never or _impossible(request),
+        )
+        if reading.why is not None:
+            self.to_tell.fallbacks[request.request_id] = reading.why
+        self.may_begin(request)
+
+    def may_begin(self, request) -> bool:
+        """Whether the request may be scheduled: it reads no context, or its context is there.
+
+        When the context has just arrived, the request was looked up without it: ask again.
+        """
+        if request.request_id in self.chains:
+            return True
+        reading = self.serving.readings.get(request.request_id)
+        if reading is None or reading.found is None:
+            return True
+        if self.serving.may_begin(reading) and reading.found is not None:
+            self._chain(request, reading)
+            return False
+        if reading.found is None:
+            self.to_tell.fallbacks[request.request_id] = reading.why
+        return reading.found is None
+
+    def _chain(self, request, reading: Reading) -> None:
+        """From now on the block manager finds the context's blocks for this request alone."""
+        count = len(reading.found.tokens) // self.block_size
+        usual = request.block_hashes[count - 1]
+        own = blocks.own_chain(request, count, reading.said)
+        self.chains[request.request_id] = Chain(count, usual, own)
+        self.using[own] += 1
+        blocks.ENDS[own] = count
+
+    def _unchain(self, request_id: str) -> None:
+        chain = self.chains.pop(request_id, None)
+        if chain is None:
+            return
+        self.using[chain.own] -= 1
+        if not self.using[chain.own]:
+            del self.using[chain.own], blocks.ENDS[chain.own]
+
+    def admitted(self, request, groups: tuple[list[int], ...]) -> None:
+        """A request has its blocks: those of its context are null, and no others are."""
+        chain = self.chains.get(request.request_id)
+        ids = groups[0]
+        if chain is None:
+            assert not ids or ids[0] or self.never, f"{request.request_id}: null blocks, no context"
+            return
+        null = not any(ids[: chain.blocks]) and all(ids[chain.blocks :])
+        assert null, f"{request.request_id}: {chain.blocks} null blocks expected, got {ids[:8]}"
+        reading = self.serving.readings[request.request_id]
+        self.to_tell.readers[request.request_id] = Reader(
+            reading.found.key,
+            reading.found.name,
+            *reading.rule,
+            reading.prompt_tokens,
+        )
+
+    def news_for(self, scheduler_output) -> ToWorkers:
+        news, self.to_tell = self.to_tell, ToWorkers()
+        orders = self.serving.residency.take_orders()
+        self.serving.counts.loads += len(orders.load)
+        self.serving.counts.evictions += len(orders.evict)
+        for key in orders.evict:
+            self.have.pop(key, None)
+        news.evict = orders.evict
+        news.load = {
+            key: Origin(entry.path, entry.version, entry.dropped)
+            for key, entry in orders.load.items()
+        }
+        news.finished = list(scheduler_output.finished_req_ids)
+        if not self.names_rows:
+            news.tails = dict(self._tails(scheduler_output))
+        self.late.clear()
+        self._tidy()
+        return news
+
+    def _tails(self, scheduler_output) -> Iterable[tuple[int, str]]:
+        """The block of each request's last token in this step: no two requests write into one."""
+        new, old = scheduler_output.scheduled_new_reqs, scheduler_output.scheduled_cached_reqs
+        done = {request.req_id: request.num_computed_tokens for request in new}
+        done |= dict(zip(old.req_ids, old.num_computed_tokens, strict=True))
+        for request, count in scheduler_output.num_scheduled_tokens.items():
+            if request in self.chains:
+                place = (done[request] + count - 1) // self.block_size
+                yield self.block_ids(request)[0][place], request
+
+    def heard(self, news: WorkerNews) -> None:
+        for request, (read, available) in news.spent.items():
+            reading = self.serving.readings.get(request)
+            late = self.late.get(request)
+            reading = reading or (late.reading if late else None)
+            if reading is None:
+                continue
+            self.serving.counts.keys_read += read - reading.read
+            self.serving.counts.keys_available += available - reading.available
+            reading.read, reading.available = read, available
+            if late:
+                late.report.update(reading.report())
+        residency = self.serving.residency
+        for key, ranks in news.loaded.items():
+            self.have[key] += ranks
+            if self.have[key] == self.ranks:
+                residency.loaded(key)
+                self.load_seconds.append(news.seconds.get(key, 0.0))
+        for key, why in news.failed.items():
+            residency.failed(key, why)
+            self.serving.counts.failed_loads += 1
+            self.failed_at = time.monotonic()
+
+    def finished(self, request) -> dict | None:
+        """What the answer says; its numbers may still come with this step's end."""
+        self._unchain(request.request_id)
+        reading = self.serving.end(request.request_id)
+        report = reading.report() if reading else None
+        if report is None:
+            return None
+        if reading.found is not None:
+            self.late[request.request_id] = Late(reading, report)
+        return {"squeezed": report}
+
+    def stats(self):
+        """What happened since the last report: when a request ended, or after a while."""
+        now = time.monotonic()
+        if not self.late and now - self.told_at < STATS_SECONDS:
+            return None
+        self.told_at = now
+        taken, self.load_seconds = self.load_seconds, []
+        return metrics.Stats.of(self.serving, taken)
+
+    def end(self) -> None:
+        self.serving.catalogue.end()
+
+    def _tidy(self) -> None:
+        self.serving.tidy()
+        if self.failed_at is not None and time.monotonic() - self.failed_at > RETRY_SECONDS:
+            self.serving.residency.forget_failures()
+            self.failed_at = None
+
+    def _bytes(self, record: ContextRecord) -> int:
+        """On the rank that holds most: ranks share heads out evenly but for one."""
+        ranks = (Share(rank, self.ranks) for rank in range(self.ranks))
+        tokens = len(record.tokens)
+        return max(sum(bytes_on(x, tokens, share) for x in record.outlines) for share in ranks)
+
+
+def _impossible(request) -> str | None:
+    """Why a request cannot read any context."""
+    if request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None:
+        return "prompt_embeds: a prompt of embeddings has no tokens to compare with a context"
+    if request.lora_request is not None:
+        return "lora_request: contexts were made without adapters, and this request ran dense"
+    if request.mm_features:
+        return "multi-modal prompts run dense"
+    if request.skip_reading_prefix_cache:
+        return "prompt_logprobs: all of the prompt must be computed, so this request ran dense"
+    if request.pooling_params is not None or getattr(request, "resumable", False):
+        return "contexts are for requests that generate, with a prompt that is complete"
+    return None
+
+
+def engine_check(vllm_config):
+    """What refuses contexts that this engine's model did not make."""
+    model = vllm_config.model_config
+    checkpoint = Checkpoint(Path(model.model), model.hf_text_config, model.quantization)
+
+    def check(record: ContextRecord) -> None:
+        if any(window is not None for window in record.windows):
+            raise UnsupportedModelError("some of its layers are sliding windows")
+        checkpoint.check(record)
+
+    return check
+
+
+def device_bytes(on_cpu: bool) -> int:
+    """Memory of a rank's device."""
+    if on_cpu:
+        import psutil
+
+        return psutil.virtual_memory().total
+    from vllm.platforms import current_platform
+
+    return current_platform.get_device_total_memory()
+
+
+def _start_worker(vllm_config, settings: Settings) -> None:
+    import torch
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    kind = vllm_config.device_config.device_type
+    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else "cpu"
+    WORKER.start(
+        Share(group.rank_in_group, group.world_size), torch.device(device), settings.implementation
+    )
