@@ -74,7 +74,8 @@ def index(
     check_memory(model, len(tokens), config.clustering)
 
     started = time.perf_counter()
-    probe = template.question_ids(tokenizer, probe_question(text))[-room:]
+    question = probe_question(text, config.calibration.probe)
+    probe = template.question_ids(tokenizer, question)[-room:]
     captured = capture(
         model,
         tokens,
@@ -93,7 +94,9 @@ def index(
         clustered = time.perf_counter()
         calibrations = {}
         for done, preset in enumerate(config.presets):
-            calibrations[preset.name] = calibrate(forest, preset, config.budgets)
+            calibrations[preset.name] = calibrate(
+                forest, preset, config.budgets, config.calibration
+            )
             progress("calibrate", done + 1, len(config.presets))
     seen = forest.layers()
     return FixedContext(

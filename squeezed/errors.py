@@ -47,6 +47,14 @@ def whole(name: str, value: Any, least: int) -> int:
     return value
 
 
+def within(name: str, value: Any, low: float, high: float) -> Any:
+    """Return `value` if it is a number from `low` to `high`, else raise `SqueezedError`."""
+    wanted = f"a number from {low:g} to {high:g}"
+    if not low <= expect(name, value, Real, wanted) <= high:
+        raise SqueezedError(f"{name}: expected {wanted}, got {value}")
+    return value
+
+
 def shares(name: str, values: Any) -> tuple[float, ...]:
     """Return a list or tuple of numbers as a tuple, else raise `SqueezedError`."""
     wanted = "a tuple of shares such as (0.01, 0.05)"

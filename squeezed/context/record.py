@@ -35,6 +35,8 @@ class ContextRecord:
         seconds: how long prefill, clustering and calibration took.
         observed: `[Hq, W, D]` per full-attention layer, the queries of the probe that calibrated
             it, for methods that vote with them; empty if nobody kept them.
+        assumed: parts of `config` that its file did not say, for an older release wrote it; they
+            are what that release took.
     """
 
     tokens: Tensor
@@ -48,6 +50,7 @@ class ContextRecord:
     tokenizer: str
     seconds: dict[str, float]
     observed: Sequence[Tensor] = ()
+    assumed: tuple[str, ...] = ()
 
     @property
     def clustered_layers(self) -> list[ClusteredLayer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ def describe(context: ContextRecord) -> dict:
         "overhead": extra / kv,
         "levels": [_level_summary(layers, depth) for depth in range(len(layers[0].levels))],
         "presets": {name: _thresholds(c) for name, c in context.calibrations.items()},
+        "made_with": asdict(context.config),
+        "assumed": list(context.assumed),
         "seconds": context.seconds,
         "model": context.model,
         "tokenizer": context.tokenizer,

@@ -10,43 +10,38 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-SHARES = (0.005, 0.015, 0.04, 0.1, 0.2, 0.4, 0.7, 0.92)
-"""Shares of a head's keys at which its error is measured."""
+from squeezed.config import AllotmentConfig
 
-FAR_FITTED_AT = 2
-"""Which of them serves to fit the far field."""
-
-FIRST_LAYER_WEIGHT = 3.0
-"""How much more an error of the first layer counts: all others build on it."""
-
-LEAST_SHARE = 0.65
-"""Part of the budget that every layer gets at least: a probe is short, and may not ask what a
-question asks (DESIGN.md)."""
-
-STEPS = 97  # shares that a head may get, evenly spaced by logarithm up to all keys
 BISECTIONS = 50
 LOWEST_ERROR = 1e-12
 
 
-def allot(errors: Tensor, layer_of_head: Tensor, budgets: tuple[float, ...]) -> Tensor:
+def allot(
+    errors: Tensor,
+    tried: tuple[float, ...],
+    layer_of_head: Tensor,
+    budgets: tuple[float, ...],
+    config: AllotmentConfig,
+) -> Tensor:
     """The shares with the least error in sum whose mean over all heads is the budget.
 
     The price of a key is the same for all heads: each takes the share that minimises its error
     plus the price of its keys, and bisection finds the price at which the budget is spent. A layer
-    gets at least what it would at the price at which it spends `LEAST_SHARE` of the budget.
+    gets at least what it would at the price at which it spends `least_share` of the budget.
 
     Args:
-        errors: `[len(SHARES), N]`, squared errors of the KV heads of all layers.
+        errors: `[len(tried), N]`, squared errors of the KV heads of all layers.
+        tried: shares of a head's keys at which they were measured, rising.
         layer_of_head: `[N]` int64 on the CPU, counted from 0; heads of a layer stand together.
 
     Returns:
         `[budgets, N]` float64.
     """
     layers, layer = int(layer_of_head[-1]) + 1, layer_of_head.to(errors.device)
-    weighted = torch.where(layer == 0, FIRST_LAYER_WEIGHT * errors, errors)
-    shares, curves = _curves(weighted.double())
+    weighted = torch.where(layer == 0, config.first_layer_weight * errors, errors)
+    shares, curves = _curves(weighted.double(), tried, config.steps)
     wanted = shares.new_tensor(budgets)[:, None]
-    alone = (LEAST_SHARE * wanted).expand(-1, layers)
+    alone = (config.least_share * wanted).expand(-1, layers)
     least = _spend(shares, curves, alone, layer, torch.zeros_like(wanted))
     return _spend(shares, curves, wanted, torch.zeros_like(layer), least)
 
@@ -75,16 +70,16 @@ def _spend(shares: Tensor, curves: Tensor, wanted: Tensor, group: Tensor, least:
     return torch.lerp(less, more, left[:, group])  # shares move in steps: part of the last one
 
 
-def _curves(errors: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares `[STEPS]` and errors `[STEPS, N]` there, from errors `[len(SHARES), N]`.
+def _curves(errors: Tensor, tried: tuple[float, ...], steps: int) -> tuple[Tensor, Tensor]:
+    """Shares `[steps]` and errors `[steps, N]` there, from errors `[len(tried), N]`.
 
     More keys never count as worse, and all keys have no error. Between measured shares the error
     is a power of the share.
     """
     falling = errors.cummin(0).values.clamp(min=LOWEST_ERROR)
     falling = torch.cat([falling, torch.full_like(falling[:1], LOWEST_ERROR)]).log()
-    known = errors.new_tensor([*SHARES, 1.0]).log()
-    places = torch.linspace(float(known[0]), 0.0, STEPS, dtype=known.dtype, device=known.device)
+    known = errors.new_tensor([*tried, 1.0]).log()
+    places = torch.linspace(float(known[0]), 0.0, steps, dtype=known.dtype, device=known.device)
     above = torch.searchsorted(known, places).clamp(1, len(known) - 1)
     weight = (places - known[above - 1]) / (known[above] - known[above - 1])
     return places.exp(), torch.lerp(falling[above - 1], falling[above], weight[:, None]).exp()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from squeezed.config import ClusteringConfig
+from squeezed.config import ClusteringConfig, SpaceConfig
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.indexing import kmeans, statistics
 from squeezed.indexing.finite import check_layer
@@ -58,14 +58,18 @@ def cluster_layers(
     Arguments are those of `cluster_layer`, for every layer, all finite.
     """
     tokens = keys[0].shape[1]
-    centres = [common_part(k) for k in keys]
+    centres = [common_part(k, config.common_part) for k in keys]
     first, pinned = config.pinned(tokens)
     counts = config.counts(tokens)
     if not counts:
         return _unclustered(torch.cat(keys), torch.cat(values), torch.cat(centres))
     clustered = slice(first, first + tokens - pinned)
     points, space = _points(
-        [k[:, clustered] for k in keys], [v[:, clustered] for v in values], queries, centres
+        [k[:, clustered] for k in keys],
+        [v[:, clustered] for v in values],
+        queries,
+        centres,
+        config.space,
     )
     rows, offsets, children = build_tree(points, counts, config)
     del points
@@ -80,7 +84,8 @@ def cluster_layers(
         describe(sorted_keys, sorted_values, level_offsets + pinned, level_children, space)
         for level_offsets, level_children in zip(offsets, children, strict=True)
     )
-    slope = value_slope(sorted_keys[:, pinned:], sorted_values[:, pinned:], levels[-1])
+    behind = sorted_keys[:, pinned:], sorted_values[:, pinned:]
+    slope = value_slope(*behind, levels[-1], config.space.plain_share)
     slope = _held(slope, sorted_keys.dtype)
     return ClusteredLayer(
         sorted_keys, sorted_values, _narrow(positions), pinned, levels, slope, centre
@@ -94,20 +99,22 @@ def _unclustered(keys: Tensor, values: Tensor, centre: Tensor) -> ClusteredLayer
     return ClusteredLayer(keys - centre[:, None], values, positions, tokens, (), flat, centre)
 
 
-def common_part(keys: Tensor) -> Tensor:
+def common_part(keys: Tensor, deviations: float) -> Tensor:
     """What the keys of each head have in common, `[Hkv, D]` in their dtype.
 
-    Their mean where it is more than twice their deviation, and zero in the other dimensions: there
-    most keys are between half and twice the mean, and what is left of them needs no rounding at
-    all, while keys without a common part stay what they are. Qwen2's biases make keys of norm 874
-    that differ by 18: their means, and logits of thousands, do not fit into 16 bits.
+    Their mean where it is more than so many of their deviations, and zero in the other dimensions.
+    Beyond two, most keys are between half and twice the mean, and what is left of them needs no
+    rounding at all, while keys without a common part stay what they are. Qwen2's biases make keys
+    of norm 874 that differ by 18: their means, and logits of thousands, do not fit into 16 bits.
 
     Args:
         keys: `[Hkv, P, D]`.
     """
     mean = keys.mean(1, dtype=torch.float32)
     energy = vector_norm(keys, dim=1, dtype=torch.float32).square() / keys.shape[1]
-    return mean.masked_fill(5 * mean.square() <= 4 * energy, 0.0).to(keys.dtype)
+    beyond = deviations**2
+    small = (beyond + 1) * mean.square() <= beyond * energy
+    return mean.masked_fill(small, 0.0).to(keys.dtype)
 
 
 def _points(
@@ -115,13 +122,14 @@ def _points(
     values: Sequence[Tensor],
     queries: Sequence[Tensor | None],
     centres: Sequence[Tensor],
+    config: SpaceConfig,
 ) -> tuple[Tensor, Space | None]:
     """Unit vectors of the heads of all layers, `[layers * Hkv, n, D or more]`, and their space.
 
     In float32 on a CPU, and in float16 on a GPU, which compares nothing wider.
     """
     heads, count, dim = keys[0].shape
-    width = dim if queries[0] is None else compared_dimensions(dim)
+    width = dim if queries[0] is None else compared_dimensions(dim, config)
     dtype = torch.float16 if keys[0].is_cuda else torch.float32
     points = keys[0].new_empty(len(keys), heads, count, width, dtype=dtype)
     if queries[0] is None:
@@ -129,7 +137,7 @@ def _points(
             own.copy_(torch.nn.functional.normalize(k.float(), dim=-1))
         return points.flatten(0, 1), None
     layers = zip(keys, values, queries, centres, points, strict=True)
-    spaces = [place_points(*layer) for layer in layers]
+    spaces = [place_points(*layer, config) for layer in layers]
     parts = zip(*((s.factor, s.middle, s.energy) for s in spaces), strict=True)
     return points.flatten(0, 1), Space(*map(torch.cat, parts))
 

@@ -10,25 +10,25 @@ from squeezed.config import ALPHA_RANGE
 from squeezed.context.captured import ObservedLayer
 from squeezed.context.layers import ClusteredLayer, Level
 
-ALPHA_QUERIES = 24  # observed queries per layer that fit alpha; more changed nothing measurable
-
-
 CHUNK_KEYS = 1 << 19
 """Keys, of one or more KV heads, whose scores are held at once while alpha is fitted."""
 
 
-def fit_alpha(seen: ObservedLayer) -> Tensor:
+def fit_alpha(seen: ObservedLayer, queries: int) -> Tensor:
     """Weight of the second-order term for every level and query head, `[L, Hq]` float32.
 
     Weighted least squares of `log(mean over the cluster of exp(s q.(k - c)))` on
     `(s |q|)^2 v / 2`, each cluster weighted by the square root of its share of the mass.
+
+    Args:
+        queries: how many of the observed ones serve, at least.
     """
     layer, heads = seen.layer, seen.layer.keys.shape[0]
     if not layer.levels:
         return torch.zeros(0, seen.queries.shape[0], device=seen.queries.device)
-    step = max(1, seen.queries.shape[1] // ALPHA_QUERIES)
-    queries = seen.scale * seen.queries[:, ::step].float().unflatten(0, (heads, -1))
-    query = queries.flatten(1, 2)  # [Hkv, G * n, D]
+    step = max(1, seen.queries.shape[1] // queries)
+    chosen = seen.scale * seen.queries[:, ::step].float().unflatten(0, (heads, -1))
+    query = chosen.flatten(1, 2)  # [Hkv, G * n, D]
     first = [level.centroids.float() @ query.mT for level in layer.levels]  # [Hkv, C, G * n]
     at_once = max(1, CHUNK_KEYS // layer.clustered)
     chunks = [slice(h, h + at_once) for h in range(0, heads, at_once)]
@@ -39,7 +39,7 @@ def fit_alpha(seen: ObservedLayer) -> Tensor:
         if level.child_offsets is not None:
             finer = first[depth + 1] + excess, layer.levels[depth + 1].sizes
             excess = _excess_over(*finer, first[depth], level)
-        fitted.insert(0, _weighted_slope(queries, first[depth], excess, level))
+        fitted.insert(0, _weighted_slope(chosen, first[depth], excess, level))
     return torch.stack(fitted).clamp(*ALPHA_RANGE)
 
 

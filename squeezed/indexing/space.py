@@ -16,20 +16,9 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
+from squeezed.config import SpaceConfig
 from squeezed.indexing.products import mapped_rows
 from squeezed.indexing.rounding import SUM_ROUNDING, real_spread
-
-PLAIN_SHARE = 0.35
-"""Part of the plain distance in the mixed one (DESIGN.md)."""
-
-VALUE_WEIGHT = 0.3
-"""Root mean square distance between values, where that between keys is 1 (DESIGN.md)."""
-
-FARTHEST = 10.0
-"""Deviations that the mean compared key may be away (DESIGN.md)."""
-
-VALUE_DIMENSIONS = 0.25
-"""Dimensions that values get, as a share of the keys'; all of them were no better."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +36,18 @@ class Space:
     energy: Tensor
 
 
-def compared_dimensions(dim: int) -> int:
+def compared_dimensions(dim: int, config: SpaceConfig) -> int:
     """Dimensions of what is clustered: the keys' own and those that values get."""
-    return dim + max(1, round(VALUE_DIMENSIONS * dim))
+    return dim + max(1, round(config.value_dimensions * dim))
 
 
 def place_points(
-    keys: Tensor, values: Tensor, queries: Tensor, centre: Tensor, points: Tensor
+    keys: Tensor,
+    values: Tensor,
+    queries: Tensor,
+    centre: Tensor,
+    points: Tensor,
+    config: SpaceConfig,
 ) -> Space:
     """Write the directions of keys in the queries' space, with their values beside them.
 
@@ -61,18 +55,18 @@ def place_points(
         keys, values: `[Hkv, n, D]`.
         queries: `[Hq, W, D]`.
         centre: `[Hkv, D]`, to which the layer's keys will be relative.
-        points: `[Hkv, n, compared_dimensions(D)]`, filled with unit vectors.
+        points: `[Hkv, n, compared_dimensions]`, filled with unit vectors.
     """
     dim = keys.shape[2]
-    factor = space_factor(queries, len(keys))
+    factor = space_factor(queries, len(keys), config.plain_share)
     compared = mapped_rows(keys, factor)
     middle = compared.mean(1, keepdim=True)
     compared -= middle
     away = vector_norm(compared, dim=-1).square_()
     rounding = (SUM_ROUNDING * vector_norm(middle, dim=-1)).square_()
     away.masked_fill_(away <= rounding, 0.0)  # equal keys
-    beside = weighted_values(values, away.mean(1))
-    compared += _in_sight(middle, away.mean(1))
+    beside = weighted_values(values, away.mean(1), config)
+    compared += _in_sight(middle, away.mean(1), config.farthest)
     length = torch.hypot(vector_norm(compared, dim=-1), vector_norm(beside, dim=-1))
     shrink = length.clamp_(min=1e-12).reciprocal_()[..., None]
     torch.mul(compared, shrink, out=points[..., :dim])
@@ -80,7 +74,7 @@ def place_points(
     return Space(factor, middle - centre[:, None].float() @ factor, away.div_(dim))
 
 
-def _in_sight(middle: Tensor, spread: Tensor) -> Tensor:
+def _in_sight(middle: Tensor, spread: Tensor, farthest: float) -> Tensor:
     """The mean compared key, drawn near where it is so far off that keys point all the same way.
 
     From ten deviations away directions already tell keys apart by their distance alone; from fifty
@@ -89,17 +83,13 @@ def _in_sight(middle: Tensor, spread: Tensor) -> Tensor:
     Args:
         middle: `[Hkv, 1, D]`.
         spread: `[Hkv]`, mean squared distance of the compared keys from it.
+        farthest: deviations that it may be away.
     """
     far = vector_norm(middle, dim=-1, keepdim=True).clamp(min=1e-12)
-    return middle * (FARTHEST * spread.sqrt()[:, None, None] / far).clamp(max=1.0)
+    return middle * (farthest * spread.sqrt()[:, None, None] / far).clamp(max=1.0)
 
 
-def query_space(keys: Tensor, queries: Tensor) -> Tensor:
-    """Keys `[Hkv, n, D]` in the space of their group's queries `[Hq, W, D]`, float32."""
-    return mapped_rows(keys, space_factor(queries, len(keys)))
-
-
-def space_factor(queries: Tensor, heads: int) -> Tensor:
+def space_factor(queries: Tensor, heads: int, plain_share: float) -> Tensor:
     """What maps keys into the space of their group's queries `[Hq, W, D]`, `[Hkv, D, D]` float32.
 
     Queries count by direction, so that no query head of a group rules by its norm, and the metric's
@@ -109,11 +99,11 @@ def space_factor(queries: Tensor, heads: int) -> Tensor:
     direction = normalize(queries.float(), dim=-1).unflatten(0, (heads, -1)).flatten(1, 2)
     seen = direction.mT @ direction * (dim / direction.shape[1])
     plain = torch.eye(dim, device=queries.device)
-    metric = (1 - PLAIN_SHARE) * seen + PLAIN_SHARE * plain  # positive, so nothing to check
+    metric = (1 - plain_share) * seen + plain_share * plain  # positive, so nothing to check
     return torch.linalg.cholesky_ex(metric).L
 
 
-def weighted_values(values: Tensor, key_spread: Tensor) -> Tensor:
+def weighted_values(values: Tensor, key_spread: Tensor, config: SpaceConfig) -> Tensor:
     """What lies beside the keys for their values `[Hkv, n, D]`, `[Hkv, n, r]` float32.
 
     Values are projected to `r` random directions, the same ones every time: distances stay what
@@ -123,12 +113,12 @@ def weighted_values(values: Tensor, key_spread: Tensor) -> Tensor:
         key_spread: `[Hkv]`, mean squared distance of the compared keys from their mean.
     """
     heads, _, dim = values.shape
-    axes = _random_axes(dim, compared_dimensions(dim) - dim, values.device)
+    axes = _random_axes(dim, compared_dimensions(dim, config) - dim, values.device)
     projected = mapped_rows(values, axes.expand(heads, -1, -1))
     whole = vector_norm(projected, dim=(1, 2)).square()
     projected -= projected.mean(1, keepdim=True)
     spread = real_spread(projected.square().sum((1, 2)), whole) / projected.shape[1]
-    weight = VALUE_WEIGHT * torch.where(spread > 0, key_spread / spread, 0.0).sqrt()
+    weight = config.value_weight * torch.where(spread > 0, key_spread / spread, 0.0).sqrt()
     return projected.mul_(weight[:, None, None])
 
 

@@ -9,10 +9,10 @@ from torch.linalg import vector_norm
 from squeezed.context.layers import Level
 from squeezed.indexing.products import long_product
 from squeezed.indexing.rounding import ROUNDING, SUM_ROUNDING, real_spread
-from squeezed.indexing.space import PLAIN_SHARE, Space
+from squeezed.indexing.space import Space
 
 
-def value_slope(keys: Tensor, values: Tensor, leaves: Level) -> Tensor:
+def value_slope(keys: Tensor, values: Tensor, leaves: Level, plain_share: float) -> Tensor:
     """Covariance of values and keys inside the leaves, over the keys' variance there.
 
     A query tilts the weights inside a cluster towards the keys it likes: to first order their mean
@@ -23,6 +23,7 @@ def value_slope(keys: Tensor, values: Tensor, leaves: Level) -> Tensor:
 
     Args:
         keys, values: `[Hkv, n, D]`, the clustered rows in the order of `leaves`.
+        plain_share: of the plain distance in that of the space: no space has less variance.
 
     Returns:
         `[Hkv, D, D]` float32, value by key dimension.
@@ -40,7 +41,7 @@ def value_slope(keys: Tensor, values: Tensor, leaves: Level) -> Tensor:
     by_chance = k_energy * v_energy / count + _by_rounding(leaves, c, m, k_all, v_all)
     shrink = (1 - by_chance / _square(inside).clamp(min=1e-300)).clamp(min=0)
     variance = (sizes[..., 0] * leaves.variance).sum(-1)
-    variance = torch.maximum(variance, PLAIN_SHARE / keys.shape[2] * k_energy)  # no space has less
+    variance = torch.maximum(variance, plain_share / keys.shape[2] * k_energy)
     scale = torch.where(real, shrink / variance.masked_fill(~real, 1.0), 0.0)
     return inside * scale.float()[:, None, None]
 

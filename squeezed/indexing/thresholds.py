@@ -23,10 +23,8 @@ from squeezed.attention.scores import (
     owners,
     second_order,
 )
-from squeezed.config import Preset
+from squeezed.config import HistogramConfig, Preset
 from squeezed.context.captured import ObservedLayer
-
-LOWEST, HIGHEST, BINS = -60.0, 4.0, 6400  # nats: a bin is 0.01 wide
 
 
 def keep_shares(preset: Preset, budgets: Tensor, levels: int) -> Tensor:
@@ -46,6 +44,7 @@ def fit_thresholds(
     preset: Preset,
     budgets: tuple[float, ...],
     blocks: tuple[int, ...],
+    scores: HistogramConfig,
 ) -> list[Tensor]:
     """Log thresholds of every layer, the same for all heads: `[blocks, budgets, L, Hkv]` float64.
 
@@ -63,7 +62,7 @@ def fit_thresholds(
             for seen, n in zip(layers, heads, strict=True)
         ]
     shares = keep_shares(preset, torch.tensor(budgets, dtype=torch.float64), depth)
-    together = _fit_together(layers, alpha, shares, blocks)
+    together = _fit_together(layers, alpha, shares, blocks, scores)
     return [together.repeat(1, 1, 1, n) for n in heads]
 
 
@@ -73,6 +72,7 @@ def fit_head_thresholds(
     preset: Preset,
     shares: Tensor,
     blocks: tuple[int, ...],
+    scores: HistogramConfig,
 ) -> Tensor:
     """Log thresholds of one layer's heads, `[blocks, budgets, L, Hkv]` float64.
 
@@ -81,8 +81,8 @@ def fit_head_thresholds(
     """
     wanted = keep_shares(preset, shares, len(seen.layer.levels))  # [budgets, Hkv, L]
     found: list[Tensor] = []
-    for counts in _histograms(seen, alpha, blocks, len(shares), 0, found):
-        found.append(_upper_quantiles(counts, wanted[..., len(found)]))
+    for counts in _histograms(seen, alpha, blocks, len(shares), 0, found, scores):
+        found.append(_upper_quantiles(counts, wanted[..., len(found)], scores))
     return torch.stack(found, 2)
 
 
@@ -91,6 +91,7 @@ def _fit_together(
     alpha: Sequence[Tensor | None],
     shares: Tensor,
     blocks: tuple[int, ...],
+    scores: HistogramConfig,
 ) -> Tensor:
     """Log thresholds for all heads, `[blocks, budgets, L, 1]`: a pass over the layers per level.
 
@@ -103,18 +104,21 @@ def _fit_together(
     found: list[Tensor] = []
     for level in range(unpruned, depth):
         counts = sum(
-            next(_histograms(seen, weights, blocks, budgets, unpruned, found)).sum(2, keepdim=True)
+            next(_histograms(seen, weights, blocks, budgets, unpruned, found, scores)).sum(
+                2, keepdim=True
+            )
             for seen, weights in zip(layers, alpha, strict=True)
         )
-        found.append(_upper_quantiles(counts, shares[:, level, None]))
+        found.append(_upper_quantiles(counts, shares[:, level, None], scores))
     everything = shares.new_full((len(blocks), budgets, 1), NEG_INF)
     return torch.stack([everything] * unpruned + found, 2)
 
 
-def bins_of(scores: Tensor) -> Tensor:
+def bins_of(scores: Tensor, config: HistogramConfig) -> Tensor:
     """Histogram bin of every log score, int64."""
-    places = (scores.clamp(LOWEST, HIGHEST) - LOWEST) * (BINS / (HIGHEST - LOWEST))
-    return places.long().clamp(max=BINS - 1)
+    low, high, bins = config.lowest, config.highest, config.bins
+    places = (scores.clamp(low, high) - low) * (bins / (high - low))
+    return places.long().clamp(max=bins - 1)
 
 
 def _histograms(
@@ -124,8 +128,9 @@ def _histograms(
     budgets: int,
     unpruned: int,
     found: list[Tensor],
+    config: HistogramConfig,
 ) -> Iterator[Tensor]:
-    """Keys by log score of one level after the other, `[blocks, budgets + 1, Hkv, BINS]`.
+    """Keys by log score of one level after the other, `[blocks, budgets + 1, Hkv, bins]`.
 
     A budget's row holds the nodes whose ancestors it keeps; the last row holds all. `found` are the
     thresholds `[blocks, budgets, Hkv]`, or `[blocks, budgets, 1]` for all heads, of the levels
@@ -145,11 +150,11 @@ def _histograms(
         each = [block_scores(logits, block, None)[0].transpose(0, 1) for block in blocks]
         scores = torch.cat(each)  # [N, Hkv, C], blocks of every size
         if depth >= known:
-            place = ((row * heads + head) * BINS + bins_of(scores)).flatten()
+            place = ((row * heads + head) * config.bins + bins_of(scores, config)).flatten()
             sizes = level.sizes.double().expand_as(scores).flatten()
-            counts = sizes.new_zeros(len(blocks) * (budgets + 1) * heads * BINS)
+            counts = sizes.new_zeros(len(blocks) * (budgets + 1) * heads * config.bins)
             counts.scatter_add_(0, place, sizes)
-            yield counts.view(len(blocks), budgets + 1, heads, BINS).cumsum(1)
+            yield counts.view(len(blocks), budgets + 1, heads, config.bins).cumsum(1)
         if level.child_offsets is not None:
             rising = found[depth - unpruned].to(scores.dtype).flip(1)[kind].mT
             rising = rising.expand(-1, heads, -1).contiguous()  # [N, Hkv, budgets]
@@ -179,7 +184,7 @@ def _log_scores(seen: ObservedLayer, alpha: Tensor | None) -> Iterator[Tensor]:
         yield selecting - normaliser
 
 
-def _upper_quantiles(counts: Tensor, shares: Tensor) -> Tensor:
+def _upper_quantiles(counts: Tensor, shares: Tensor, config: HistogramConfig) -> Tensor:
     """Score above which a share of a head's keys lies; `-inf` if fewer are left.
 
     Never above the largest score: a head that spent nothing on the probe may on a question.
@@ -194,5 +199,6 @@ def _upper_quantiles(counts: Tensor, shares: Tensor) -> Tensor:
     wanted = shares * counts[:, -1].sum(-1)[:, None]
     above = counts[:, :-1].flip(-1).cumsum(-1).expand(*wanted.shape, -1).contiguous()
     place = torch.searchsorted(above, wanted[..., None], right=True)[..., 0]
-    scores = LOWEST + ((BINS - 1 - place).double() + 0.5) * (HIGHEST - LOWEST) / BINS
+    low, high, bins = config.lowest, config.highest, config.bins
+    scores = low + ((bins - 1 - place).double() + 0.5) * (high - low) / bins
     return scores.masked_fill(above[..., -1] <= wanted, NEG_INF)

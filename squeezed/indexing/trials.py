@@ -20,15 +20,10 @@ from squeezed.attention.scores import (
     owners,
     second_order,
 )
-from squeezed.config import FarField
+from squeezed.config import FarField, TrialConfig
 from squeezed.context.captured import ObservedLayer
 from squeezed.context.layers import ClusteredLayer
 from squeezed.indexing.products import float_product, kept_products
-
-TRIAL_QUERIES = 24  # observed queries per head
-
-FAR_PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Parts of `alpha` that the mass of dropped nodes may get."""
 
 CHUNK_LOGITS = 1 << 27
 """Most exact logits held at once."""
@@ -55,21 +50,21 @@ def try_out(
     alpha: Tensor | None,
     thresholds: Tensor,
     far_field: FarField,
-    fitted_at: int,
+    config: TrialConfig,
 ) -> Trials:
     """Try `S` rules that differ in their thresholds on a sample of the queries.
 
     To second order a dropped node's mass is `N exp(s q.c + alpha (s |q|)^2 v / 2)`, with the alpha
     of the leaves. In most heads that is what its keys weigh. In some, a few keys of a cluster hold
     nearly all of its mass: then the estimate is right about the mass and wrong about the value. So
-    every query head takes the part of alpha with which its output under rule `fitted_at` comes
+    every query head takes the part of alpha with which its output under rule `far_fitted_at` comes
     nearest to dense.
 
     Args:
         alpha: `[L, Hq]`, or `None` to first order.
         thresholds: `[S, L, Hkv]` log thresholds.
     """
-    layer, step = seen.layer, max(1, seen.queries.shape[1] // TRIAL_QUERIES)
+    layer, step = seen.layer, max(1, seen.queries.shape[1] // config.queries)
     heads = layer.keys.shape[0]
     queries = seen.queries[:, ::step].unflatten(0, (heads, -1))  # [Hkv, G, n, D]
     at_once = max(1, CHUNK_LOGITS // (queries[0, ..., 0].numel() * layer.tokens))
@@ -80,7 +75,11 @@ def try_out(
         trial = _Trial(queries[own], layer.of_heads(own), weights, seen.scale)
         trial.select(thresholds[:, :, own])
         trial.attend()
-        part = trial.part(fitted_at) if far_field == "second_order" else None
+        part = (
+            trial.part(config.far_fitted_at, config.far_parts)
+            if far_field == "second_order"
+            else None
+        )
         errors.append(trial.errors(far_field, part))
         norms.append(trial.dense.square().sum(-1).mean(-1).flatten())
         parts += [] if part is None else [part.flatten()]
@@ -167,9 +166,9 @@ class _Trial:
         weights = logits.exp()[:, None] * self.dropped.transpose(0, 1)[:, :, None]
         return self._distance(*self._with_far(self.near, weights, part is not None))
 
-    def part(self, rule: int) -> Tensor:
-        """The one of `FAR_PARTS` with the least error of each query head, `[Hkv, G, 1, 1]`."""
-        parts = _far_parts(self.queries.device)
+    def part(self, rule: int, known: tuple[float, ...]) -> Tensor:
+        """The known part with the least error of each query head, `[Hkv, G, 1, 1]`."""
+        parts = _placed(known, self.queries.device)
         logits = torch.addcmul(self.logits[:, None], parts.view(-1, 1, 1, 1), self.second[:, None])
         weights = logits.exp_() * self.dropped[rule][:, None, None]
         near = tuple(of_rules[:, rule, None] for of_rules in self.near)
@@ -192,6 +191,6 @@ class _Trial:
 
 
 @cache
-def _far_parts(device: torch.device) -> Tensor:
-    """`FAR_PARTS` on a device: copied once, for each copy waits for the device."""
-    return torch.tensor(FAR_PARTS, device=device)
+def _placed(parts: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers on a device: copied once, for each copy waits for the device."""
+    return torch.tensor(parts, device=device)

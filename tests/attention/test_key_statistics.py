@@ -132,7 +132,7 @@ def test_kernels_on_long_real_statistics_equal_float64_on_the_models_keys(block,
 def test_the_same_keys_without_a_centre_are_far_off(monkeypatch):
     """The control: what the tests above hold against is there."""
     monkeypatch.setattr(
-        "squeezed.indexing.clustering.common_part", lambda keys: torch.zeros_like(keys[:, 0])
+        "squeezed.indexing.clustering.common_part", lambda keys, _: torch.zeros_like(keys[:, 0])
     )
     monkeypatch.setitem(globals(), "case", case.__wrapped__)
     with pytest.raises(AssertionError):

@@ -123,6 +123,8 @@ def test_inspect_describes_the_context_without_a_model(capsys, place):
     record = json.loads(out)
     assert status == 0 and record["kv_heads"] == 2 and len(record["levels"]) == 2
     assert record["presets"]["best"]["budgets"]
+    assert record["made_with"]["calibration"]["allotment"]["least_share"] == 0.65
+    assert record["assumed"] == []
     assert run(capsys, "inspect", place / "manual.sqz")[1].count("budget") >= 8
 
 

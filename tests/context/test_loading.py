@@ -275,7 +275,7 @@ def test_text_that_is_no_description_is_refused(text, saved):
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"), [(4, "index the document again"), (6, "upgrade"), (10**300, "upgrade")]
+    ("version", "remedy"), [(4, "index the document again"), (7, "upgrade"), (10**300, "upgrade")]
 )
 def test_other_versions_say_what_to_do(version, remedy, saved):
     with_manifest(saved, _put("format_version", version))

@@ -8,7 +8,7 @@ import torch
 from trees import level_of, random_layer
 
 from squeezed.attention.reference.lookup import lookup
-from squeezed.config import BEST, PAPER
+from squeezed.config import BEST, PAPER, HistogramConfig
 from squeezed.context.calibration import interpolate
 from squeezed.context.captured import ObservedLayer
 from squeezed.context.layers import ClusteredLayer
@@ -102,11 +102,11 @@ def test_a_head_without_a_share_still_reads_what_beats_all_it_was_asked():
 @pytest.mark.parametrize("preset", [PAPER, PRUNED_TOGETHER], ids=lambda preset: preset.name)
 def test_thresholds_of_a_block_size_do_not_depend_on_the_others(preset):
     seen = observed()
-    alpha = [fit_alpha(layer) for layer in seen]
-    both = fit_thresholds(seen, alpha, preset, BUDGETS, (1, 64))
+    alpha = [fit_alpha(layer, 24) for layer in seen]
+    both = fit_thresholds(seen, alpha, preset, BUDGETS, (1, 64), HistogramConfig())
     assert not any(grid[0].equal(grid[1]) for grid in both)
     for place, block in enumerate((1, 64)):
-        alone = fit_thresholds(seen, alpha, preset, BUDGETS, (block,))
+        alone = fit_thresholds(seen, alpha, preset, BUDGETS, (block,), HistogramConfig())
         assert all(one[0].equal(grid[place]) for one, grid in zip(alone, both, strict=True))
 
 
@@ -137,7 +137,7 @@ def slope(seen, level, query_head):
 def test_alpha_of_every_level_is_the_slope_over_its_own_keys(keys_at_once, monkeypatch):
     monkeypatch.setattr("squeezed.indexing.second_order.CHUNK_KEYS", keys_at_once)
     (seen,) = observed(layers=1, nodes=(5, 20, 100))
-    alpha = fit_alpha(seen)
+    alpha = fit_alpha(seen, 24)
     for depth, level in enumerate(seen.layer.levels):
         for head in range(len(seen.queries)):
             assert float(alpha[depth, head]) == pytest.approx(slope(seen, level, head), rel=1e-4)
@@ -153,7 +153,7 @@ def test_alpha_is_one_for_gaussian_clusters():
     positions = torch.zeros(1, 4000, dtype=torch.int32)
     layer = ClusteredLayer(keys, keys, positions, 0, (level,), slope, keys.new_zeros(1, 32))
     queries = torch.randn(2, 100, 32, generator=generator)
-    alpha = fit_alpha(ObservedLayer(layer, queries, SCALE))
+    alpha = fit_alpha(ObservedLayer(layer, queries, SCALE), 24)
     torch.testing.assert_close(alpha, torch.ones(1, 2), atol=0.15, rtol=0)
 
 

@@ -2,16 +2,20 @@
 
 import torch
 
-from squeezed.config import ClusteringConfig
+from squeezed.config import ClusteringConfig, SpaceConfig
 from squeezed.indexing.clustering import cluster_layer
 from squeezed.indexing.space import (
-    PLAIN_SHARE,
-    VALUE_WEIGHT,
     compared_dimensions,
     place_points,
-    query_space,
+    space_factor,
     weighted_values,
 )
+
+SPACE = SpaceConfig(plain_share=0.2, value_weight=0.5, value_dimensions=0.3)
+
+
+def query_space(keys, queries, plain_share=SPACE.plain_share):
+    return keys.float() @ space_factor(queries, len(keys), plain_share)
 
 
 def test_squared_distance_is_the_mean_square_of_what_queries_see():
@@ -24,7 +28,7 @@ def test_squared_distance_is_the_mean_square_of_what_queries_see():
         away = keys[head, 0] - keys[head, 1]
         direction = torch.nn.functional.normalize(queries[3 * head : 3 * head + 3], dim=-1)
         seen = 16 * (direction @ away).square().mean()
-        expected = (1 - PLAIN_SHARE) * seen + PLAIN_SHARE * away.square().sum()
+        expected = 0.8 * seen + 0.2 * away.square().sum()
         found = (mapped[head, 0] - mapped[head, 1]).square().sum()
         torch.testing.assert_close(found, expected)
 
@@ -68,7 +72,7 @@ def test_clusters_in_the_queries_space_hold_keys_with_closer_logits():
 
 def test_nodes_keep_raw_means_and_get_the_variance_that_queries_see():
     keys, values, queries = narrow_queries()
-    layer = cluster_layer(keys, values, ClusteringConfig(), queries)
+    layer = cluster_layer(keys, values, ClusteringConfig(space=SPACE), queries)
     mapped = query_space(layer.keys, queries)
     for level in layer.levels:
         for node in range(level.nodes):
@@ -88,22 +92,22 @@ def test_values_beside_keys_have_their_weight_whatever_their_scale():
     values = torch.randn(2, 200, 8, generator=generator)
     spread = torch.tensor([3.0, 0.2])
     for scale in (1.0, 1e3):
-        beside = weighted_values(scale * values + 7.0, spread)
+        beside = weighted_values(scale * values + 7.0, spread, SPACE)
         of_values = beside.var(1, correction=0).sum(-1)
-        torch.testing.assert_close((of_values / spread).sqrt(), torch.full((2,), VALUE_WEIGHT))
-    assert weighted_values(0 * values, spread).isfinite().all()
+        torch.testing.assert_close((of_values / spread).sqrt(), torch.full((2,), 0.5))
+    assert weighted_values(0 * values, spread, SPACE).isfinite().all()
 
 
 def test_points_are_directions_of_keys_in_the_space_and_values_beside_them():
     generator = torch.Generator().manual_seed(2)
     keys, values = torch.randn(2, 2, 90, 8, generator=generator) + 3
     queries = torch.randn(6, 20, 8, generator=generator)
-    points = torch.full((2, 90, compared_dimensions(8)), float("nan"))
+    points = torch.full((2, 90, compared_dimensions(8, SPACE)), float("nan"))
     centre = torch.randn(2, 8, generator=generator)
-    space = place_points(keys, values, queries, centre, points)
+    space = place_points(keys, values, queries, centre, points, SPACE)
     compared = query_space(keys, queries)
     spread = compared.var(1, correction=0).sum(-1)
-    joined = torch.cat([compared, weighted_values(values, spread)], -1)
+    joined = torch.cat([compared, weighted_values(values, spread, SPACE)], -1)
     torch.testing.assert_close(points, torch.nn.functional.normalize(joined, dim=-1))
     away = compared - compared.mean(1, keepdim=True)
     torch.testing.assert_close(space.energy, away.square().mean(-1), atol=1e-5, rtol=1e-4)
@@ -117,9 +121,10 @@ def test_a_far_common_part_leaves_directions_that_tell_keys_apart():
     queries = torch.randn(2, 40, 16, generator=generator)
 
     def neighbours(offset):
-        shifted, dim = keys.double() + offset, compared_dimensions(16)
+        shifted, dim = keys.double() + offset, compared_dimensions(16, SPACE)
         points = torch.empty(1, 200, dim, dtype=torch.float64)
-        place_points(shifted.float(), values, queries, shifted.float().mean(1), points)
+        centre = shifted.float().mean(1)
+        place_points(shifted.float(), values, queries, centre, points, SPACE)
         points = points.to(torch.float16).float()[0]  # what a GPU compares
         return (points @ points.T).fill_diagonal_(-1).topk(5).indices
 

@@ -7,11 +7,13 @@ import torch
 from trees import random_layer
 
 from squeezed.attention.reference import attend
+from squeezed.config import TrialConfig
 from squeezed.context.captured import ObservedLayer
 from squeezed.context.rule import SelectionRule
 from squeezed.indexing import trials as trial
 
 SCALE, GROUP = 0.2, 2
+TRIALS = TrialConfig(far_fitted_at=1, far_parts=(0.0, 0.3, 0.6, 1.0))
 
 
 def observed(tokens=900, nodes=(12, 60)):
@@ -31,7 +33,7 @@ def rules(far_field, thresholds=(-7.5, -6.8, -6.0)):
 
 def tried_out(seen, tried):
     thresholds = torch.stack([rule.log_thresholds for rule in tried])
-    return trial.try_out(seen, tried[0].alpha, thresholds, tried[0].far_field, 1)
+    return trial.try_out(seen, tried[0].alpha, thresholds, tried[0].far_field, TRIALS)
 
 
 def errors_by_attention(seen, rule):
@@ -80,10 +82,10 @@ def test_every_head_takes_the_far_field_with_the_least_error():
     seen, tried = observed(), rules("second_order")
     found = tried_out(seen, tried)
     parts = (found.far_alpha / tried[0].far_alpha).tolist()
-    assert all(min(abs(part - known) for known in trial.FAR_PARTS) < 1e-6 for part in parts)
+    assert all(min(abs(part - known) for known in TRIALS.far_parts) < 1e-6 for part in parts)
     chosen = [replace(rule, far_alpha=found.far_alpha) for rule in tried]
     expected = torch.stack([errors_by_attention(seen, rule)[0] for rule in chosen]).double()
     torch.testing.assert_close(found.errors, expected, atol=1e-6, rtol=1e-4)
-    for part in trial.FAR_PARTS:
+    for part in TRIALS.far_parts:
         other = replace(tried[1], far_alpha=tried[1].far_alpha * part)
         assert (found.errors[1] <= errors_by_attention(seen, other)[0] * (1 + 1e-4)).all()

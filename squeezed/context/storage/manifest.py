@@ -20,6 +20,7 @@ from squeezed.config import ALPHA_RANGE, IndexConfig, Preset
 from squeezed.context.calibration import Calibration
 from squeezed.context.prompt import PromptTemplate
 from squeezed.context.record import ContextRecord
+from squeezed.context.storage.older import complete
 from squeezed.context.storage.replacing import flush
 from squeezed.context.storage.strict import (
     Count,
@@ -35,7 +36,8 @@ from squeezed.context.storage.strict import (
 from squeezed.context.storage.structure import Outline, check_outline
 from squeezed.errors import ContextFileError, shown
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
+OLDEST_VERSION = 5
 MANIFEST = "context.json"
 OBSERVED = "observed_queries.safetensors"
 MANIFEST_BYTES = 1 << 28
@@ -70,6 +72,7 @@ FIELDS: dict[str, Any] = {
     "model": Identity,
     "tokenizer": Identity,
     "config": IndexConfig,
+    "assumed": tuple[str, ...],
     "template": PromptTemplate,
     "windows": tuple[PositiveCount | None, ...],
     "scales": tuple[Positive, ...],
@@ -93,6 +96,7 @@ def write_manifest(path: Path, context: ContextRecord, files: dict[str, dict]) -
         "model": context.model,
         "tokenizer": context.tokenizer,
         "config": asdict(context.config),
+        "assumed": list(context.assumed),
         "template": asdict(context.template),
         "windows": list(context.windows),
         "scales": list(context.scales),
@@ -126,11 +130,11 @@ def read_manifest(text: bytes, file: Path) -> dict[str, Any]:
     """
     manifest, right = unsealed(text, file)
     version = manifest["format_version"]
-    if version != FORMAT_VERSION:
+    if not OLDEST_VERSION <= version <= FORMAT_VERSION:
         remedy = "upgrade squeezed" if version > FORMAT_VERSION else "index the document again"
         raise ContextFileError(
-            f"{shown(file)}: format version {shown(version)}, this release reads version "
-            f"{FORMAT_VERSION}; {remedy}"
+            f"{shown(file)}: format version {shown(version)}, this release reads versions "
+            f"{OLDEST_VERSION} to {FORMAT_VERSION}; {remedy}"
         )
     if not right:
         raise ContextFileError(
@@ -138,6 +142,8 @@ def read_manifest(text: bytes, file: Path) -> dict[str, Any]:
             "again"
         )
     try:
+        if version < FORMAT_VERSION:
+            complete(manifest)
         wrong = sorted(set(manifest) ^ set(FIELDS))
         if wrong:
             raise Malformed(f"{shown(wrong[0])} is missing or unknown")
@@ -186,7 +192,7 @@ def described(manifest: dict[str, Any], device: torch.device | str) -> dict[str,
         name: _calibration(saved, name, clustered, device)
         for name, saved in manifest["calibrations"].items()
     }
-    same = ("windows", "scales", "config", "template", "model", "tokenizer", "seconds")
+    same = ("windows", "scales", "config", "assumed", "template", "model", "tokenizer", "seconds")
     return {
         "tokens": torch.tensor(manifest["tokens"], dtype=torch.long),
         "calibrations": calibrations,

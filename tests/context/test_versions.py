@@ -1,0 +1,109 @@
+"""A context says with what it was made; one from before it did opens, and says what is assumed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from made import made_context, same_context, with_manifest
+
+from squeezed.config import (
+    AllotmentConfig,
+    CalibrationConfig,
+    ClusteringConfig,
+    IndexConfig,
+    ProbeConfig,
+    SpaceConfig,
+    TrialConfig,
+)
+from squeezed.context.storage import directory as storage
+from squeezed.costs.inspection import describe
+from squeezed.errors import ContextFileError
+
+CONTEXT = made_context()
+UNSAID = ["config.clustering.space", "config.clustering.common_part", "config.calibration"]
+
+
+def older(path):
+    """A saved context as version 5 described it."""
+
+    def change(manifest):
+        manifest["format_version"] = 5
+        del manifest["assumed"], manifest["config"]["calibration"]
+        del manifest["config"]["clustering"]["space"]
+        del manifest["config"]["clustering"]["common_part"]
+
+    with_manifest(path, change)
+    return path
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return storage.save(CONTEXT, tmp_path / "manual.sqz")
+
+
+def test_a_saved_context_holds_every_number_that_shaped_it(tmp_path):
+    calibration = CalibrationConfig(
+        probe=ProbeConfig("Why?", 7),
+        alpha_queries=5,
+        trials=TrialConfig((0.1, 0.5), 1, (0.0, 0.5), 3),
+        allotment=AllotmentConfig(1.0, 0.25, 31),
+    )
+    clustering = ClusteringConfig(common_part=3.0, space=SpaceConfig(0.5, 0.1, 0.75, 4.0))
+    config = IndexConfig(clustering, calibration=calibration)
+    path = storage.save(replace(CONTEXT, config=config), tmp_path / "odd.sqz")
+    loaded = storage.load(path)
+    assert loaded.config == config and loaded.assumed == ()
+    shown = json.loads(json.dumps(describe(loaded)))["made_with"]
+    assert shown["clustering"]["space"]["plain_share"] == 0.5
+    assert shown["calibration"]["allotment"]["least_share"] == 0.25
+    assert shown["calibration"]["trials"]["shares"] == [0.1, 0.5]
+    assert shown["calibration"]["probe"]["question"] == "Why?"
+
+
+def test_a_context_from_before_opens_and_says_what_is_assumed(saved):
+    loaded = storage.load(older(saved))
+    assert same_context(loaded, CONTEXT) and list(loaded.assumed) == UNSAID
+    assert describe(loaded)["assumed"] == UNSAID
+    space, calibration = loaded.config.clustering.space, loaded.config.calibration
+    assert (space.plain_share, space.value_weight) == (0.35, 0.3)
+    assert (space.value_dimensions, space.farthest) == (0.25, 10.0)
+    assert loaded.config.clustering.common_part == 2.0
+    assert calibration.alpha_queries == calibration.trials.queries == 24
+    assert calibration.trials.shares == (0.005, 0.015, 0.04, 0.1, 0.2, 0.4, 0.7, 0.92)
+    assert calibration.trials.far_fitted_at == 2
+    assert calibration.trials.far_parts == (0.0, 0.25, 0.5, 0.75, 1.0)
+    allotment, scores = calibration.allotment, calibration.scores
+    assert (allotment.first_layer_weight, allotment.least_share, allotment.steps) == (3, 0.65, 97)
+    assert (scores.lowest, scores.highest, scores.bins) == (-60, 4, 6400)
+    assert calibration.probe.excerpt_characters == 120
+    assert calibration.probe.question.startswith("What is this about, and what are its main points")
+
+
+def test_what_was_assumed_is_still_marked_when_saved_again(saved, tmp_path):
+    again = storage.save(storage.load(older(saved)), tmp_path / "again.sqz")
+    assert json.loads((again / "context.json").read_text())["format_version"] == 6
+    assert list(storage.load(again).assumed) == UNSAID
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.update(assumed=[]),
+        lambda manifest: manifest["config"].update(calibration={}),
+        lambda manifest: manifest["config"]["clustering"].update(space=None),
+        lambda manifest: manifest.update(config=[]),
+        lambda manifest: manifest["config"].update(clustering=3),
+        lambda manifest: manifest.pop("config"),
+    ],
+)
+def test_a_description_of_two_versions_is_refused(change, saved):
+    with_manifest(older(saved), change)
+    with pytest.raises(ContextFileError, match="no context looks like that"):
+        storage.load(saved)
+
+
+@pytest.mark.parametrize("name", ["space", "common_part"])
+def test_a_description_of_this_version_says_everything(name, saved):
+    with_manifest(saved, lambda manifest: manifest["config"]["clustering"].pop(name))
+    with pytest.raises(ContextFileError, match=name):
+        storage.load(saved)
