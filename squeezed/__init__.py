@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from squeezed.system.forks import survive_forks
 
 if TYPE_CHECKING:
+    from squeezed.answers.session import Session
     from squeezed.config import ClusteringConfig, IndexConfig, Preset
     from squeezed.context.prompt import PromptTemplate
     from squeezed.engine import Answer, generate, index, load
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from squeezed.hf.fixed_context import FixedContext
 
 HOMES = {
+    "squeezed.answers.session": ("Session",),
     "squeezed.config": ("ClusteringConfig", "IndexConfig", "Preset"),
     "squeezed.engine": ("Answer", "generate", "index", "load"),
     "squeezed.context.prompt": ("PromptTemplate",),
@@ -30,6 +32,7 @@ __all__ = [
     "IndexConfig",
     "Preset",
     "PromptTemplate",
+    "Session",
     "SqueezedError",
     "UnsupportedModelError",
     "generate",

@@ -16,7 +16,8 @@ from squeezed.context.storage import directory
 from squeezed.context.text import check_text
 from squeezed.costs.memory import check_memory
 from squeezed.errors import ContextFileError, SqueezedError, expect, got
-from squeezed.hf.answer import Answer, respond
+from squeezed.hf.answer import Answer, Request
+from squeezed.hf.asking import Asking
 from squeezed.hf.capture import capture
 from squeezed.hf.fixed_context import FixedContext
 from squeezed.hf.identity.fingerprint import check_model, model_fingerprint
@@ -33,7 +34,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of a phase, steps done, and steps in all."""
 
 
-def _silent(phase: str, done: int, total: int) -> None:
+def silent(phase: str, done: int, total: int) -> None:
     pass
 
 
@@ -44,7 +45,7 @@ def index(
     text: str,
     config: IndexConfig | None = None,
     template: PromptTemplate | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> FixedContext:
     """Prefill, cluster and calibrate a document once.
 
@@ -60,7 +61,7 @@ def index(
         UnsupportedModelError: the model computes attention in another way.
         SqueezedError: the document is empty or longer than the model's positions.
     """
-    _check_pair(model, tokenizer)
+    check_pair(model, tokenizer)
     config = IndexConfig() if config is None else config
     expect("config", config, IndexConfig, "an IndexConfig")
     check_text("text", text)
@@ -118,7 +119,7 @@ def index(
     )
 
 
-def _check_pair(model, tokenizer) -> None:
+def check_pair(model, tokenizer) -> None:
     """Raise `SqueezedError` for what is no model or no tokenizer of Transformers."""
     if not callable(getattr(model, "generate", None)) or not hasattr(model, "config"):
         raise SqueezedError(f"model: expected a Transformers model, got {got(model)}")
@@ -177,14 +178,39 @@ def generate(
     Raises:
         SqueezedError: an argument that cannot be honoured, by its name, before anything is read.
     """
-    _check_pair(model, tokenizer)
-    expect("context", context, FixedContext, "a FixedContext, made by squeezed.index or load")
+    asking = Asking(budget, preset, implementation, method)
+    return request(model, tokenizer, context, question, asking, **generate_arguments).run()
+
+
+@readable_failures()
+def request(
+    model,
+    tokenizer,
+    context: FixedContext,
+    question: str,
+    asking: Asking,
+    watch: bool = False,
+    **generate_arguments,
+) -> Request:
+    """A question that `run()` answers, with a cache of its own; takes and raises as `generate`.
+
+    Args:
+        watch: keep the answer's queries, for `squeezed.answers.sources` and `.reading`.
+    """
+    check_pair(model, tokenizer)
     check_text("question", question)
+    check_maker(model, tokenizer, context)
+    cache = asking.cache(context)
+    ids = context.template.question_ids(tokenizer, question)
+    asked = Request.of(model, tokenizer, cache, ids, generate_arguments)
+    return asked.watching(context, asking) if watch else asked
+
+
+def check_maker(model, tokenizer, context: FixedContext) -> None:
+    """Raise `ContextFileError` unless model and tokenizer, as they are now, made this context."""
+    expect("context", context, FixedContext, "a FixedContext, made by squeezed.index or load")
     check_tokenizer(tokenizer, context)
     check_model(model, context)
-    cache = context.cache(budget, preset, implementation, method)
-    ids = context.template.question_ids(tokenizer, question)
-    return respond(model, tokenizer, cache, ids, **generate_arguments)
 
 
 def check_tokenizer(tokenizer, context: FixedContext) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from threading import Event, Lock
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from squeezed.answers.stream import Listener, Stream
 from squeezed.context.prompt import DOCUMENT, QUESTION, PromptTemplate, continued_ids
 from squeezed.context.text import check_text
-from squeezed.engine import Answer, check_tokenizer, respond
+from squeezed.engine import check_maker
 from squeezed.errors import SqueezedError
+from squeezed.hf.answer import Answer, Request
 from squeezed.hf.arguments import Wishes
+from squeezed.hf.asking import Asking
 from squeezed.hf.cache import SqueezedCache
 from squeezed.hf.fixed_context import FixedContext
-from squeezed.hf.identity.fingerprint import check_model
 
 ANSWER = "\x02ANSWER\x03"
 
@@ -37,6 +41,7 @@ class Chat:
     Attributes:
         cache: made by `context.cache(...)`; grows with every turn.
         turns: what was asked and answered so far; of several sequences the first goes on.
+        asking: the settings that `cache` was made with, if answers shall say what they read.
     """
 
     model: object
@@ -44,10 +49,11 @@ class Chat:
     context: FixedContext
     cache: SqueezedCache
     turns: list[Turn] = field(default_factory=list)
+    asking: Asking | None = None
+    _one_turn: Lock = field(default_factory=Lock, repr=False)
 
     def __post_init__(self) -> None:
-        check_tokenizer(self.tokenizer, self.context)
-        check_model(self.model, self.context)
+        check_maker(self.model, self.tokenizer, self.context)
         if not self.cache.document.equal(self.context.tokens.cpu()):
             raise SqueezedError("cache: it is of another context; make it with context.cache()")
 
@@ -56,15 +62,36 @@ class Chat:
 
         Arguments and errors are those of `squeezed.generate`.
         """
+        self._check(question)
+        return self._turn(question, generate_arguments)
+
+    def stream(self, question: str, **generate_arguments) -> Stream:
+        """The same in pieces; a turn whose stream was closed never was."""
+        self._check(question)
+        listener = Listener(self.tokenizer)
+        arguments = listener.arguments(generate_arguments)
+        return Stream(lambda: self._turn(question, arguments, listener.stopped), listener)
+
+    def _check(self, question: str) -> None:
         check_text("question", question)
-        check_model(self.model, self.context)
+        check_maker(self.model, self.tokenizer, self.context)
+
+    def _turn(self, question: str, arguments: dict[str, Any], left: Event | None = None) -> Answer:
+        with self._one_turn:
+            answer = self._request(question, arguments).run()
+            ends = Wishes(self.model, arguments).end_tokens
+            if left is None or not left.is_set():
+                self.turns.append(Turn(question, self._spoken(answer.sequences[0], ends)))
+        return answer
+
+    def _request(self, question: str, arguments: dict[str, Any]) -> Request:
         ids = conversation_ids(self.tokenizer, self.context.template, self.turns, question)
         self.cache.restart_spending()
-        self.cache.watch_queries()
-        answer = respond(self.model, self.tokenizer, self.cache, ids, **generate_arguments)
-        ends = Wishes(self.model, generate_arguments).end_tokens
-        self.turns.append(Turn(question, self._spoken(answer.sequences[0], ends)))
-        return answer
+        asked = Request.of(self.model, self.tokenizer, self.cache, ids, arguments)
+        if self.asking is None:
+            self.cache.watch_queries()
+            return asked
+        return asked.watching(self.context, self.asking)
 
     def _spoken(self, tokens: Tensor, ends: set[int]) -> Tensor:
         """Tokens up to the one that ended the turn, if the next turn writes what ends it."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from squeezed.answers.reading import QUERIES_AT_ONCE, answer_queries, rows_read
-from squeezed.engine import respond
+from squeezed.hf.answer import respond
 from squeezed.hf.cache import SqueezedCache
 from squeezed.hf.fixed_context import FixedContext
 

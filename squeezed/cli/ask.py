@@ -66,7 +66,7 @@ def stream_answer(session: Session, cache, ids, max_new_tokens: int, silent: boo
     """Generate, printing each word on standard output as it comes unless `silent`."""
     from transformers import TextStreamer
 
-    from squeezed.engine import respond
+    from squeezed.hf.answer import respond
 
     streamer = None
     if not silent:

@@ -60,7 +60,7 @@ def _plot(
 ) -> list[list[float]]:
     from squeezed.answers.reading import budget_by_head
     from squeezed.cli.plot import plot
-    from squeezed.engine import respond
+    from squeezed.hf.answer import respond
 
     session = open_session(path, model, "auto", "auto")
     cache = session.cache(asking)

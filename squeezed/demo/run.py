@@ -10,7 +10,7 @@ from importlib import resources
 import squeezed
 from squeezed.answers.reading import Traffic, traffic
 from squeezed.config import BEST, DEFAULT_BUDGET
-from squeezed.engine import Answer, respond
+from squeezed.hf.answer import Answer, respond
 from squeezed.hf.fixed_context import FixedContext
 from squeezed.measure.agreement import Agreement, compare, next_token_logits
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from squeezed.context.record import ContextRecord
 from squeezed.errors import SqueezedError
 from squeezed.hf.arguments import ASSISTED, Wishes, passed_on
-from squeezed.hf.attention import using_attention
+from squeezed.hf.asking import Asking
 from squeezed.hf.cache import Spending, SqueezedCache
 from squeezed.hf.positions import check_room
 from squeezed.hf.support import input_device
+from squeezed.hf.switch import using_attention
+from squeezed.hf.watched import Watched
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Answer:
         sequences: `[N, n]` int64, ids of every sequence, padded on the right.
         output: what `model.generate` returned, if `return_dict_in_generate` asked for more than
             ids; its sequences begin with the document.
+        budget: share of the clustered keys that was asked for.
+        watched: what `squeezed.answers` needs to say where the answer came from, if it was kept.
     """
 
     text: str
@@ -40,6 +45,8 @@ class Answer:
     seconds: dict[str, float]
     sequences: Tensor
     output: Any = None
+    budget: float = 1.0
+    watched: Watched | None = field(default=None, repr=False, compare=False)
 
 
 def respond(model, tokenizer, cache: SqueezedCache, ids: Tensor, **arguments) -> Answer:
@@ -53,29 +60,119 @@ def respond(model, tokenizer, cache: SqueezedCache, ids: Tensor, **arguments) ->
     Raises:
         SqueezedError: as `squeezed.generate` does.
     """
-    wishes, clock, ids = Wishes(model, arguments), _Clock(), ids.cpu()
-    wishes.refuse_unsupported()
-    prompt = torch.cat([cache.document, ids])[None].to(input_device(model))
-    passed = passed_on(wishes, tokenizer, prompt.shape[1], clock)
-    new_tokens = wishes.new_tokens(prompt.shape[1])
-    _check_suffix(cache, ids, new_tokens, wishes)
-    check_room(model, len(cache.document), prompt.shape[1], new_tokens)
-    cache.rewind(ids)
-    if wishes.rows > 1:
-        cache.batch_repeat_interleave(wishes.rows)
-    output = _generate(model, cache, prompt, passed)
-    whole = output if isinstance(output, Tensor) else output.sequences
-    new = whole[:, prompt.shape[1] :].cpu()
-    certain = wishes.rows == 1 and "custom_generate" not in arguments
-    cache.remember(torch.cat([ids, new[0]]) if certain else ids)
-    return Answer(
-        text=tokenizer.decode(new[0], skip_special_tokens=True).strip(),
-        tokens=new[0] if len(new) == 1 else new,
-        spending=cache.spending(),
-        seconds=clock.seconds(),
-        sequences=new,
-        output=None if isinstance(output, Tensor) else output,
-    )
+    return Request.of(model, tokenizer, cache, ids, arguments).run()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question that can be answered: all that can be refused before the model runs was looked at.
+
+    Attributes:
+        ids: `[S]` int64, all that follows the document.
+        prompt: `[1, P + S]` int64, where the model takes it.
+        passed: arguments of `model.generate` besides prompt, mask and cache.
+        watched_as: context and settings to note in the answer, with its queries.
+    """
+
+    model: Any
+    tokenizer: Any
+    cache: SqueezedCache
+    ids: Tensor
+    prompt: Tensor
+    wishes: Wishes
+    clock: _Clock
+    passed: dict[str, Any]
+    watched_as: tuple[ContextRecord, Asking] | None = None
+
+    @classmethod
+    def of(
+        cls, model, tokenizer, cache: SqueezedCache, ids: Tensor, arguments: Mapping[str, Any]
+    ) -> Request:
+        """Raises `SqueezedError` as `squeezed.generate` does."""
+        wishes, clock, ids = Wishes(model, arguments), _Clock(), ids.cpu()
+        wishes.refuse_unsupported()
+        prompt = torch.cat([cache.document, ids])[None].to(input_device(model))
+        passed = passed_on(wishes, tokenizer, prompt.shape[1], clock)
+        new_tokens = wishes.new_tokens(prompt.shape[1])
+        _check_suffix(cache, ids, new_tokens, wishes)
+        check_room(model, len(cache.document), prompt.shape[1], new_tokens)
+        return cls(model, tokenizer, cache, ids, prompt, wishes, clock, passed)
+
+    def watching(self, record: ContextRecord, asking: Asking) -> Request:
+        """The same, whose answer says what it read; `record.cache()` made the cache so."""
+        self.cache.watch_queries()
+        return replace(self, watched_as=(record, asking))
+
+    def run(self) -> Answer:
+        """Answer it, once."""
+        cache, wishes = self.cache, self.wishes
+        self.clock.start()
+        cache.rewind(self.ids)
+        if wishes.rows > 1:
+            cache.batch_repeat_interleave(wishes.rows)
+        output = self._generate()
+        whole = output if isinstance(output, Tensor) else output.sequences
+        new = whole[:, self.prompt.shape[1] :].cpu()
+        certain = wishes.rows == 1 and "custom_generate" not in wishes.arguments
+        cache.remember(torch.cat([self.ids, new[0]]) if certain else self.ids)
+        return Answer(
+            text=self.tokenizer.decode(new[0], skip_special_tokens=True).strip(),
+            tokens=new[0] if len(new) == 1 else new,
+            spending=cache.spending(),
+            seconds=self.clock.seconds(),
+            sequences=new,
+            output=None if isinstance(output, Tensor) else output,
+            budget=cache.budget,
+            watched=None if self.watched_as is None else Watched.of(*self.watched_as, cache),
+        )
+
+    def _generate(self) -> Any:
+        """`model.generate`, whose refusals of arguments become one line each."""
+        with using_attention(self.model), torch.inference_mode(), self._feeding_new():
+            try:
+                return self.model.generate(
+                    input_ids=self.prompt,
+                    attention_mask=torch.ones_like(self.prompt),
+                    past_key_values=self.cache,
+                    **self.passed,
+                )
+            except (TypeError, ValueError, NotImplementedError) as error:
+                if self._begun or isinstance(error, SqueezedError):
+                    raise
+                raise SqueezedError(f"generate: {' '.join(str(error).split())}") from error
+
+    @property
+    def _begun(self) -> bool:
+        """Whether the model has read something of what is new."""
+        return int(self.cache.layers[0].suffix_length) > len(self.cache.known)
+
+    @contextmanager
+    def _feeding_new(self) -> Iterator[None]:
+        """Let the first pass read only ids that the cache does not hold.
+
+        Transformers cuts the held ids off by itself, except in assisted generation.
+        """
+        if all(self.wishes.chosen(name) is None for name in ASSISTED):
+            yield
+            return
+        modules = self.model.modules()
+        inner = next(module for module in modules if isinstance(module, PreTrainedModel))
+        handle = inner.register_forward_pre_hook(self._cut, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _cut(self, module, args, kwargs=None):
+        """Other threads' passes come by here too, without `kwargs` while the hook is removed."""
+        ids = (kwargs or {}).get("input_ids")
+        if ids is None or kwargs.get("past_key_values") is not self.cache or self._begun:
+            return None
+        if ids.shape[1] >= self.prompt.shape[1]:
+            held = int(self.cache.get_seq_length())
+            for name in {"input_ids", "position_ids"} & kwargs.keys():
+                kwargs[name] = kwargs[name][..., held:]
+        return args, kwargs
 
 
 def _check_suffix(cache: SqueezedCache, ids: Tensor, new: int, wishes: Wishes) -> None:
@@ -96,54 +193,13 @@ def _check_suffix(cache: SqueezedCache, ids: Tensor, new: int, wishes: Wishes) -
         )
 
 
-def _generate(model, cache: SqueezedCache, prompt: Tensor, passed: dict[str, Any]) -> Any:
-    """`model.generate`, whose refusals of arguments become one line each."""
-    begun: list[bool] = []
-    with using_attention(model), torch.inference_mode(), _feeding_new(model, cache, prompt, begun):
-        try:
-            return model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                past_key_values=cache,
-                **passed,
-            )
-        except (TypeError, ValueError, NotImplementedError) as error:
-            if begun or isinstance(error, SqueezedError):
-                raise
-            raise SqueezedError(f"generate: {' '.join(str(error).split())}") from error
-
-
-@contextmanager
-def _feeding_new(model, cache: SqueezedCache, prompt: Tensor, begun: list[bool]) -> Iterator[None]:
-    """Let the first pass, noted in `begun`, read only ids that the cache does not hold.
-
-    Transformers cuts the held ids off by itself, except in assisted generation.
-    """
-
-    def cut(module, args, kwargs):
-        if kwargs.get("past_key_values") is not cache:
-            return None
-        begun.append(True)
-        handle.remove()
-        if kwargs["input_ids"].shape[1] < prompt.shape[1]:
-            return None
-        held = int(cache.get_seq_length())
-        for name in {"input_ids", "position_ids"} & kwargs.keys():
-            kwargs[name] = kwargs[name][..., held:]
-        return args, kwargs
-
-    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    handle = inner.register_forward_pre_hook(cut, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 class _Clock:
     """A stopping criterion that never stops: it notes when tokens came, and how many there were."""
 
     def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
         self.times, self.lengths = [time.perf_counter()], [0]
 
     def __call__(self, input_ids, scores, **kwargs):

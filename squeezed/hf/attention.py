@@ -8,14 +8,12 @@ half of the keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from threading import get_ident
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -25,7 +23,6 @@ from transformers.masking_utils import (
 
 from squeezed.errors import SqueezedError, UnsupportedModelError
 from squeezed.hf.rope import check_rope
-from squeezed.hf.support import _ONE_LOOK, _SWITCHES, _Switch
 
 NAME = "squeezed"
 
@@ -180,24 +177,3 @@ def check_mask_length(attention_mask: Tensor, q_offset, q_length: int) -> None:
 
 AttentionInterface.register(NAME, squeezed_attention_forward)
 AttentionMaskInterface.register(NAME, squeezed_mask)
-
-
-@contextmanager
-def using_attention(model, name: str = NAME) -> Iterator[None]:
-    """Run the block with another attention implementation, in evaluation mode.
-
-    Both come back as they were, module by module, when the last block on the model ends, in
-    whatever thread. Blocks with one name run side by side; one with another name waits for them.
-
-    Raises:
-        SqueezedError: a block inside another asks for another name while other threads are at work.
-    """
-    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    with _ONE_LOOK:
-        switch = _SWITCHES.setdefault(inner, _Switch())
-    thread = get_ident()
-    switch.enter(inner, name)
-    try:
-        yield
-    finally:
-        switch.leave(inner, thread, name)

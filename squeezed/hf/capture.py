@@ -16,9 +16,10 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from squeezed.context.captured import CapturedLayer
-from squeezed.hf.attention import Handover, using_attention
+from squeezed.hf.attention import Handover
 from squeezed.hf.rope import first_chunk
 from squeezed.hf.support import input_device, layer_kinds, text_config
+from squeezed.hf.switch import using_attention
 
 
 class CaptureLayer(CacheLayerMixin):

@@ -7,15 +7,15 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 
-from squeezed.config import BEST, DEFAULT_BUDGET, check_budget
+from squeezed.config import BEST, DEFAULT_BUDGET
 from squeezed.context.layers import WindowLayer
 from squeezed.context.record import ContextRecord
 from squeezed.context.storage import directory
 from squeezed.errors import expect, whole
+from squeezed.hf.asking import Asking
 from squeezed.hf.build import build_cache
 from squeezed.hf.cache import SqueezedCache
 from squeezed.hf.identity.fingerprint import check_attention
-from squeezed.methods import create
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,14 @@ class FixedContext(ContextRecord):
         Returns:
             One per request or batch of requests.
         """
-        for name, value in (("preset", preset), ("implementation", implementation)):
-            expect(name, value, str, "a name (str)")
         if suffix_tokens is not None:
             whole("suffix_tokens", suffix_tokens, 1)
-        chosen = create(method, preset=preset, implementation=implementation)
-        attentions = iter(chosen.prepare(self, check_budget(budget)))
+        asking = Asking(budget, preset, implementation, method)
+        attentions = iter(asking.attentions(self))
         contexts = [
             layer if isinstance(layer, WindowLayer) else next(attentions) for layer in self.layers
         ]
-        cache = build_cache(contexts, budget, self.tokens, suffix_tokens)
+        cache = build_cache(contexts, asking.budget, self.tokens, suffix_tokens)
         for place, layer in enumerate(cache.layers):
             layer.recognise = partial(check_attention, self.model, place)
         return cache

@@ -12,9 +12,9 @@ from transformers import Cache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from squeezed.errors import SqueezedError, UnsupportedModelError
-from squeezed.hf.attention import using_attention
 from squeezed.hf.capture import CaptureLayer
 from squeezed.hf.support import LayerKind, input_device, text_config, unsupported
+from squeezed.hf.switch import using_attention
 
 TOKENS, PARTS = 8, 2
 """Read in parts: the second finds keys in the cache, as every question will."""

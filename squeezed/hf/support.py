@@ -1,16 +1,12 @@
-"""Which models can be squeezed, what their layers are, and switching attention on and off."""
+"""Which models can be squeezed, and what their layers are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from threading import Condition, Lock, get_ident
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
-from squeezed.errors import SqueezedError, UnsupportedModelError
+from squeezed.errors import UnsupportedModelError
 
 UNSUPPORTED_TYPES = {
     "gemma2": "soft-capped attention logits",
@@ -125,88 +121,3 @@ def unsupported(config, reason: str) -> UnsupportedModelError:
         f"model type {config.model_type!r} has {reason}, which squeezed attention does not "
         "reproduce; use a Llama-, Mistral-, Qwen- or Gemma-3-style model"
     )
-
-
-@dataclass
-class _Switch:
-    """Who works on a model under which attention, and how the model was before all of them.
-
-    Attributes:
-        names: by thread, the attention implementations it asked for, the last one on top.
-        configs: every configuration in the model, with its implementation.
-        training: the modules that were in training mode.
-    """
-
-    changed: Condition = field(default_factory=Condition)
-    names: dict[int, list[str]] = field(default_factory=dict)
-    configs: list[tuple[object, object]] = field(default_factory=list)
-    training: list[nn.Module] = field(default_factory=list)
-    current: str | None = None
-
-    def enter(self, model: PreTrainedModel, name: str) -> None:
-        own = get_ident()
-        with self.changed:
-            while any(names[-1] != name for thread, names in self.names.items() if thread != own):
-                if own in self.names:
-                    raise SqueezedError(
-                        f"attention {name!r}: another thread works on this model with "
-                        f"{self.current!r}; wait for it, or use a second copy of the model"
-                    )
-                self.changed.wait()
-            if not self.names:
-                self._remember(model)
-            self.names.setdefault(own, []).append(name)
-            try:
-                self._set(model, name)
-            except BaseException:
-                self._leave(model, own, name)
-                raise
-
-    def leave(self, model: PreTrainedModel, thread: int, name: str) -> None:
-        with self.changed:
-            self._leave(model, thread, name)
-
-    def _leave(self, model: PreTrainedModel, thread: int, name: str) -> None:
-        names = self.names[thread]
-        del names[len(names) - 1 - names[::-1].index(name)]
-        if not names:
-            del self.names[thread]
-        if self.names:
-            self._set(model, self.names.get(thread, next(iter(self.names.values())))[-1])
-        else:
-            self._restore()
-        self.changed.notify_all()
-
-    def _set(self, model: PreTrainedModel, name: str) -> None:
-        if name != self.current:
-            model.set_attn_implementation(name)
-            self.current = name
-
-    def _remember(self, model: PreTrainedModel) -> None:
-        self.configs = [(each, each._attn_implementation_internal) for each in _configs(model)]
-        self.training = [module for module in model.modules() if module.training]
-        for module in self.training:
-            module.training = False
-
-    def _restore(self) -> None:
-        for config, implementation in self.configs:
-            config._attn_implementation_internal = implementation
-        for module in self.training:
-            module.training = True
-        self.configs, self.training, self.current = [], [], None
-
-
-_SWITCHES: WeakKeyDictionary[PreTrainedModel, _Switch] = WeakKeyDictionary()
-_ONE_LOOK = Lock()
-
-
-def _configs(model: PreTrainedModel) -> list:
-    """Every configuration that says which attention a part of the model uses, each once."""
-    found = {}
-    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    while waiting:
-        config = waiting.pop()
-        if config is not None and id(config) not in found:
-            found[id(config)] = config
-            waiting += [getattr(config, name, None) for name in config.sub_configs]
-    return list(found.values())

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squeezed.hf.attention import using_attention
 from squeezed.hf.cache import SqueezedCache, suffix_mask
 from squeezed.hf.support import input_device
+from squeezed.hf.switch import using_attention
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from tiny import document, tiny_model, tiny_tokenizer
 import squeezed
 from squeezed.answers.reading import answer_queries, budget_by_head, traffic
 from squeezed.answers.sources import ask_neutral, attention_by_position, passage_bounds, sources
-from squeezed.engine import respond
 from squeezed.errors import SqueezedError
+from squeezed.hf.answer import respond
 
 NEEDLE = "Omega is the last letter. "
 

@@ -9,8 +9,8 @@ from tiny import document, tiny_model, tiny_tokenizer
 import squeezed
 from squeezed.context.prompt import PromptTemplate
 from squeezed.errors import SqueezedError
-from squeezed.hf.attention import using_attention
 from squeezed.hf.cache import suffix_mask
+from squeezed.hf.switch import using_attention
 
 CONFIG = squeezed.IndexConfig(
     clustering=squeezed.ClusteringConfig(levels=(0.05, 0.2), pinned_first=4, pinned_last=20),

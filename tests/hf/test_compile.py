@@ -7,7 +7,7 @@ from tiny import document, tiny_model, tiny_tokenizer
 import squeezed
 from squeezed.attention import reference
 from squeezed.context.prompt import PromptTemplate
-from squeezed.hf.attention import using_attention
+from squeezed.hf.switch import using_attention
 
 triton = pytest.importorskip("triton")
 

@@ -15,9 +15,9 @@ import squeezed
 from squeezed.answers.chat import Chat
 from squeezed.context.prompt import PromptTemplate
 from squeezed.errors import ContextFileError, UnsupportedModelError
-from squeezed.hf.attention import using_attention
 from squeezed.hf.identity.fingerprint import difference, model_fingerprint, same_model
 from squeezed.hf.identity.vocabulary import tokenizer_fingerprint
+from squeezed.hf.switch import using_attention
 
 FLOATS = ("float32", "float16", "bfloat16")
 

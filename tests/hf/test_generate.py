@@ -8,9 +8,9 @@ from transformers import DynamicCache
 
 import squeezed
 from squeezed.context.prompt import PromptTemplate
-from squeezed.hf.attention import using_attention
 from squeezed.hf.cache import suffix_mask
 from squeezed.hf.capture import capture
+from squeezed.hf.switch import using_attention
 
 CLUSTERING = squeezed.ClusteringConfig(levels=(0.05, 0.2), pinned_first=4, pinned_last=20)
 CONFIG = squeezed.IndexConfig(clustering=CLUSTERING, prefill_chunk=128)

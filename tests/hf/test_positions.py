@@ -8,9 +8,9 @@ from test_shapes import QUESTION, build, divergence, indexed
 from tiny import document, tiny_model, tiny_tokenizer
 
 import squeezed
-from squeezed.hf.attention import using_attention
 from squeezed.hf.cache import suffix_mask
 from squeezed.hf.positions import check_document
+from squeezed.hf.switch import using_attention
 
 SWITCH = 512
 LONGROPE = {

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import squeezed
 from squeezed.context.prompt import PromptTemplate
-from squeezed.hf.attention import using_attention
 from squeezed.hf.capture import capture
 from squeezed.hf.support import layer_kinds
+from squeezed.hf.switch import using_attention
 
 CONFIG = squeezed.IndexConfig(
     squeezed.ClusteringConfig(levels=(0.05, 0.2), pinned_first=4, pinned_last=20), prefill_chunk=128

@@ -9,7 +9,7 @@ from test_shapes import QUESTION, build, divergence, indexed
 from tiny import tiny_tokenizer
 
 import squeezed
-from squeezed.hf.attention import using_attention
+from squeezed.hf.switch import using_attention
 
 NOISY = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attention_dropout": 0.3}
 

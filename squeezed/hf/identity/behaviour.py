@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from squeezed.hf.attention import using_attention
 from squeezed.hf.identity.sketch import noise, type_name
 from squeezed.hf.support import input_device
+from squeezed.hf.switch import using_attention
 
 TOKENS, PROJECTIONS = 16, 4
 

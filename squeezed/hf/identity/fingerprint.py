@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import re
+from threading import RLock
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -42,6 +43,8 @@ LARGE = 1 << 22
 
 _behaved: WeakKeyDictionary = WeakKeyDictionary()
 _agreed: WeakKeyDictionary = WeakKeyDictionary()
+_ONE_CHECK = RLock()
+"""Held while a model is looked at: what it remembers of the last look is one for all threads."""
 
 
 def model_fingerprint(model, like: dict | None = None) -> dict:
@@ -60,7 +63,11 @@ def model_fingerprint(model, like: dict | None = None) -> dict:
     Raises:
         UnsupportedModelError: an adapter puts virtual tokens before the prompt.
     """
-    decoder = decoder_of(model)
+    with _ONE_CHECK:
+        return _fingerprint(model, decoder_of(model), like)
+
+
+def _fingerprint(model, decoder: nn.Module, like: dict | None) -> dict:
     behaviour = _behaviour(model, decoder, like)  # first: adapters settle what they merge
     found = list(parts(decoder))
     known = (like or {}).get("weights", {})
@@ -149,16 +156,23 @@ def check_model(model, context) -> None:
         raise _another_model(f"{len(context.windows)} layers, not {len(windows)}")
     if windows != tuple(context.windows):
         raise _another_model("its sliding windows differ")
-    decoder = decoder_of(model)
+    with _ONE_CHECK:
+        _check_weights(model, decoder_of(model), context.model)
+
+
+def _check_weights(model, decoder: nn.Module, made: dict) -> None:
+    """Raise unless `made` is the model's fingerprint; large models remember which ones are."""
     looked_at = model_state(decoder) if _is_large(decoder) else None
-    agreed = _agreed.get(decoder)
-    if looked_at and agreed and agreed[0] is context.model and agreed[1] == looked_at:
+    state, agreed = _agreed.get(decoder, (None, []))
+    if looked_at is None or state != looked_at:
+        agreed = []
+    if any(each is made or each == made for each in agreed):
         return
-    what = difference(model_fingerprint(model, like=context.model), context.model)
+    what = difference(model_fingerprint(model, like=made), made)
     if what:
         raise _another_model(what)
     if looked_at:
-        _agreed[decoder] = (context.model, looked_at)
+        _agreed[decoder] = (looked_at, [*agreed, made])
 
 
 def check_attention(fingerprint: dict, layer: int, module: nn.Module) -> None:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from squeezed.context.layers import WindowLayer
-from squeezed.hf.attention import using_attention
 from squeezed.hf.build import build_cache
 from squeezed.hf.cache import SqueezedCache, suffix_mask
 from squeezed.hf.fixed_context import FixedContext
 from squeezed.hf.support import input_device
+from squeezed.hf.switch import using_attention
 from squeezed.measure.accuracy.meter import Meter
 from squeezed.methods.base import ContextAttention
 

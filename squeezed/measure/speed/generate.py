@@ -21,9 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from squeezed.config import DEFAULT_BUDGET
-from squeezed.hf.attention import using_attention
 from squeezed.hf.cache import suffix_mask
 from squeezed.hf.capture import capture
+from squeezed.hf.switch import using_attention
 from squeezed.measure.record import write_record
 from squeezed.measure.speed import common
 from squeezed.measure.speed.fabricated import context_of, dense_cache, random_model
