@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from squeezed.attention.reference.lookup import lookup
+from squeezed.context.bytes import LayerBytes
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.record import ContextRecord
 from squeezed.errors import SqueezedError
@@ -42,11 +43,10 @@ def traffic(context: ContextRecord, cache: SqueezedCache) -> Traffic:
     dense = float(context.kv_bytes())
     for entry, scale in zip(cache.context_layers, context.scales, strict=True):
         layer, query = entry.context.layer, answer_queries(entry)
-        per_key = layer.kv_bytes() / (layer.keys.shape[0] * layer.tokens)
         tokens, queries = max(1, int(entry.tokens_answered)), int(entry.queries_answered)
         dense += layer.kv_bytes() * (queries / tokens - 1)
-        exact += layer.pinned * layer.keys.shape[0] * per_key * queries / tokens
-        exact += float(entry.keys_read) / tokens * per_key
+        pinned = layer.pinned * layer.keys.shape[0] * queries
+        exact += LayerBytes.of(layer).keys(pinned + int(entry.keys_read)) / tokens
         if cache.budget < 1:
             index += (
                 float(entry.context.index_bytes(query, scale)) / query.shape[2] * queries / tokens

@@ -23,8 +23,6 @@ LONGEST_CONTEXT = 10**12
 BANDWIDTHS = (1.0, 1e18)
 """Bytes per second for which times are worth printing."""
 
-OFFSET_BYTES = VARIANCE_BYTES = POSITION_BYTES = 4
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -96,8 +94,8 @@ def plan(
     nodes = clustering.counts(tokens)
     full = shape.full_layers * shape.kv_heads
     windowed = shape.window_layers * shape.kv_heads * min(tokens, shape.window)
-    windowed_bytes = 2 * windowed * shape.row_bytes
-    kv_bytes = 2 * full * tokens * shape.row_bytes + windowed_bytes
+    windowed_bytes = shape.bytes.keys(windowed)
+    kv_bytes = shape.bytes.keys(full * tokens) + windowed_bytes
     squeezed = full * _bytes_per_head(shape, tokens, budget, nodes, clustering, preset)
     return Plan(
         shape=shape,
@@ -105,7 +103,7 @@ def plan(
         budget=budget,
         bandwidth=bandwidth,
         kv_bytes=kv_bytes,
-        index_bytes=full * _index_bytes_per_head(shape, tokens, nodes),
+        index_bytes=full * shape.bytes.index(tokens, nodes),
         clustering_flops=full * _clustering_flops_per_head(shape, tokens, nodes, clustering),
         prefill_flops=_prefill_flops(shape, tokens),
         dense_bytes_per_token=kv_bytes,
@@ -116,18 +114,6 @@ def plan(
 
 def clustered_tokens(tokens: int, clustering: ClusteringConfig) -> int:
     return tokens - clustering.pinned(tokens)[1]
-
-
-def _index_bytes_per_head(shape: ModelShape, tokens: int, nodes: Sequence[int]) -> int:
-    """Positions of all rows; means, variance, offsets of all nodes; child links above leaves;
-    the slope of values and the centre of keys."""
-    narrow = tokens <= torch.iinfo(torch.int16).max
-    held = tokens * (POSITION_BYTES // 2 if narrow else POSITION_BYTES)
-    held += (shape.head_dim + 1) * shape.row_bytes
-    for depth, count in enumerate(nodes):
-        held += count * (2 * shape.row_bytes + VARIANCE_BYTES) + (count + 1) * OFFSET_BYTES
-        held += (count + 1) * OFFSET_BYTES if depth < len(nodes) - 1 else 0
-    return held
 
 
 def _bytes_per_head(
@@ -143,18 +129,14 @@ def _bytes_per_head(
     A level scores the children of what the level above kept, and replaces what it drops by a mean.
     """
     clustered = clustered_tokens(tokens, clustering) if nodes else 0
-    rows = tokens - clustered + budget * clustered
-    read = 2 * rows * shape.row_bytes
-    entry = shape.row_bytes + OFFSET_BYTES + (VARIANCE_BYTES if preset.second_order else 0)
-    mean_bytes = 0 if preset.far_field == "none" else shape.row_bytes
+    read = shape.bytes.keys(tokens - clustered + budget * clustered)
     budgets = torch.tensor([budget], dtype=torch.float64)
     alive, shares = 1.0, keep_shares(preset, budgets, len(nodes))[0].tolist() if nodes else []
     for count, kept in zip(nodes, shares, strict=True):
-        read += count * alive * entry + count * max(0.0, alive - kept) * mean_bytes
+        dropped = count * max(0.0, alive - kept)
+        read += shape.bytes.nodes(count * alive, dropped, preset.second_order, preset.far_field)
         alive = kept
-    if nodes and preset.far_field == "second_order":
-        read += shape.head_dim * shape.row_bytes  # the slope of values
-    return read
+    return read + (shape.bytes.slope(preset.far_field) if nodes else 0)
 
 
 def _clustering_flops_per_head(

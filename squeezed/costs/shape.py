@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from squeezed.context.bytes import LayerBytes
 from squeezed.errors import SqueezedError, whole
 from squeezed.system.failures import cause_of
 
@@ -31,9 +32,9 @@ class ModelShape:
     parameters: int
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one key or value of one head."""
-        return self.head_dim * self.element_bytes
+    def bytes(self) -> LayerBytes:
+        """Bytes of the parts of a layer."""
+        return LayerBytes(self.head_dim, self.element_bytes)
 
 
 def model_shape(config, element_bytes: int | None = None) -> ModelShape:

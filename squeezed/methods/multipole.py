@@ -54,7 +54,7 @@ class MultipoleLayer(MaskedLayer):
         q = grouped(query, self.layer.keys.shape[0])
         valid = torch.ones(q.shape[0], q.shape[3], dtype=torch.bool, device=q.device)
         queries = Queries(q, valid, q.shape[3], scale, self.blocks.query_block)
-        return tree_bytes(self.layer, self.descend(queries), variance=False, far_field=True)
+        return tree_bytes(self.layer, self.descend(queries), False, "first_order")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from squeezed.attention.scores import NEG_INF, grouped
+from squeezed.context.bytes import LayerBytes
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.record import ContextRecord
 from squeezed.errors import SqueezedError
@@ -88,11 +89,10 @@ class RetrievalLayer(MaskedLayer):
         if not self.layer.clustered or not self.budget_keys:
             return 0.0
         q = grouped(query, self.layer.keys.shape[0])
-        key_bytes = self.layer.keys.shape[-1] * self.layer.keys.element_size()
         total = 0.0
         for head, index in enumerate(self.indexes):
             compared, hops = visited_keys(index, q[:, head].flatten(0, 2), self.budget_keys)
-            total += compared * key_bytes + hops * 2 * LINKS * LINK_BYTES
+            total += compared * LayerBytes.of(self.layer).row + hops * 2 * LINKS * LINK_BYTES
         return total
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from squeezed.attention.scores import NEG_INF, owners
+from squeezed.context.bytes import LayerBytes
 from squeezed.context.record import ContextRecord
 from squeezed.methods.base import Blocks
 from squeezed.methods.masked import MaskedLayer, Queries, fill, rows_of
@@ -30,8 +31,8 @@ class RoutingLayer(MaskedLayer):
         if not self.layer.levels:
             return 0.0
         leaves = self.layer.levels[-1]
-        row = leaves.centroids.shape[-1] * leaves.centroids.element_size()
-        return query.shape[0] * query.shape[2] * (leaves.sizes > 0).sum() * row
+        filled = (leaves.sizes > 0).sum()
+        return query.shape[0] * query.shape[2] * filled * LayerBytes.of(self.layer).row
 
 
 @dataclass(frozen=True)

@@ -87,16 +87,9 @@ class SqueezedLayer(ContextAttention):
     def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
         if not self.layer.levels:
             return 0.0
-        read = tree_bytes(
-            self.layer,
-            lookup(query, self.layer, self.token, scale),
-            variance=self.token.alpha is not None,
-            far_field=self.token.far_field != "none",
-        )
-        if self.token.far_field == "second_order":
-            slope = self.layer.value_slope
-            read += query.shape[0] * query.shape[2] * slope.numel() * slope.element_size()
-        return read
+        found = lookup(query, self.layer, self.token, scale)
+        second_order = self.token.alpha is not None
+        return tree_bytes(self.layer, found, second_order, self.token.far_field)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
-"""Bytes that a walk down the tree reads beside the kept keys and values."""
+"""Bytes that a walk down the tree reads: what it visited, counted by `LayerBytes`."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from squeezed.attention.reference.lookup import Lookup
 from squeezed.attention.scores import NEG_INF, owners
+from squeezed.config import FarField
+from squeezed.context.bytes import LayerBytes
 from squeezed.context.layers import ClusteredLayer, Level
-
-OFFSET_BYTES = VARIANCE_BYTES = 4  # int32 and float32, as stored
+from squeezed.context.rule import SelectionRule
 
 
 def visited(layer: ClusteredLayer, found: Lookup) -> list[tuple[Tensor, Tensor]]:
@@ -34,13 +37,38 @@ def _parents(level: Level, children: Tensor) -> Tensor:
     return counts.scatter_add(3, index, children.float()) > 0
 
 
-def tree_bytes(layer: ClusteredLayer, found: Lookup, variance: bool, far_field: bool) -> Tensor:
-    """Bytes of centroids, offsets, variances and far mean values read by all query rows, `[]`."""
-    total = torch.zeros((), dtype=torch.float64, device=layer.keys.device)
-    for level, (scored, dropped) in zip(layer.levels, visited(layer, found), strict=True):
-        row = level.centroids.shape[-1] * level.centroids.element_size()
-        entry = row + OFFSET_BYTES + (VARIANCE_BYTES if variance else 0)
-        total += scored.sum() * entry
-        if far_field:
-            total += dropped.sum() * row
-    return total
+def tree_bytes(
+    layer: ClusteredLayer, found: Lookup, second_order: bool, far_field: FarField
+) -> Tensor:
+    """Bytes that all query rows read beside kept keys and values, each on its own, `[]`.
+
+    Args:
+        second_order: whether variances count in the score.
+    """
+    walks = [(scored.sum(), dropped.sum()) for scored, dropped in visited(layer, found)]
+    slopes = found.kept.shape[:3].numel()
+    return _of_walks(LayerBytes.of(layer), walks, slopes, second_order, far_field)
+
+
+def step_bytes(layer: ClusteredLayer, found: Lookup, rule: SelectionRule) -> int:
+    """Bytes of the context that one step reads, pinned keys included: what several requests or
+    tokens want counts once."""
+    parts, heads = LayerBytes.of(layer), len(layer.keys)
+    kept = (found.kept.any(2).any(0) * layer.levels[-1].sizes).sum()
+    walks = [
+        tuple(nodes.any(2).any(0).sum() for nodes in of_level) for of_level in visited(layer, found)
+    ]
+    index = _of_walks(parts, walks, heads, rule.alpha is not None, rule.far_field)
+    return int(parts.keys(heads * layer.pinned + kept) + index)
+
+
+def _of_walks(
+    parts: LayerBytes,
+    walks: Iterable[tuple[Tensor, Tensor]],
+    slopes: int,
+    second_order: bool,
+    far_field: FarField,
+) -> Tensor:
+    """Bytes of scored and dropped nodes of every level, and of so many heads' slopes."""
+    nodes = [parts.nodes(*of_level, second_order, far_field) for of_level in walks]
+    return torch.stack(nodes).sum().double() + slopes * parts.slope(far_field)

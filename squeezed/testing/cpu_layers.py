@@ -1,4 +1,4 @@
-"""A random clustered layer for the CPU benchmark, and what a step over it has to read.
+"""A random clustered layer for the CPU benchmark.
 
 Keys are a coarse centre, plus a leaf's offset, plus noise: scores spread as those of real heads do.
 The tree is drawn directly, no clustering needed; leaf sizes vary by a factor of about twenty.
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squeezed.attention.reference.lookup import lookup
 from squeezed.attention.scores import grouped, log_normaliser, node_logits, second_order
 from squeezed.config import FarField
 from squeezed.context.layers import ClusteredLayer, Level
@@ -117,22 +116,3 @@ def _quantile(scores: Tensor, sizes: Tensor, share: float) -> float:
     read = sizes.flatten()[order].double().cumsum(0)
     last = min(max(int((read <= share * read[-1]).sum()), 1), len(order) - 1)
     return float(scores.flatten()[order[last - 1 : last + 1]].mean())
-
-
-def bytes_read(
-    query: Tensor, suffix: Tensor, layer: ClusteredLayer, rule: SelectionRule, scale: float
-) -> int:
-    """Fewest bytes of a step: what several requests want counts once."""
-    found = lookup(query, layer, rule, scale)
-    kept = found.kept[:, :, 0].any(0)  # [Hkv, C]
-    rows = layer.levels[0].centroids.shape[:2].numel()  # coarsest centroids
-    dropped = found.far_logits.isfinite().any(0)[:, :, 0].any(1)  # [Hkv, F]
-    leaves = layer.levels[-1].nodes
-    rows += int(kept.sum()) + int(dropped[:, -leaves:].sum())  # centroids of scored leaves
-    rows += 2 * int((kept * layer.levels[-1].sizes).sum()) + 2 * kept.shape[0] * layer.pinned
-    if rule.far_field != "none":
-        rows += int(dropped.sum())
-    if rule.far_field == "second_order":
-        rows += layer.value_slope.shape[:2].numel()
-    row_bytes = layer.keys.shape[2] * layer.keys.element_size()
-    return rows * row_bytes + 2 * suffix.numel() * suffix.element_size()

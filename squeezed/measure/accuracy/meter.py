@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from squeezed.context.bytes import LayerBytes
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
 from squeezed.methods.base import ContextAttention
@@ -164,14 +165,14 @@ class MeteredLayer(ContextAttention):
         """Add what `read` and the index cost the tokens of `query [1, Hq, n, D]`."""
         layer, meter = self.layer, self.meter
         queries, heads = query.shape[2], layer.keys.shape[0]
-        row_bytes = layer.kv_bytes() / (layer.tokens * heads)
         keys_read = read.sum().double()
         meter.keys_read = meter.keys_read + keys_read
         meter.keys += queries * self.selectable_keys
         sample = query[:, :, :: max(1, -(-queries // (requests * SAMPLED_TOKENS)))]
         index_bytes = self.index_bytes(sample, scale) * (queries / max(1, sample.shape[2]))
-        pinned_and_kept = (queries * layer.pinned * heads + keys_read) * row_bytes
-        meter.bytes_read = meter.bytes_read + pinned_and_kept + index_bytes
+        pinned_and_kept = queries * layer.pinned * heads + keys_read
+        exact_bytes = LayerBytes.of(layer).keys(pinned_and_kept)
+        meter.bytes_read = meter.bytes_read + exact_bytes + index_bytes
         meter.bytes += queries * layer.kv_bytes()
 
 

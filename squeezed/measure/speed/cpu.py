@@ -24,13 +24,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from squeezed.attention import cpu, reference
+from squeezed.attention.reference.lookup import lookup
 from squeezed.config import FAR_FIELDS
+from squeezed.context.bytes import LayerBytes
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
 from squeezed.measure.record import commit
 from squeezed.measure.speed.common import print_table, timing_of
-from squeezed.testing.cpu_layers import Sizes, bytes_read, random_layer, rule_for_budget
+from squeezed.methods.traffic import step_bytes
+from squeezed.testing.cpu_layers import Sizes, random_layer, rule_for_budget
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COPY_BYTES = 256 << 20
@@ -49,6 +52,12 @@ class Step:
     def squeezed(self, rule: SelectionRule, implementation=cpu) -> tuple[Tensor, Tensor]:
         suffix = (self.suffix, self.suffix, None)
         return implementation.attend(self.query, self.layer, rule, *suffix, self.scale)
+
+    def bytes_read(self, rule: SelectionRule) -> int:
+        """Fewest bytes of a step: what several requests want counts once."""
+        found = lookup(self.query, self.layer, rule, self.scale)
+        suffix = LayerBytes.of(self.layer).keys(self.suffix.shape[:3].numel())
+        return step_bytes(self.layer, found, rule) + suffix
 
 
 def dense_forms(step: Step) -> dict[str, Callable[[], Tensor]]:
@@ -119,7 +128,7 @@ def measure(sizes: Sizes, dtype: str, budget: float, turns: int) -> dict:
             "first_call_s": time.perf_counter() - start,
             "budget_read": float(read),
             "oracle_error": checked_error(step, rule, dtype),
-            "bytes": bytes_read(query, suffix, layer, rule, step.scale),
+            "bytes": step.bytes_read(rule),
         }
         methods[f"squeezed, far field {far_field}"] = lambda rule=rule: step.squeezed(rule)
     times = take_turns(methods | dense_forms(step), turns)

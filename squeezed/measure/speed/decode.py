@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,7 @@ import typer
 from torch import Tensor
 
 from squeezed.attention import reference
+from squeezed.attention.reference.lookup import lookup
 from squeezed.attention.triton.decode import launch as decode
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
@@ -25,8 +26,9 @@ from squeezed.measure.speed.common import (
     time_in_graph,
 )
 from squeezed.measure.speed.dense import dense_peers, time_or_reason
+from squeezed.methods.traffic import step_bytes
 from squeezed.testing.layers import Sizes, synthetic_layer, synthetic_queries
-from squeezed.testing.rules import kept_nodes, rule_for_budget
+from squeezed.testing.rules import rule_for_budget
 
 ORACLE_TOLERANCE = 2e-2
 """Relative error allowed against the float32 reference: bfloat16 rounding, and a cluster that the
@@ -34,19 +36,10 @@ rounding of a score moves across the threshold."""
 
 
 def physical_bytes(query: Tensor, layer: ClusteredLayer, rule: SelectionRule, scale: float) -> int:
-    """Fewest bytes of a step: coarsest centroids, children of kept nodes, kept keys and values.
-
-    What several requests keep counts once.
-    """
-    thresholds = iter(rule.log_thresholds[..., None])
-    kept = kept_nodes(query, layer, lambda *_: next(thresholds), scale)
-    row = layer.keys.shape[2] * layer.keys.element_size()
-    total = layer.levels[0].centroids.numel() * layer.keys.element_size()
-    for nodes, level in zip(kept, layer.levels, strict=True):
-        wanted = nodes.any(0)
-        if level.child_offsets is not None:
-            total += row * int((level.child_offsets.long().diff(dim=-1) * wanted).sum())
-    return total + 2 * row * int((layer.levels[-1].sizes * wanted).sum())
+    """Fewest bytes of a step over the context: pinned and kept keys and values, and what finds
+    them; no far field. What several requests keep counts once."""
+    plain = replace(rule, far_field="none", far_alpha=None)
+    return step_bytes(layer, lookup(query, layer, plain, scale), plain)
 
 
 def oracle_error(
