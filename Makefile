@@ -1,6 +1,7 @@
 # make demo    index the demo document, ask three questions, print the table
 # make test    all of what follows, and every test, in WORKERS processes
 # make lint    style, spelling and the import contract
+# make types   types, of the rooms that pyproject.toml lists
 # make docs    the site, into build/site; a broken link, or one that needs the network, fails
 # make package sdist and wheel into dist, and the wheel tried in an environment of its own
 # make format  put the style right
@@ -15,13 +16,13 @@ EMPTY := build/empty
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint docs package format clean
+.PHONY: demo test lint types docs package format clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/squeezed demo
 
-test: $(INSTALLED) lint docs package
+test: $(INSTALLED) lint types docs package
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: $(INSTALLED)
@@ -29,6 +30,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/lint-imports
+
+types: $(INSTALLED)
+	$(BIN)/mypy
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -12,8 +12,12 @@ from pathlib import Path
 
 import squeezed
 
-WITHOUT_TRITON = ("squeezed.attention.triton", "squeezed.indexing.triton")
-"""A CPU build of torch brings no Triton, and only these need it."""
+OPTIONAL = {
+    "squeezed.attention.triton": "triton",
+    "squeezed.indexing.triton": "triton",
+    "squeezed.vllm": "vllm",
+}
+"""What only these need: a CPU build of torch brings no Triton, and vLLM is an extra."""
 FILES = ("py.typed", "demo/sqlite_wal.txt", "demo/README.md")
 
 
@@ -36,14 +40,18 @@ def imported() -> int:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as missing:
-            if missing.name != "triton" or not name.startswith(WITHOUT_TRITON):
+            if str(missing.name).split(".")[0] not in needed_by(name):
                 raise
     return len(found)
 
 
+def needed_by(name: str) -> set[str]:
+    return {library for room, library in OPTIONAL.items() if name.startswith(room)}
+
+
 def stop(name: str) -> None:
-    """A package that does not import hides its modules; those without Triton may."""
-    if not name.startswith(WITHOUT_TRITON):
+    """A package that does not import hides its modules; one that needs more may."""
+    if not needed_by(name):
         raise
 
 

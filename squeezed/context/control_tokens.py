@@ -8,10 +8,14 @@ template's own control tokens is tokenised as text. Without marks a prompt is to
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 from squeezed.errors import SqueezedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BEGIN, END = "\x02TEXT\x03", "\x02/TEXT\x03"
 """Around a control token that is text."""
@@ -23,14 +27,14 @@ _ONE_CALL = Lock()
 """How special tokens are split is a state of the tokenizer, which threads share."""
 
 
-def encode(tokenizer, text: str, split: bool = False) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, split: bool = False) -> list[int]:
     """Ids of `text` without a beginning or end added; `split` takes special tokens as text."""
     options = {"split_special_tokens": True} if split else {}
     with _ONE_CALL:
         return list(tokenizer(text, add_special_tokens=False, **options)["input_ids"])
 
 
-def continued(tokenizer, text: str, split: bool = False) -> list[int]:
+def continued(tokenizer: PreTrainedTokenizerBase, text: str, split: bool = False) -> list[int]:
     """Ids of a text that continues another one.
 
     Some tokenizers (SentencePiece) put a mark before the first word of whatever they are given. So
@@ -45,7 +49,9 @@ def continued(tokenizer, text: str, split: bool = False) -> list[int]:
     return alone if not found or alone in found else found[0]
 
 
-def control_tokens(tokenizer, template: str, written: Collection[int] = ()) -> dict[str, object]:
+def control_tokens(
+    tokenizer: PreTrainedTokenizerBase, template: str, written: Collection[int] = ()
+) -> dict[str, Any]:
     """Added tokens by text that are special, or that the template writes; no white space.
 
     Args:
@@ -60,7 +66,9 @@ def control_tokens(tokenizer, template: str, written: Collection[int] = ()) -> d
     }
 
 
-def marked(tokenizer, text: str, template: str, written: Collection[int] = ()) -> str:
+def marked(
+    tokenizer: PreTrainedTokenizerBase, text: str, template: str, written: Collection[int] = ()
+) -> str:
     """`text` with marks around the control tokens in it.
 
     Args:
@@ -74,7 +82,9 @@ def marked(tokenizer, text: str, template: str, written: Collection[int] = ()) -
     return _any_of(tokens).sub(lambda match: BEGIN + match[0] + END, text)
 
 
-def prompt_ids(tokenizer, text: str, template: str, begins: bool) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, template: str, begins: bool
+) -> list[int]:
     """Ids of a prompt in which `marked` control tokens are text.
 
     Args:
@@ -95,12 +105,12 @@ def prompt_ids(tokenizer, text: str, template: str, begins: bool) -> list[int]:
     return ids
 
 
-def _any_of(contents) -> re.Pattern:
+def _any_of(contents: Iterable[str]) -> re.Pattern[str]:
     longest_first = sorted(contents, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)))
 
 
-def _segments(tokens: dict[str, object], text: str) -> list[tuple[str, bool]]:
+def _segments(tokens: dict[str, Any], text: str) -> list[tuple[str, bool]]:
     """Text and control tokens in turn, without marks, and without the space that tokens take."""
     literal = f"{re.escape(BEGIN)}(?:{_any_of(tokens).pattern}){re.escape(END)}"
     found: list[list] = [["", False]]
@@ -124,7 +134,13 @@ def _extend(found: list[list], text: str, strip: bool) -> None:
     found[-1][0] += text.lstrip() if strip and not found[-1][0] else text
 
 
-def _as_text(tokenizer, tokens, text: str, head: str | None, begins: bool) -> list[int]:
+def _as_text(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Collection[str],
+    text: str,
+    head: str | None,
+    begins: bool,
+) -> list[int]:
     """Ids of `text` behind the control token `head`, none of them a control token's."""
     ids = _behind(tokenizer, text, head, begins)
     left = _still_in(tokenizer, tokens, ids)
@@ -142,7 +158,9 @@ def _as_text(tokenizer, tokens, text: str, head: str | None, begins: bool) -> li
     return ids
 
 
-def _behind(tokenizer, text: str, head: str | None, begins: bool) -> list[int]:
+def _behind(
+    tokenizer: PreTrainedTokenizerBase, text: str, head: str | None, begins: bool
+) -> list[int]:
     """Ids of `text` as they are where it stands: at the beginning, inside, or behind `head`."""
     if head is None:
         plain = begins
@@ -152,7 +170,9 @@ def _behind(tokenizer, text: str, head: str | None, begins: bool) -> list[int]:
     return encode(tokenizer, text, split=True) if plain else continued(tokenizer, text, split=True)
 
 
-def _still_in(tokenizer, tokens, ids: list[int]) -> list[str]:
+def _still_in(
+    tokenizer: PreTrainedTokenizerBase, tokens: Collection[str], ids: list[int]
+) -> list[str]:
     """Control tokens that came out all the same; the unknown token stands for any text."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     known = {tokenizer.convert_tokens_to_ids(content): content for content in tokens}

@@ -6,6 +6,7 @@ Shapes: `Hkv` key/value heads, `P` context tokens, `C` clusters of a level, `D` 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class ClusteredLayer:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the layer and of its levels."""
-        records = (self, *self.levels)
+        records: tuple[Level | ClusteredLayer, ...] = (self, *self.levels)
         return [tensor for record in records for tensor in _tensors(record).values()]
 
     def of_heads(self, own: slice) -> ClusteredLayer:
@@ -128,18 +129,23 @@ class WindowLayer:
         return _moved(self, device)
 
 
+Record = TypeVar("Record", Level, ClusteredLayer, WindowLayer)
+
+
 def _bytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _tensors(record: object) -> dict[str, Tensor]:
+def _tensors(record: Level | ClusteredLayer | WindowLayer) -> dict[str, Tensor]:
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def _sliced(record, own: slice):
-    return replace(record, **{name: t[own] for name, t in _tensors(record).items()})
+def _sliced(record: Record, own: slice) -> Record:
+    rows: dict[str, Any] = {name: t[own] for name, t in _tensors(record).items()}
+    return replace(record, **rows)
 
 
-def _moved(record, device):
-    return replace(record, **{name: t.to(device) for name, t in _tensors(record).items()})
+def _moved(record: Record, device: torch.device | str) -> Record:
+    there: dict[str, Any] = {name: t.to(device) for name, t in _tensors(record).items()}
+    return replace(record, **there)

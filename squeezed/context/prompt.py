@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from squeezed.context.control_tokens import marked, prompt_ids
 from squeezed.context.text import check_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DOCUMENT, QUESTION = "\x02DOCUMENT\x03", "\x02QUESTION\x03"
 
@@ -32,7 +36,9 @@ class PromptTemplate:
     keep_control_tokens: bool = False
 
     @classmethod
-    def of(cls, tokenizer, keep_control_tokens: bool = False) -> PromptTemplate:
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, keep_control_tokens: bool = False
+    ) -> PromptTemplate:
         """The tokenizer's chat template around both, or a plain form if it has none."""
         if not getattr(tokenizer, "chat_template", None):
             plain = tokenizer.bos_token or "", "\n\nQuestion: ", "\nAnswer:"
@@ -48,17 +54,19 @@ class PromptTemplate:
         """No text at all around document and question."""
         return cls("", "", "")
 
-    def document_ids(self, tokenizer, document: str) -> Tensor:
+    def document_ids(self, tokenizer: PreTrainedTokenizerBase, document: str) -> Tensor:
         """Ids of the fixed context, `[P]` int64; `SqueezedError` for what is no text."""
         return self._ids(tokenizer, self.before, check_text("text", document), "", True)
 
-    def question_ids(self, tokenizer, question: str) -> Tensor:
+    def question_ids(self, tokenizer: PreTrainedTokenizerBase, question: str) -> Tensor:
         """Ids of what follows the fixed context, `[S]` int64; `SqueezedError` as above."""
         return self._ids(
             tokenizer, self.between, check_text("question", question), self.after, False
         )
 
-    def marked(self, tokenizer, text: str, written: Collection[int] = ()) -> str:
+    def marked(
+        self, tokenizer: PreTrainedTokenizerBase, text: str, written: Collection[int] = ()
+    ) -> str:
         """`text` with its control tokens marked as text, unless they are to be kept.
 
         Args:
@@ -68,7 +76,7 @@ class PromptTemplate:
             return text
         return marked(tokenizer, text, self._written, written)
 
-    def is_chat_of(self, tokenizer) -> bool:
+    def is_chat_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether this is the tokenizer's chat template; what stands before may carry a date."""
         if not getattr(tokenizer, "chat_template", None):
             return False
@@ -82,11 +90,18 @@ class PromptTemplate:
     def _written(self) -> str:
         return self.before + self.between + self.after
 
-    def _ids(self, tokenizer, before: str, content: str, after: str, begins: bool) -> Tensor:
+    def _ids(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        before: str,
+        content: str,
+        after: str,
+        begins: bool,
+    ) -> Tensor:
         text = before + self.marked(tokenizer, content) + after
         return torch.tensor(prompt_ids(tokenizer, text, self._written, begins), dtype=torch.long)
 
 
-def continued_ids(tokenizer, text: str, template: str = "") -> Tensor:
+def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str, template: str = "") -> Tensor:
     """Ids of a text that continues another one, `[S]` int64; see `control_tokens.prompt_ids`."""
     return torch.tensor(prompt_ids(tokenizer, text, template or text, False), dtype=torch.long)

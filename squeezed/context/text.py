@@ -39,17 +39,17 @@ def check_text(name: str, text: object) -> str:
     Raises:
         SqueezedError: no string, or a lone surrogate, with its place.
     """
-    expect(name, text, str, "text (str)")
+    given: str = expect(name, text, str, "text (str)")
     try:
-        text.encode("utf-8")
+        given.encode("utf-8")
     except UnicodeEncodeError as error:
-        line = text.count("\n", 0, error.start) + 1
+        line = given.count("\n", 0, error.start) + 1
         raise SqueezedError(
             f"{name}: character {error.start:,} (line {line:,}) is half of a surrogate pair "
-            f"(U+{ord(text[error.start]):04X}), which is no text; mend it with "
+            f"(U+{ord(given[error.start]):04X}), which is no text; mend it with "
             'text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
         ) from error
-    return text
+    return given
 
 
 def text_of_argument(name: str, text: str) -> str:

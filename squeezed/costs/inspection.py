@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from squeezed.context.calibration import Calibration
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.record import ContextRecord
 from squeezed.context.storage.manifest import numbers
@@ -67,7 +68,7 @@ def _level_summary(layers: list[ClusteredLayer], depth: int) -> dict:
     }
 
 
-def _thresholds(calibration) -> dict:
+def _thresholds(calibration: Calibration) -> dict:
     """Log thresholds in nats by layer, budget, level and KV head; `None` keeps every node."""
     return {
         "budgets": list(calibration.budgets),

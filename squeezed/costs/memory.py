@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from squeezed.config import BEST, ClusteringConfig
 from squeezed.costs.plan import plan
@@ -31,7 +32,7 @@ def context_bytes(
     return held + held // max(1, shape.full_layers) + activations
 
 
-def check_memory(model, tokens: int, clustering: ClusteringConfig) -> None:
+def check_memory(model: PreTrainedModel, tokens: int, clustering: ClusteringConfig) -> None:
     """Raise `SqueezedError` if the model's GPU, or the process, has no room for the context."""
     if model.device.type not in ACTIVATIONS:
         return

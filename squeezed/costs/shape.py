@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from squeezed.context.bytes import LayerBytes
 from squeezed.errors import SqueezedError, whole
 from squeezed.system.failures import cause_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from squeezed.hf.support import LayerKind
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class ModelShape:
         return LayerBytes(self.head_dim, self.element_bytes)
 
 
-def model_shape(config, element_bytes: int | None = None) -> ModelShape:
+def model_shape(config: PretrainedConfig, element_bytes: int | None = None) -> ModelShape:
     """Read a Transformers configuration; counts its weights on the meta device.
 
     Raises:
@@ -75,14 +82,14 @@ def model_shape(config, element_bytes: int | None = None) -> ModelShape:
     )
 
 
-def _full_attention(config, kinds):
+def _full_attention(config: PretrainedConfig, kinds: Sequence[LayerKind]) -> PretrainedConfig:
     """The configuration as the first layer with full attention has it: Gemma 4's differ."""
     place = next(place for place, kind in enumerate(kinds) if not kind.sliding_window)
     layers = getattr(config, "per_layer_config", None)
     return layers[place] if layers else config
 
 
-def _check_heads(config) -> None:
+def _check_heads(config: PretrainedConfig) -> None:
     """Raise `SqueezedError` for a configuration whose attention has no consistent shape."""
     heads = whole("model: num_attention_heads", config.num_attention_heads, 1)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads

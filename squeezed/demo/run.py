@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import resources
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 import squeezed
 from squeezed.answers.reading import Traffic, traffic
 from squeezed.config import BEST, DEFAULT_BUDGET
@@ -14,7 +16,7 @@ from squeezed.hf.answer import Answer, respond
 from squeezed.hf.fixed_context import FixedContext
 from squeezed.measure.agreement import Agreement, compare, next_token_logits
 
-QUESTIONS = (
+QUESTIONS: tuple[str, ...] = (
     "Which version of SQLite first had the WAL option?",
     "Does WAL work over a network filesystem?",
     "What threshold size of the WAL file triggers an automatic checkpoint?",
@@ -78,8 +80,8 @@ def document() -> str:
 
 
 def run_demo(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     budget: float = DEFAULT_BUDGET,
     preset: str = BEST.name,
     implementation: str = "auto",
@@ -116,7 +118,13 @@ def run_demo(
 
 
 def ask_twice(
-    model, tokenizer, context, question: str, budget: float, preset: str, implementation: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: FixedContext,
+    question: str,
+    budget: float,
+    preset: str,
+    implementation: str,
 ) -> list[Asked]:
     """The dense answer, and the squeezed one with its agreement on the dense answer's tokens."""
     ids = context.template.question_ids(tokenizer, question)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError
@@ -125,7 +125,7 @@ def check_replaceable(path: Path, named: Path | None = None) -> None:
     Args:
         named: where it lies for the user, if it was moved.
     """
-    right, strange = True, []
+    right, strange = True, list[str]()
     for _ in range(ATTEMPTS):
         if not os.path.lexists(path):
             return
@@ -155,8 +155,8 @@ def _examined(directory: HeldDirectory) -> tuple[bool, list[str]]:
     """Whether a directory has a context's description, and what the description does not list."""
     try:
         manifest, right = unsealed(_manifest_text(directory), directory.path / MANIFEST)
-        return right, sorted(set(directory.names()) - set(manifest.get("files")) - {MANIFEST})
-    except (OSError, TypeError, ContextFileError):
+        return right, sorted(set(directory.names()) - set(manifest["files"]) - {MANIFEST})
+    except (OSError, KeyError, TypeError, ContextFileError):
         return False, []
 
 
@@ -286,7 +286,13 @@ class StoredLayers(Sequence[Layer]):
     def __len__(self) -> int:
         return len(self.outlines)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Layer: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Layer]: ...
+
+    def __getitem__(self, index: int | slice) -> Layer | list[Layer]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if index < 0:
@@ -334,7 +340,13 @@ class ObservedQueries(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._queries())
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
         return self._queries()[index]
 
 

@@ -91,7 +91,7 @@ class HeldDirectory:
                 " it was read; index the document again"
             )
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[HeldDirectory], tuple[Path]]:
         return HeldDirectory, (self.path,)
 
     def __del__(self) -> None:
@@ -106,7 +106,7 @@ def _content(descriptor: int, most_bytes: int) -> tuple[Tensor, str]:
         raise OSError(errno.EINVAL, "not a regular file")
     size = min(found.st_size, most_bytes)
     content, digest = torch.empty(size, dtype=torch.uint8), hashlib.sha256()
-    view, done = memoryview(content.numpy()), 0
+    view, done = content.numpy().data, 0
     while done < size:
         count = os.preadv(descriptor, [view[done : done + PIECE]], done)
         if not count:

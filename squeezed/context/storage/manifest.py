@@ -233,7 +233,7 @@ def _calibration(
     for alpha, far in zip(found["alpha"], found["far_alpha"], strict=True):
         same = alpha is None or far is None or not len(alpha) or alpha.shape[-1] == far.shape[-1]
         _require(same, f"calibrations.{name}: weights for different numbers of heads")
-    placed = {
+    placed: dict[str, Any] = {
         field: tuple(None if x is None else x.to(device) for x in values)
         for field, values in found.items()
     }
@@ -273,7 +273,7 @@ def numbers(tensor: Tensor) -> list:
     return _swapped(tensor.tolist())
 
 
-def _swapped(nested: list | float) -> list | float | None:
+def _swapped(nested: Any) -> Any:
     if isinstance(nested, list):
         return [_swapped(item) for item in nested]
     return None if nested == float("-inf") else nested

@@ -45,8 +45,13 @@ class Place:
         self.parents: list[Path] = []
 
     @property
+    def made(self) -> Path:
+        assert self.path is not None
+        return self.path
+
+    @property
     def new(self) -> Path:
-        return self.path / NEW
+        return self.made / NEW
 
     def make(self) -> None:
         """Make the place, locked, with an empty `new` in it, and missing parents of the target."""
@@ -86,7 +91,7 @@ class Place:
         try:
             exchange(self.new, self.target)
         except NotImplementedError:
-            aside = self.path / f"{OLD}{attempt:06d}"
+            aside = self.made / f"{OLD}{attempt:06d}"
             os.rename(self.target, aside)
             check(aside)
             return False

@@ -81,10 +81,10 @@ def _no_constant(name: str) -> Any:
 def conformed(value: Any, hint: Any, name: str) -> Any:
     """`value` as its type hint says, lists as tuples and records as dataclasses."""
     origin, given = get_origin(hint), get_args(hint)
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return _record(value, hint, name)
     if origin is Annotated:
-        return _annotated(value, *given, name)
+        return _annotated(value, given[0], given[1], name)
     if origin is Literal:
         return _expect(value in [x for x in given if type(x) is type(value)], value, given, name)
     if origin in (Union, types.UnionType):
@@ -187,7 +187,8 @@ def _kind_of(value: Any) -> str:
 def grid(value: Any, shape: Iterable[int], limit: Range, dtype: torch.dtype, name: str) -> Tensor:
     """Nested lists of numbers as a tensor of a known shape; `None` is minus infinity."""
     shape = tuple(shape)
-    flat, sizes = [value], []
+    flat: list[Any] = [value]
+    sizes: list[int] = []
     for size in shape:
         if not all(isinstance(part, list) and len(part) == size for part in flat):
             raise Malformed(f"{shown(name)}: expected nested lists of shape {shape}")

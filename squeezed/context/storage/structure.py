@@ -20,7 +20,8 @@ from squeezed.context.layers import ClusteredLayer, Level, WindowLayer
 from squeezed.context.storage.strict import Count, Malformed, PositiveCount
 from squeezed.errors import shown
 
-DTYPES = {
+DTypeName = Literal["float16", "bfloat16", "float32", "float64"]
+DTYPES: dict[DTypeName, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -45,20 +46,18 @@ class Outline:
     heads: PositiveCount
     rows: Count
     dim: PositiveCount
-    dtype: Literal["float16", "bfloat16", "float32", "float64"]
+    dtype: DTypeName
     pinned: Count
     nodes: tuple[PositiveCount, ...]
 
     @classmethod
     def of(cls, layer: ClusteredLayer | WindowLayer) -> Outline:
-        clustered = isinstance(layer, ClusteredLayer)
-        return cls(
-            type(layer).__name__,
-            *layer.keys.shape,
-            str(layer.keys.dtype).removeprefix("torch."),
-            layer.pinned if clustered else 0,
-            tuple(level.nodes for level in layer.levels) if clustered else (),
-        )
+        heads, rows, dim = layer.keys.shape
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == layer.keys.dtype)
+        if isinstance(layer, WindowLayer):
+            return cls("WindowLayer", heads, rows, dim, dtype, 0, ())
+        nodes = tuple(level.nodes for level in layer.levels)
+        return cls("ClusteredLayer", heads, rows, dim, dtype, layer.pinned, nodes)
 
     @property
     def is_clustered(self) -> bool:
@@ -167,11 +166,16 @@ def check_tensor(
     if not tensor.numel():
         return
     found_low, found_high = (float(x) for x in tensor.aminmax())
-    low, high = (sizes.get(x, x) for x in (field.low, field.high))
-    low = -torch.finfo(torch.float64).max if low is None else low
-    high = torch.finfo(torch.float64).max if high is None else high
+    most = torch.finfo(torch.float64).max
+    low, high = _bound(field.low, -most, sizes), _bound(field.high, most, sizes)
     if not (low <= found_low and found_high <= high):  # also if they are NaN
         raise Malformed(f"{name}: numbers from {found_low} to {found_high}, out of its range")
+
+
+def _bound(bound: str | int | None, otherwise: float, sizes: Mapping[str, int]) -> float:
+    if bound is None:
+        return otherwise
+    return sizes[bound] if isinstance(bound, str) else bound
 
 
 def _check_positions(positions: Tensor, pinned: int) -> None:
@@ -225,11 +229,11 @@ def layer_of(tensors: Mapping[str, Tensor], outline: Outline) -> ClusteredLayer 
     """The layer that was checked."""
     if not outline.is_clustered:
         return WindowLayer(tensors["keys"], tensors["values"], int(tensors["window_tokens"]))
-    levels = tuple(
-        Level(**{field.name: tensors.get(f"level{depth}.{field.name}") for field in LEVEL})
-        for depth in range(len(outline.nodes))
-    )
-    found = {field.name: tensors[field.name] for field in CLUSTERED} | {
-        "pinned": int(tensors["pinned"])
-    }
-    return ClusteredLayer(levels=levels, **found)
+    levels = tuple(_level(tensors, depth) for depth in range(len(outline.nodes)))
+    found = {field.name: tensors[field.name] for field in CLUSTERED if field.name != "pinned"}
+    return ClusteredLayer(levels=levels, pinned=int(tensors["pinned"]), **found)
+
+
+def _level(tensors: Mapping[str, Tensor], depth: int) -> Level:
+    found = {field.name: tensors.get(f"level{depth}.{field.name}") for field in LEVEL}
+    return Level(**{name: tensor for name, tensor in found.items() if tensor is not None})

@@ -67,10 +67,12 @@ def _span(name: str, entry: object) -> tuple[torch.dtype, tuple[int, ...], int, 
         size *= extent
     if len(offsets) != 2 or offsets[1] - offsets[0] != size or len(shape) > 8:
         raise Malformed(f"{shown(name)}: shape {shown(shape)} does not fill bytes {shown(offsets)}")
-    return dtype, shape, *offsets
+    return dtype, shape, offsets[0], offsets[1]
 
 
-def _view(data: Tensor, dtype: torch.dtype, shape: tuple[int, ...], start: int, stop: int):
+def _view(
+    data: Tensor, dtype: torch.dtype, shape: tuple[int, ...], start: int, stop: int
+) -> Tensor:
     part = data[start:stop]
     aligned = part.data_ptr() % dtype.itemsize == 0
     flat = part if aligned and part.storage_offset() % dtype.itemsize == 0 else part.clone()

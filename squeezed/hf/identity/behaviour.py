@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from squeezed.hf.identity.sketch import noise, type_name
 from squeezed.hf.support import input_device
@@ -67,7 +67,7 @@ def spread_ids(vocabulary: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def observe(model, decoder: nn.Module, ids: tuple[int, ...]) -> Behaviour:
+def observe(model: PreTrainedModel, decoder: nn.Module, ids: tuple[int, ...]) -> Behaviour:
     """Run `ids` through the decoder, uncompiled, and project what its layers cache."""
     cache = DynamicCache()
     with torch.compiler.set_stance("force_eager"), using_attention(model):

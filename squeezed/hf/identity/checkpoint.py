@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from squeezed.context.record import ContextRecord
 from squeezed.errors import ContextFileError, shown
 from squeezed.hf.identity.fingerprint import _another_model, _sameness, _text
 from squeezed.hf.identity.sketch import ROUNDINGS, sketch
@@ -46,7 +47,7 @@ class Checkpoint:
         self.directory, self.config, self.quantization = directory, config, quantization
         self._entries: dict[str, list] | None = None
 
-    def check(self, record) -> None:
+    def check(self, record: ContextRecord) -> None:
         """Raise `ContextFileError` unless this checkpoint, so run, made the context."""
         what = self._shape(record) or self._engine(record.model) or self._weights(record.model)
         if what:
@@ -73,7 +74,7 @@ class Checkpoint:
                 self._entries["rotary_emb.inv_freq"] = [BUFFER, *entry[1:]]
         return self._entries
 
-    def _shape(self, record) -> str | None:
+    def _shape(self, record: ContextRecord) -> str | None:
         layers = getattr(self.config, "num_hidden_layers", None)
         if layers is not None and layers != len(record.windows):
             return f"{len(record.windows)} layers, not {layers}"

@@ -18,7 +18,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from squeezed.context.record import ContextRecord
 from squeezed.errors import ContextFileError
 from squeezed.hf.identity.behaviour import PROJECTIONS as PROJECTED
 from squeezed.hf.identity.behaviour import Behaviour, observe, spread_ids
@@ -47,7 +49,7 @@ _ONE_CHECK = RLock()
 """Held while a model is looked at: what it remembers of the last look is one for all threads."""
 
 
-def model_fingerprint(model, like: dict | None = None) -> dict:
+def model_fingerprint(model: PreTrainedModel, like: dict | None = None) -> dict:
     """What tells `model` from others, as a record that JSON can hold.
 
     Args:
@@ -67,7 +69,7 @@ def model_fingerprint(model, like: dict | None = None) -> dict:
         return _fingerprint(model, decoder_of(model), like)
 
 
-def _fingerprint(model, decoder: nn.Module, like: dict | None) -> dict:
+def _fingerprint(model: PreTrainedModel, decoder: PreTrainedModel, like: dict | None) -> dict:
     behaviour = _behaviour(model, decoder, like)  # first: adapters settle what they merge
     found = list(parts(decoder))
     known = (like or {}).get("weights", {})
@@ -145,7 +147,7 @@ def _other_behaviour(one: dict | None, other: dict | None, exact: bool, packed: 
     return None if mine.is_near(its, exact, packed) else "keys and values differ"
 
 
-def check_model(model, context) -> None:
+def check_model(model: PreTrainedModel, context: ContextRecord) -> None:
     """Raise `ContextFileError` unless `model`, as it is now, made this context.
 
     Weights, adapters and frequencies are looked at again at every call, but for large ones only
@@ -160,7 +162,7 @@ def check_model(model, context) -> None:
         _check_weights(model, decoder_of(model), context.model)
 
 
-def _check_weights(model, decoder: nn.Module, made: dict) -> None:
+def _check_weights(model: PreTrainedModel, decoder: PreTrainedModel, made: dict) -> None:
     """Raise unless `made` is the model's fingerprint; large models remember which ones are."""
     looked_at = model_state(decoder) if _is_large(decoder) else None
     state, agreed = _agreed.get(decoder, (None, []))
@@ -213,15 +215,21 @@ def _another_model(what: str) -> ContextFileError:
 
 def _entry(part: Part, known: list | None) -> list:
     """`[kind, dtype, rows, own, rounded]`; roundings only where `known` is met by nothing else."""
+    assert part.tensor is not None
     rows = len(part.tensor) if part.tensor.dim() else 1
-    longer = known and isinstance(part.owner, nn.Embedding) and rows > known[2]
-    for rounded in (False, True) if known else (True,):
-        made = sketched(part, rounded, known[2] if longer else None)
-        own = np.append(made.buckets.ravel(), made.norm)
-        entry = [part.kind, made.dtype, rows, _text(own), _text(*made.rounded.values())]
-        if known and _sameness(entry, known):
-            break
-    return entry
+    if known is None:
+        return _written(part, rows, True)
+    longer = isinstance(part.owner, nn.Embedding) and rows > known[2]
+    entry = _written(part, rows, False, known[2] if longer else None)
+    if _sameness(entry, known):
+        return entry
+    return _written(part, rows, True, known[2] if longer else None)
+
+
+def _written(part: Part, rows: int, rounded: bool, first_rows: int | None = None) -> list:
+    made = sketched(part, rounded, first_rows)
+    own = np.append(made.buckets.ravel(), made.norm)
+    return [part.kind, made.dtype, rows, _text(own), _text(*made.rounded.values())]
 
 
 def _sketch(entry: list) -> Sketch:
@@ -247,7 +255,7 @@ def _numbers_of(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), "<f4")
 
 
-def _behaviour(model, decoder: nn.Module, like: dict | None) -> dict | None:
+def _behaviour(model: PreTrainedModel, decoder: PreTrainedModel, like: dict | None) -> dict | None:
     """Keys and values of a few tokens; kept for a large model while nothing about it changes."""
     if (like and not like["behaviour"]) or any(p.is_meta for p in decoder.parameters()):
         return None

@@ -7,11 +7,15 @@ An edit of one row moves its bucket by about the edit's own norm, whatever else 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Products = Callable[[Tensor], Tensor]
+"""`[K, C]` directions -> `[R, K]`, what an adapter adds to a weight's products."""
 
 PROJECTIONS, BUCKETS = 2, 8
 ROUNDINGS = {
@@ -87,23 +91,27 @@ class Sketch:
 
 
 def _near(one: np.ndarray, other: np.ndarray, tolerance: float) -> bool:
-    return one.shape == other.shape and np.allclose(
-        one, other, rtol=0, atol=tolerance, equal_nan=True
+    return one.shape == other.shape and bool(
+        np.allclose(one, other, rtol=0, atol=tolerance, equal_nan=True)
     )
 
 
-def sketch(weight: Tensor, roundings=(), logarithm: bool = False, change=None) -> Sketch:
+def sketch(
+    weight: Tensor,
+    roundings: Sequence[torch.dtype] = (),
+    logarithm: bool = False,
+    change: Products | None = None,
+) -> Sketch:
     """Sketch a weight of any shape and real type, on its own device.
 
     Args:
         roundings: types that it is sketched as besides its own.
         logarithm: sketch the logarithms of its absolute values: frequencies span decades.
-        change: called with `[PROJECTIONS, C]`, gives `[R, PROJECTIONS]`, the products of what is
-            added to the weight `[R, C]`.
+        change: what is added to the weight `[R, C]`.
     """
     flat = weight.detach().reshape(weight.shape[0] if weight.dim() else 1, -1)
     directions = torch.from_numpy(noise(PROJECTIONS, flat.shape[1])).to(flat.device)
-    products = [[] for _ in range(1 + len(roundings))]
+    products: list[list[Tensor]] = [[] for _ in range(1 + len(roundings))]
     rows = max(1, (1 << (17 if flat.device.type == "cpu" else 25)) // max(1, flat.shape[1]))
     for start in range(0, flat.shape[0], rows):
         part = flat[start : start + rows]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SAMPLE = (
     "The quick brown fox: 0123456789 3.14e-5 \t\n\r\n  жизнь Ελλάδα 言語 언어 日本語 हिन्दी العربية "
@@ -18,7 +22,7 @@ CACHED = 1 << 14
 _known: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of vocabulary, merges, normalizer, pre-tokenizer and added tokens, as hexadecimal.
 
     Padding, truncation, decoding, roles of special tokens, and how a release of `tokenizers` writes
@@ -35,11 +39,11 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return digest
 
 
-def _ids(tokenizer) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
 
 
-def _described(tokenizer) -> dict:
+def _described(tokenizer: PreTrainedTokenizerBase) -> dict:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return _fast(json.loads(backend.to_str()), _splits_special(tokenizer))
@@ -54,8 +58,8 @@ def _described(tokenizer) -> dict:
     }
 
 
-def _pieces(tokenizer) -> str:
-    model = getattr(tokenizer, "sp_model", None)
+def _pieces(tokenizer: PreTrainedTokenizerBase) -> str:
+    model: Any = getattr(tokenizer, "sp_model", None)
     if not hasattr(model, "serialized_model_proto"):
         return ""
     return hashlib.sha256(model.serialized_model_proto()).hexdigest()
@@ -89,7 +93,7 @@ def _added(token: dict, splits_special: bool) -> dict:
     return kept
 
 
-def _without_defaults(value):
+def _without_defaults(value: Any) -> Any:
     """The same without what is false, empty, or says how things were: releases add such fields."""
     if isinstance(value, list):
         return [_without_defaults(item) for item in value]
@@ -101,11 +105,11 @@ def _without_defaults(value):
     return {key: item for key, item in kept.items() if item not in (None, False, "", [], {})}
 
 
-def _splits_special(tokenizer) -> bool:
+def _splits_special(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(getattr(tokenizer, "split_special_tokens", False))
 
 
-def _state(tokenizer) -> tuple:
+def _state(tokenizer: PreTrainedTokenizerBase) -> tuple:
     """Changes whenever a part of a tokenizer is replaced, or its splits of the sample change."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     steps = [getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer")]

@@ -6,15 +6,19 @@ Names are those of the decoder alone, whatever wraps it, its layers or single we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from squeezed.errors import UnsupportedModelError
-from squeezed.hf.identity.sketch import ROUNDINGS, Sketch, sketch
+from squeezed.hf.identity.sketch import ROUNDINGS, Products, Sketch, sketch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CACHED = 1 << 16
 """Elements from which a weight is sketched again only if something says that it changed."""
@@ -26,8 +30,10 @@ INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 PLAIN, ADAPTED, MEASURED, BUFFER, PACKED = "plain", "adapted", "measured", "buffer", "packed"
 
-Products = Callable[[Tensor], Tensor]
-"""`[K, C]` directions -> `[R, K]`, what an adapter adds to a weight's products."""
+Wrapper = Any
+"""A module of PEFT, told by its attributes: the library is not needed."""
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,10 @@ class Part:
     name: str
     tensor: Tensor | None
     kind: str
-    adapters: tuple[nn.Module, ...] = ()
+    adapters: tuple[Wrapper, ...] = ()
 
 
-def decoder_of(model) -> nn.Module:
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The language model inside `model`, without its head; refuses virtual tokens in one line."""
     refuse_virtual_tokens(model)
     model = unwrapped(model)
@@ -59,12 +65,12 @@ def decoder_of(model) -> nn.Module:
     return unwrapped(found)
 
 
-def unwrapped(module):
+def unwrapped(module: Module) -> Module:
     """The module below `torch.compile`'s wrapper."""
     return getattr(module, "_orig_mod", module)
 
 
-def refuse_virtual_tokens(model) -> None:
+def refuse_virtual_tokens(model: PreTrainedModel) -> None:
     """Raise `UnsupportedModelError` for adapters that put virtual tokens before the prompt."""
     model = unwrapped(model)
     configs = getattr(model, "peft_config", None)
@@ -72,7 +78,7 @@ def refuse_virtual_tokens(model) -> None:
         return
     active = getattr(model, "active_adapter", None)
     for name in [active] if isinstance(active, str) else list(configs):
-        config = configs.get(name)
+        config: Any = configs.get(name)
         virtual = getattr(config, "is_prompt_learning", False)
         if virtual or getattr(config, "is_adaption_prompt", False):
             kind = getattr(config.peft_type, "value", config.peft_type)
@@ -85,7 +91,7 @@ def refuse_virtual_tokens(model) -> None:
 def parts(module: nn.Module, prefix: str = "") -> Iterator[Part]:
     """Every tensor that `module` and its submodules compute with, by name."""
     module = in_use(module)
-    if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
+    if is_adapted(module):
         yield from _adapted(module, prefix)
         return
     yield from _own(module, prefix)
@@ -96,25 +102,34 @@ def parts(module: nn.Module, prefix: str = "") -> Iterator[Part]:
 def modules_in_use(module: nn.Module) -> Iterator[nn.Module]:
     """`module` and its submodules, but for adapters and for what they replace."""
     module = in_use(module)
-    if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
-        yield from modules_in_use(module.base_layer)
+    if is_adapted(module):
+        yield from modules_in_use(base_layer(module))
         return
     yield module
     for child in module.children():
         yield from modules_in_use(child)
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """Whether it is PEFT's wrapper of another module."""
+    return hasattr(module, "base_layer") and hasattr(module, "active_adapters")
+
+
+def base_layer(tuner: Wrapper) -> nn.Module:
+    return tuner.base_layer
+
+
 def in_use(module: nn.Module) -> nn.Module:
     """The module that computes: below a compiled one, or the trained copy that is switched on."""
-    module = unwrapped(module)
+    wrapper: Wrapper = unwrapped(module)
     for original, copies in (("original_module", "modules_to_save"), TUNED_NORM):
-        if hasattr(module, original) and hasattr(module, copies):
-            found = getattr(module, copies)
-            names = [name for name in module.active_adapters if name in found]
-            merged = getattr(module, "merged", False)
-            disabled = module.disable_adapters or merged or not names
-            return in_use(getattr(module, original) if disabled else found[names[0]])
-    return module
+        if hasattr(wrapper, original) and hasattr(wrapper, copies):
+            found = getattr(wrapper, copies)
+            names = [name for name in wrapper.active_adapters if name in found]
+            merged = getattr(wrapper, "merged", False)
+            disabled = wrapper.disable_adapters or merged or not names
+            return in_use(getattr(wrapper, original) if disabled else found[names[0]])
+    return wrapper
 
 
 TUNED_NORM = ("base_layer", "ln_tuning_layers")
@@ -124,12 +139,12 @@ def _own(module: nn.Module, prefix: str) -> Iterator[Part]:
     for key, tensor in module._parameters.items():
         if tensor is not None:
             yield _part(module, key, prefix, tensor, PLAIN)
-    for key, tensor in module._buffers.items():
-        if tensor is None or (key == "inv_freq" and follows_length(module)):
+    for key, buffer in module._buffers.items():
+        if buffer is None or (key == "inv_freq" and follows_length(module)):
             continue
-        if tensor.dtype in INTEGERS and key in module._non_persistent_buffers_set:
+        if buffer.dtype in INTEGERS and key in module._non_persistent_buffers_set:
             continue
-        yield _part(module, key, prefix, tensor, BUFFER)
+        yield _part(module, key, prefix, buffer, BUFFER)
 
 
 def _part(module: nn.Module, key: str, prefix: str, tensor: Tensor, kind: str) -> Part:
@@ -163,7 +178,7 @@ def follows_length(module: nn.Module) -> bool:
     return getattr(module, "rope_type", None) in ("longrope", "dynamic")
 
 
-def _adapted(tuner: nn.Module, prefix: str) -> Iterator[Part]:
+def _adapted(tuner: Wrapper, prefix: str) -> Iterator[Part]:
     """The parts of a module that an adapter wraps; to one of them the adapter adds something."""
     target = prefix + getattr(tuner, "parameter_name", "weight")
     adding = adding_adapters(tuner)
@@ -173,7 +188,7 @@ def _adapted(tuner: nn.Module, prefix: str) -> Iterator[Part]:
         yield part
 
 
-def _with_adapter(part: Part, tuner: nn.Module, adding: list[str]) -> Part:
+def _with_adapter(part: Part, tuner: Wrapper, adding: list[str]) -> Part:
     if hasattr(tuner, "get_merged_weights"):  # rows of an embedding, trained
         return replace(part, tensor=tuner.get_merged_weights(adding))
     if part.kind != MEASURED and _is_plain_lora(tuner):
@@ -183,7 +198,7 @@ def _with_adapter(part: Part, tuner: nn.Module, adding: list[str]) -> Part:
     return replace(part, tensor=None)
 
 
-def adding_adapters(tuner: nn.Module) -> list[str]:
+def adding_adapters(tuner: Wrapper) -> list[str]:
     """Active adapters whose effect is not yet in the weight."""
     if tuner.disable_adapters:
         return []
@@ -191,12 +206,12 @@ def adding_adapters(tuner: nn.Module) -> list[str]:
     return [a for a in tuner.active_adapters if a in holding and a not in tuner.merged_adapters]
 
 
-def _keys(tuner: nn.Module, name: str) -> list[str]:
-    held = getattr(tuner, name, None)
+def _keys(tuner: Wrapper, name: str) -> list[str]:
+    held: Any = getattr(tuner, name, None)
     return list(held.keys()) if hasattr(held, "keys") else []
 
 
-def _is_plain_lora(tuner: nn.Module) -> bool:
+def _is_plain_lora(tuner: Wrapper) -> bool:
     """Whether all that the active adapters do is to add a product of two matrices."""
     lora = hasattr(tuner, "lora_A") and hasattr(tuner, "get_delta_weight")
     variants = getattr(tuner, "lora_variant", {})
@@ -210,14 +225,15 @@ def _is_plain_lora(tuner: nn.Module) -> bool:
 
 def added(part: Part) -> Products | None:
     """What the adapters of a part add to its products, as a function of the directions."""
-    if not part.adapters:
+    tensor = part.tensor
+    if not part.adapters or tensor is None:
         return None
-    rows = part.tensor.shape[0] if part.tensor.dim() else 1
-    flat = part.tensor.reshape(rows, -1).shape
+    rows = tensor.shape[0] if tensor.dim() else 1
+    flat = tensor.reshape(rows, -1).shape
 
     def products(directions: Tensor) -> Tensor:
         if part.kind == MEASURED:
-            return _measured(part.adapters[-1], directions, part.tensor.dtype)
+            return _measured(part.adapters[-1], directions, tensor.dtype)
         total = torch.zeros(flat[0], len(directions), device=directions.device)
         for tuner in part.adapters:
             for name in adding_adapters(tuner):
@@ -228,7 +244,7 @@ def added(part: Part) -> Products | None:
     return products
 
 
-def _measured(tuner: nn.Module, directions: Tensor, dtype: torch.dtype) -> Tensor:
+def _measured(tuner: Wrapper, directions: Tensor, dtype: torch.dtype) -> Tensor:
     inputs = directions.to(dtype)
     was_training = [module for module in tuner.modules() if module.training]
     tuner.eval()
@@ -276,7 +292,7 @@ def _module_state(module: nn.Module) -> tuple:
     )
 
 
-def _is_setting(value) -> bool:
+def _is_setting(value: object) -> bool:
     items = value if isinstance(value, (list, tuple)) else [value]
     return all(isinstance(item, (bool, int, float, str)) for item in items)
 
@@ -289,6 +305,7 @@ _sketched: WeakKeyDictionary = WeakKeyDictionary()
 @torch.no_grad()
 def sketched(part: Part, rounded: bool, rows: int | None = None) -> Sketch:
     """The sketch of a part, or of its first `rows` rows; large ones are kept while unchanged."""
+    assert part.tensor is not None
     wanted = (state(part), rounded, rows) if part.tensor.numel() >= CACHED else None
     kept = _sketched.setdefault(part.owner, {})
     if wanted and kept.get((part.key, rounded), (None,))[0] == wanted:
