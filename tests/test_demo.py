@@ -11,6 +11,7 @@ from squeezed.cli import main
 from squeezed.demo.run import QUESTIONS, run_demo
 from squeezed.demo.run import document as demo_document
 from squeezed.errors import SqueezedError
+from squeezed.hf.asking import Asking
 from squeezed.measure.agreement import compare, next_token_logits
 
 
@@ -67,7 +68,8 @@ def test_demo_document_is_plain_text_of_some_length():
 def test_quick_demo_asks_one_question_of_the_first_quarter(monkeypatch):
     text = demo_document()[:4000]
     monkeypatch.setattr("squeezed.demo.run.document", lambda: text)
-    demo = run_demo(tiny_model(), tiny_tokenizer(), implementation="reference", quick=True)
+    with squeezed.Session(tiny_model(), tiny_tokenizer()) as session:
+        demo = run_demo(session, Asking(implementation="reference"), quick=True)
     record = demo.record()
     assert record["document"] == "the first 25% of sqlite_wal.txt"
     assert [(row["question"], row["budget_asked"]) for row in record["asked"]] == [

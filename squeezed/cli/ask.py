@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from squeezed.cli import options
 from squeezed.cli.console import emit, megabytes, note
 from squeezed.cli.options import DEFAULTS
-from squeezed.cli.session import Asking, Session, open_session
+from squeezed.cli.session import open_session
 from squeezed.context.text import text_of_argument
 from squeezed.errors import SqueezedError
+
+if TYPE_CHECKING:
+    from squeezed import Answer, Session
+    from squeezed.hf.asking import Asking
 
 
 def ask(
@@ -32,14 +37,23 @@ def ask(
     json: options.Json = False,
 ) -> None:
     """Answer a question about a saved context or a text file."""
+    from squeezed.hf.asking import Asking
+
     asking = Asking(budget, preset, implementation, method)
     question = check_question(question, max_new_tokens)
-    session = open_session(source, model, dtype, device, keep_control_tokens=keep_control_tokens)
-    cache = session.cache(asking)
-    answer = stream_answer(session, cache, _question_ids(session, question), max_new_tokens, json)
-    record = report(session, cache, asking, answer)
-    if show_sources:
-        record["sources"] = found_sources(session, cache, asking)
+    opened = open_session(source, model, dtype, device, asking, None, keep_control_tokens)
+    with opened as (session, context):
+        answer = session.ask(
+            context,
+            question,
+            **vars(asking),
+            watch=True,
+            max_new_tokens=max_new_tokens,
+            streamer=None if json else printer(session),
+        )
+        record = report(session, asking, answer)
+        if show_sources:
+            record["sources"] = [asdict(passage) for passage in session.sources(answer)]
     if json:
         emit({"question": question} | record)
         return
@@ -58,40 +72,22 @@ def check_question(question: str, max_new_tokens: int) -> str:
     return question
 
 
-def _question_ids(session: Session, question: str):
-    return session.context.template.question_ids(session.tokenizer, question)
-
-
-def stream_answer(session: Session, cache, ids, max_new_tokens: int, silent: bool):
-    """Generate, printing each word on standard output as it comes unless `silent`."""
+def printer(session: Session):
+    """A streamer that prints each word on standard output as it comes."""
     from transformers import TextStreamer
 
-    from squeezed.hf.answer import respond
-
-    streamer = None
-    if not silent:
-        streamer = TextStreamer(session.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    return respond(
-        session.model,
-        session.tokenizer,
-        cache,
-        ids,
-        max_new_tokens=max_new_tokens,
-        streamer=streamer,
-    )
+    return TextStreamer(session.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def report(session: Session, cache, asking: Asking, answer) -> dict:
+def report(session: Session, asking: Asking, answer: Answer) -> dict:
     """What an answer cost."""
-    from squeezed.answers.reading import traffic
-
-    read = traffic(session.context, cache)
+    read = session.traffic(answer)
     return {
         "answer": answer.text,
         "answer_tokens": len(answer.tokens),
         "method": asking.method,
         "preset": asking.preset,
-        "budget_asked": asking.budget,
+        "budget_asked": answer.budget,
         "budget_spent": answer.spending.budget,
         "bytes_per_token": read.total,
         "dense_bytes_per_token": read.dense,
@@ -108,17 +104,6 @@ def summary(record: dict) -> str:
         f"first token {record['seconds']['first_token']:.2f} s, then "
         f"{record['seconds']['per_token']:.3f} s each]"
     )
-
-
-def found_sources(session: Session, cache, asking: Asking) -> list[dict]:
-    from dataclasses import asdict
-
-    from squeezed.answers.sources import ask_neutral, sources
-
-    neutral = session.cache(asking)
-    ask_neutral(session.model, session.tokenizer, session.context, neutral)
-    found = sources(session.tokenizer, session.context, cache, neutral)
-    return [asdict(passage) for passage in found]
 
 
 def source_line(place: dict) -> str:

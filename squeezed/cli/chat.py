@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 from itertools import count
+from typing import TYPE_CHECKING
 
 from squeezed.cli import options
-from squeezed.cli.ask import check_question, report, summary
+from squeezed.cli.ask import check_question, printer, report, summary
 from squeezed.cli.console import json_text, note
 from squeezed.cli.options import DEFAULTS
-from squeezed.cli.session import Asking, Session, open_session
+from squeezed.cli.session import open_session
 from squeezed.context.text import decoded
 from squeezed.errors import SqueezedError
+
+if TYPE_CHECKING:
+    from squeezed import FixedContext, Session
+    from squeezed.hf.asking import Asking
 
 
 def chat(
@@ -31,27 +36,25 @@ def chat(
 
     With --json every answer is one JSON object on a line of its own.
     """
+    from squeezed.hf.asking import Asking
+
     asking = Asking(budget, preset, implementation, method)
     check_question("-", max_new_tokens)
     if str(source) == "-":
         raise SqueezedError("source: stdin carries the questions; name a context or a text file")
-    session = open_session(source, model, dtype, device, keep_control_tokens=keep_control_tokens)
-    _converse(session, asking, max_new_tokens, json)
+    opened = open_session(source, model, dtype, device, asking, None, keep_control_tokens)
+    with opened as (session, context):
+        _converse(session, context, asking, max_new_tokens, json)
 
 
-def _converse(session: Session, asking: Asking, max_new_tokens: int, json: bool) -> None:
-    from transformers import TextStreamer
-
-    from squeezed.answers.chat import Chat
-
-    cache = session.cache(asking)
-    talk = Chat(session.model, session.tokenizer, session.context, cache)
-    streamer = None
-    if not json:
-        streamer = TextStreamer(session.tokenizer, skip_prompt=True, skip_special_tokens=True)
+def _converse(
+    session: Session, context: FixedContext, asking: Asking, max_new_tokens: int, json: bool
+) -> None:
+    talk = session.chat(context, **vars(asking))
+    streamer = None if json else printer(session)
     for question in _questions():
         answer = talk.ask(question, max_new_tokens=max_new_tokens, streamer=streamer)
-        record = {"question": question} | report(session, cache, asking, answer)
+        record = {"question": question} | report(session, asking, answer)
         if json:
             print(json_text(record), flush=True)
         else:

@@ -11,9 +11,8 @@ from squeezed.cli import options
 from squeezed.cli.console import emit, index_progress, megabytes, note, quiet_libraries
 from squeezed.cli.options import DEFAULTS
 from squeezed.cli.streams import Output
-from squeezed.config import PRESETS, check_budget
+from squeezed.config import PRESETS
 from squeezed.context.text import printable
-from squeezed.errors import SqueezedError
 from squeezed.measure.record import machine
 
 Quick = Annotated[
@@ -32,16 +31,15 @@ def demo(
     json: options.Json = False,
 ) -> None:
     """Index SQLite's write-ahead-log manual, ask three questions with dense and squeezed."""
-    check_budget(budget)
-    if preset not in PRESETS:
-        raise SqueezedError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    from squeezed import Session
     from squeezed.demo.run import run_demo
-    from squeezed.hf.loading import load_model
+    from squeezed.hf.asking import Asking
 
+    asking = Asking(budget, preset, implementation)
+    asking.check_preset(PRESETS)
     quiet_libraries()
-    loaded, tokenizer = load_model(model, dtype, device, note)
-    with index_progress() as progress:
-        done = run_demo(loaded, tokenizer, budget, preset, implementation, progress, quick)
+    with Session.of(model, dtype, device, note) as session, index_progress() as progress:
+        done = run_demo(session, asking, progress, quick)
     record = {"model": model, "preset": preset, "machine": machine()} | done.record()
     if json:
         emit(record)

@@ -13,12 +13,12 @@ from typing import Annotated
 import torch
 import typer
 
+from squeezed.answers.session import Session
 from squeezed.cli.console import json_text, quiet_libraries
 from squeezed.cli.run import say_error
 from squeezed.cli.status import USAGE_STATUS
 from squeezed.config import ClusteringConfig, IndexConfig, check_budget
 from squeezed.errors import SqueezedError, whole
-from squeezed.hf.loading import load_model
 from squeezed.measure.accuracy import report as reporting
 from squeezed.measure.accuracy.examples import SuiteOptions
 from squeezed.measure.accuracy.results import ResultFile, check_writable
@@ -96,11 +96,11 @@ def run(
         if not model:
             raise SqueezedError("model: expected a directory, hub name or .gguf file, got nothing")
         quiet_libraries()
-        loaded, tokenizer = load_model(model, dtype, device, log)
-        results = ResultFile(output, header(chosen.name, model, loaded, wanted))
+        session = Session.of(model, dtype, device, log)
+        results = ResultFile(output, header(chosen.name, model, session.model, wanted))
         try:
-            found = limited(chosen.documents(wanted, tokenizer), documents, questions)
-            Runner(loaded, tokenizer, options, results, log).run(found)
+            found = limited(chosen.documents(wanted, session.tokenizer), documents, questions)
+            Runner(session, options, results, log).run(found)
         finally:
             results.leave_no_header_alone()
         if not results.rows:

@@ -36,8 +36,9 @@ def index(
         raise SqueezedError(f"document: {document} is a directory; name a text file")
     target = _named(output or _default_output(document))
     prove_writable(target)
-    context = open_session(document, model, dtype, device, config, keep_control_tokens).context
-    context.save(target)
+    opened = open_session(document, model, dtype, device, None, config, keep_control_tokens)
+    with opened as (_, context):
+        context.save(target)
     record = {
         "context": str(target),
         "tokens": len(context.tokens),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,10 @@ from squeezed.cli import options
 from squeezed.cli.ask import check_question
 from squeezed.cli.console import emit, megabytes
 from squeezed.cli.options import DEFAULTS
-from squeezed.cli.session import Asking, open_session
+from squeezed.cli.session import open_session
+
+if TYPE_CHECKING:
+    from squeezed.hf.asking import Asking
 
 QUESTION = "What is this document about?"
 
@@ -37,6 +40,7 @@ def inspect(
     """
     import squeezed
     from squeezed.costs.inspection import check_picture, describe
+    from squeezed.hf.asking import Asking
 
     asking = Asking(budget, preset, "auto", "squeezed")
     question = check_question(question, 1)
@@ -60,14 +64,11 @@ def _plot(
 ) -> list[list[float]]:
     from squeezed.answers.reading import budget_by_head
     from squeezed.cli.plot import plot
-    from squeezed.hf.answer import respond
 
-    session = open_session(path, model, "auto", "auto")
-    cache = session.cache(asking)
-    ids = session.context.template.question_ids(session.tokenizer, question)
-    respond(session.model, session.tokenizer, cache, ids, max_new_tokens=24)
-    budgets = budget_by_head(session.context, cache)
-    plot(session.context, budgets, picture)
+    with open_session(path, model, "auto", "auto") as (session, context):
+        answer = session.ask(context, question, **vars(asking), watch=True, max_new_tokens=24)
+        budgets = budget_by_head(context, answer.watched)
+        plot(context, budgets, picture)
     return [[round(share, 4) for share in row] for row in budgets.tolist()]
 
 

@@ -1,75 +1,54 @@
-"""Model, tokenizer and context for the commands that ask."""
+"""A session for the commands that ask: options read, notes written."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from squeezed.cli.console import index_progress, is_directory, note, quiet_libraries, read_document
-from squeezed.config import IndexConfig, check_budget
+from squeezed.config import PRESETS, IndexConfig
 
 if TYPE_CHECKING:
-    from squeezed.hf.cache import SqueezedCache
+    from squeezed import Session
+    from squeezed.hf.asking import Asking
     from squeezed.hf.fixed_context import FixedContext
 
 
-@dataclass(frozen=True)
-class Asking:
-    """How questions are answered; the command line's options of that name."""
-
-    budget: float
-    preset: str
-    implementation: str
-    method: str
-
-    def __post_init__(self) -> None:
-        check_budget(self.budget)
-
-
-@dataclass(frozen=True)
-class Session:
-    """A loaded model and the context it reads."""
-
-    model: Any
-    tokenizer: Any
-    context: FixedContext
-
-    def cache(self, asking: Asking) -> SqueezedCache:
-        """A cache that remembers its queries, for sources and traffic."""
-        cache = self.context.cache(
-            asking.budget, asking.preset, asking.implementation, asking.method
-        )
-        cache.watch_queries()
-        return cache
-
-
+@contextmanager
 def open_session(
     source: Path,
     model: str,
     dtype: str,
     device: str,
+    asking: Asking | None = None,
     config: IndexConfig | None = None,
     keep_control_tokens: bool = False,
-) -> Session:
-    """Load a saved context, which knows its own template, or index a text file on the way."""
-    import squeezed
+) -> Iterator[tuple[Session, FixedContext]]:
+    """A session and a saved context, which knows its own template, or a text file indexed now.
+
+    Args:
+        asking: settings of the questions, proved before a document is read.
+    """
+    from squeezed import Session
     from squeezed.context.prompt import PromptTemplate
-    from squeezed.engine import check_tokenizer
-    from squeezed.hf.loading import load_model
 
     quiet_libraries()
     text = None if is_directory(source) else read_document(source)
-    loaded, tokenizer = load_model(model, dtype, device, note)
-    if text is None:
-        context = squeezed.load(source, loaded)
-        check_tokenizer(tokenizer, context)
-    else:
-        template = PromptTemplate.of(tokenizer, keep_control_tokens)
-        with index_progress() as progress:
-            context = squeezed.index(loaded, tokenizer, text, config, template, progress)
-    say_if_dense(context)
-    return Session(loaded, tokenizer, context)
+    if text is not None and asking is not None:
+        asking.check_preset(PRESETS)
+    with Session.of(model, dtype, device, note) as session:
+        if text is None:
+            context = session.open(source)
+        else:
+            if asking is not None:
+                session.prove(asking, config)
+            template = PromptTemplate.of(session.tokenizer, keep_control_tokens)
+            with index_progress() as progress:
+                context = session.index(text, None, config, template, progress)
+        say_if_dense(context)
+        yield session, context
 
 
 def say_if_dense(context: FixedContext) -> None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-import squeezed
-from squeezed.answers.reading import Traffic, traffic
-from squeezed.config import BEST, DEFAULT_BUDGET
-from squeezed.hf.answer import Answer, respond
+from squeezed.answers.reading import Traffic
+from squeezed.answers.session import Session
+from squeezed.engine import Progress, silent
+from squeezed.hf.answer import Answer
+from squeezed.hf.asking import Asking
 from squeezed.hf.fixed_context import FixedContext
 from squeezed.measure.agreement import Agreement, compare, next_token_logits
 
-QUESTIONS: tuple[str, ...] = (
+QUESTIONS = (
     "Which version of SQLite first had the WAL option?",
     "Does WAL work over a network filesystem?",
     "What threshold size of the WAL file triggers an automatic checkpoint?",
@@ -24,8 +22,6 @@ QUESTIONS: tuple[str, ...] = (
 ANSWER_TOKENS = 32
 QUICK_PART = 4
 """A quick run reads one part in this many of the document, and asks its first question."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -80,67 +76,44 @@ def document() -> str:
 
 
 def run_demo(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    budget: float = DEFAULT_BUDGET,
-    preset: str = BEST.name,
-    implementation: str = "auto",
-    progress: Progress = lambda phase, done, total: None,
-    quick: bool = False,
+    session: Session, asking: Asking, progress: Progress = silent, quick: bool = False
 ) -> Demo:
-    """Index the demo's document and ask every question twice: dense, and at `budget`.
+    """Index the demo's document and ask every question twice: dense, and at `asking`'s budget.
 
     Args:
         progress: called with a phase, steps done and steps in all; see `squeezed.index`.
         quick: read the beginning of the document only, and ask the one question answered there.
     """
     started = time.perf_counter()
-    text, questions, name = document(), QUESTIONS, "sqlite_wal.txt"
+    session.prove(asking)
+    questions: tuple[str, ...] = QUESTIONS
+    text, name = document(), "sqlite_wal.txt"
     if quick:
         text, questions = text[: len(text) // QUICK_PART], QUESTIONS[:1]
         name = f"the first {1 / QUICK_PART:.0%} of {name}"
-    context = squeezed.index(model, tokenizer, text, progress=progress)
-    squeezed.generate(  # compiles the kernels once, outside the times of the first question
-        model,
-        tokenizer,
-        context,
-        QUESTIONS[0],
-        budget,
-        preset,
-        implementation,
-        max_new_tokens=2,
-    )
+    context = session.index(text, progress=progress)
+    session.ask(context, questions[0], **vars(asking), max_new_tokens=2)  # compiles, untimed
     asked: list[Asked] = []
     for number, question in enumerate(questions, 1):
-        asked += ask_twice(model, tokenizer, context, question, budget, preset, implementation)
+        asked += ask_twice(session, context, question, asking)
         progress("ask", number, len(questions))
     return Demo(context, asked, time.perf_counter() - started, name)
 
 
 def ask_twice(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    context: FixedContext,
-    question: str,
-    budget: float,
-    preset: str,
-    implementation: str,
+    session: Session, context: FixedContext, question: str, asking: Asking
 ) -> list[Asked]:
     """The dense answer, and the squeezed one with its agreement on the dense answer's tokens."""
-    ids = context.template.question_ids(tokenizer, question)
-    asked, answers = [], []
-    for share in (1.0, budget):
-        cache = context.cache(share, preset, implementation)
-        cache.watch_queries()
-        answers.append(respond(model, tokenizer, cache, ids, max_new_tokens=ANSWER_TOKENS))
-        asked.append((share, answers[-1], traffic(context, cache)))
-    dense, other = (
-        next_token_logits(
-            model, context.cache(share, preset, implementation), ids, answers[0].tokens
-        )
-        for share in (1.0, budget)
-    )
+    both = (replace(asking, budget=1.0), asking)
+    answers = [
+        session.ask(context, question, **vars(each), watch=True, max_new_tokens=ANSWER_TOKENS)
+        for each in both
+    ]
+    along = answers[0].tokens
+    ids = context.template.question_ids(session.tokenizer, question)
+    logits = [next_token_logits(session.model, each.cache(context), ids, along) for each in both]
+    found = [compare(logits[0], own, along) for own in logits]
     return [
-        Asked(question, *row, agreement=compare(dense, logits, answers[0].tokens))
-        for row, logits in zip(asked, (dense, other), strict=True)
+        Asked(question, answer.budget, answer, session.traffic(answer), agreement)
+        for answer, agreement in zip(answers, found, strict=True)
     ]

@@ -64,9 +64,13 @@ class Asking:
             presets: names of those that the context will be calibrated for.
             device, dtype: of the context's keys.
         """
+        self.check_preset(presets)
         method = self.made()
-        preset = getattr(method, "preset", None)
-        if preset is not None and preset not in presets:
-            raise SqueezedError(f"preset: expected one of {', '.join(presets)}, got {preset!r}")
         if hasattr(method, "implementation"):
             prove(method.implementation, device, dtype)
+
+    def check_preset(self, presets: Collection[str]) -> None:
+        """Raise `SqueezedError` if the method needs a preset that is not one of `presets`."""
+        preset = getattr(self.made(), "preset", None)
+        if preset is not None and preset not in presets:
+            raise SqueezedError(f"preset: expected one of {', '.join(presets)}, got {preset!r}")

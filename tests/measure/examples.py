@@ -2,6 +2,7 @@
 
 from tiny import document, tiny_model, tiny_tokenizer
 
+from squeezed.answers.session import Session
 from squeezed.context.prompt import PromptTemplate
 from squeezed.measure.accuracy.examples import Document, Question
 from squeezed.measure.accuracy.results import ResultFile
@@ -24,4 +25,5 @@ def made_document(name="first", questions=3):
 def runner(path, methods=("best", "quest"), budgets=(0.1,), **changes):
     options = RunOptions(methods, budgets, implementation="reference", **changes)
     results = ResultFile(path, HEADER)
-    return Runner(tiny_model(), tiny_tokenizer(), options, results, lambda line: None)
+    session = Session(tiny_model(), tiny_tokenizer())
+    return Runner(session, options, results, lambda line: None)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from squeezed import engine
+from squeezed.answers.session import Session
 from squeezed.config import IndexConfig
+from squeezed.hf.asking import Asking
 from squeezed.hf.fixed_context import FixedContext
 from squeezed.hf.support import text_config
 from squeezed.measure.accuracy.asking import compare, forced_logits, generate_answers, metered_cache
@@ -59,8 +60,9 @@ class Asked:
 class Runner:
     """Runs documents through methods and writes what comes out."""
 
-    def __init__(self, model, tokenizer, options: RunOptions, results: ResultFile, log) -> None:
-        self.model, self.tokenizer, self.options = model, tokenizer, options
+    def __init__(self, session: Session, options: RunOptions, results: ResultFile, log) -> None:
+        self.session, self.options = session, options
+        self.model, self.tokenizer = session.model, session.tokenizer
         self.results = results
         self.log: Callable[[str], None] = log
         self.reference = create(REFERENCE)
@@ -71,15 +73,16 @@ class Runner:
         }
 
     def run(self, documents: Iterable[Document]) -> None:
+        for name in self.methods:
+            asking = Asking(implementation=self.options.implementation, method=name)
+            self.session.prove(asking, self.options.index)
         for document in documents:
             if not self._pending(document):
                 continue
             if self._too_long(document):
                 continue
             started = time.perf_counter()
-            context = engine.index(
-                self.model, self.tokenizer, document.text, self.options.index, document.template
-            )
+            context = self.session.index(document.text, None, self.options.index, document.template)
             asked = Asked(document, context, {})
             self.log(
                 f"{document.task} {document.id[:40]!r}: {len(context.tokens):,} tokens indexed in "
