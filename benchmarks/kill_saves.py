@@ -4,9 +4,10 @@
 
 Small contexts of random numbers, made without a model; a child saves, and is killed after a random
 part of the time that a save takes. Then the context must be the older one or the new one, whole,
-every tensor equal; the next save must leave nothing but the context. "Two renames" is what systems
-do that cannot exchange two names in one step. With `--namespaces` (Linux, as root, `unshare`) every
-killed saver has process number 1, as in containers that share a volume.
+every tensor equal; the next save must leave nothing but the context. "Without names" is how Linux
+writes new files until all are complete, "with names" what other systems do. With `--namespaces`
+(Linux, as root, `unshare`) every killed saver has process number 1, as in containers that share a
+volume.
 """
 
 from __future__ import annotations
@@ -29,16 +30,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from made import made_context, same_context
 
-from squeezed.context.storage import directory as storage
-from squeezed.context.storage import replacing
+from squeezed.context.storage.directory import load
+from squeezed.context.storage.manifest import listed_files
+from squeezed.context.storage.saving import save
 from squeezed.errors import ContextFileError
+from squeezed.system import files
 
 SIGNAL_MARGIN = 1.15
 """Kills fall into this many times the duration of a save, so that some come too late."""
 
 
-def no_exchange(one: Path, other: Path) -> None:
-    raise NotImplementedError
+UNNAMED = files.unnamed
+WAYS = {"without names": UNNAMED, "with names": lambda directory: None}
 
 
 def content(path: Path, known: dict[str, object]) -> str:
@@ -46,7 +49,7 @@ def content(path: Path, known: dict[str, object]) -> str:
     if not path.exists() and not any(path.parent.iterdir()):
         return "none"
     try:
-        found = storage.load(path)
+        found = load(path)
         return next((n for n, context in known.items() if same_context(found, context)), "mixed")
     except ContextFileError as error:
         return "none" if "no saved context" in str(error) else "broken"
@@ -55,10 +58,10 @@ def content(path: Path, known: dict[str, object]) -> str:
 class Campaign:
     """Saves of `new` over `old`, or over nothing, killed; and what was found after each."""
 
-    def __init__(self, place: Path, over_old: bool, two_renames: bool) -> None:
+    def __init__(self, place: Path, over_old: bool, way: str) -> None:
         self.target, self.over_old = place / "c.sqz", over_old
         self.known = {"old": made_context(0), "new": made_context(1)}
-        replacing.exchange = no_exchange if two_renames else EXCHANGE
+        files.unnamed = WAYS[way]
         self.counts: Counter[str] = Counter()
         self.seconds = sorted(self._timed() for _ in range(9))[4]
 
@@ -71,7 +74,7 @@ class Campaign:
     def _saver(self) -> int:
         child = os.fork()
         if child == 0:
-            storage.save(self.known["new"], self.target)
+            save(self.known["new"], self.target)
             os._exit(0)
         return child
 
@@ -79,7 +82,7 @@ class Campaign:
         shutil.rmtree(self.target.parent, ignore_errors=True)
         self.target.parent.mkdir()
         if self.over_old:
-            storage.save(self.known["old"], self.target)
+            save(self.known["old"], self.target)
 
     def kill(self, rng: random.Random) -> None:
         self._lay_out()
@@ -90,21 +93,23 @@ class Campaign:
         self.counts["saves killed" if code else "saves that had ended"] += 1
         self.counts[f"found {content(self.target, self.known)}"] += 1
         self.counts["left rubbish until the next save"] += self._rubbish()
-        storage.save(self.known["new"], self.target)
+        save(self.known["new"], self.target)
         self.counts["left rubbish after the next save"] += self._rubbish()
 
     def _rubbish(self) -> bool:
-        return any(entry != self.target for entry in self.target.parent.iterdir())
-
-
-EXCHANGE = replacing.exchange
+        """Anything but the context: beside it, or in it and not listed."""
+        if any(entry != self.target for entry in self.target.parent.iterdir()):
+            return True
+        if not self.target.exists():
+            return False
+        return listed_files(self.target) != set(os.listdir(self.target))
 
 
 def killed(place: Path, kills: int, seed: int) -> dict[str, dict]:
     found = {}
-    for way in ("one step", "two renames"):
+    for way in WAYS:
         for over_old in (True, False):
-            campaign = Campaign(place, over_old, way == "two renames")
+            campaign = Campaign(place, over_old, way)
             rng = random.Random(f"{seed} {way} {over_old}")
             for _ in range(kills):
                 campaign.kill(rng)
@@ -114,13 +119,13 @@ def killed(place: Path, kills: int, seed: int) -> dict[str, dict]:
     return found
 
 
-def crowd(place: Path, seconds: float, two_renames: bool) -> dict[str, int]:
+def crowd(place: Path, seconds: float, way: str) -> dict[str, int]:
     """Three savers and five readers on one name; what readers saw, and what is left at the end."""
-    replacing.exchange = no_exchange if two_renames else EXCHANGE
+    files.unnamed = WAYS[way]
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     contexts = {str(seed): made_context(seed) for seed in range(3)}
-    target = storage.save(contexts["0"], place / "c.sqz")
+    target = save(contexts["0"], place / "c.sqz")
     end, children = time.monotonic() + seconds, []
     results = [Path(f"{place}.{index}") for index in range(8)]
     for index, result in enumerate(results):
@@ -137,7 +142,7 @@ def crowd(place: Path, seconds: float, two_renames: bool) -> dict[str, int]:
         counts["processes that failed"] += os.waitpid(child, 0)[1] != 0
         counts.update(json.loads(result.read_text()))
         result.unlink()
-    storage.save(contexts["0"], target)
+    save(contexts["0"], target)
     counts["left rubbish after the next save"] = len(list(place.iterdir())) - 1
     return dict(counts)
 
@@ -145,7 +150,7 @@ def crowd(place: Path, seconds: float, two_renames: bool) -> dict[str, int]:
 def _turn(index: int, target: Path, contexts: dict) -> str:
     if index < len(contexts):
         try:
-            storage.save(contexts[str(index)], target)
+            save(contexts[str(index)], target)
             return "saved"
         except ContextFileError:
             return "a save refused"
@@ -160,7 +165,7 @@ def in_namespaces(place: Path, kills: int, seed: int) -> dict[str, int] | None:
     contexts = {str(s): made_context(s) for s in range(3)}
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    storage.save(contexts["0"], target)
+    save(contexts["0"], target)
     if subprocess.run([*unshare, str(target), "0", "1"], capture_output=True).returncode:
         return None
     for _ in range(kills):
@@ -174,7 +179,7 @@ def in_namespaces(place: Path, kills: int, seed: int) -> dict[str, int] | None:
             saver.communicate()  # ends when the process inside has ended, too
         counts["pairs"] += 1
         counts[f"found {'whole' if content(target, contexts) in contexts else 'broken'}"] += 1
-        storage.save(contexts["0"], target)
+        save(contexts["0"], target)
         counts["left rubbish after the next save"] += len(list(place.iterdir())) > 1
     return dict(counts)
 
@@ -194,19 +199,16 @@ def main() -> None:
         context = made_context(int(given.child[1]))
         print("ready", flush=True)
         for _ in range(int(given.child[2])):
-            storage.save(context, Path(given.child[0]))
+            save(context, Path(given.child[0]))
         return
     with tempfile.TemporaryDirectory(dir=given.place) as root:
         place = Path(root) / "saves"
         record = {
             "kills": killed(place, given.kills, given.seed),
-            "three savers, five readers": {
-                "one step": crowd(place, given.seconds, False),
-                "two renames": crowd(place, given.seconds, True),
-            },
+            "three savers, five readers": {way: crowd(place, given.seconds, way) for way in WAYS},
         }
         if given.namespaces:
-            replacing.exchange = EXCHANGE
+            files.unnamed = UNNAMED
             record["process namespaces"] = in_namespaces(place, given.namespaces, given.seed)
     text = json.dumps(record, indent=1)
     print(text)

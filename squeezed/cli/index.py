@@ -29,7 +29,7 @@ def index(
     json: options.Json = False,
 ) -> None:
     """Turn a document into a fixed context and save it."""
-    from squeezed.context.storage.directory import prove_writable
+    from squeezed.context.storage.saving import prove_writable
 
     config = index_config(levels, iterations, chunk)
     if is_directory(document):

@@ -10,7 +10,7 @@ from pathlib import Path
 from squeezed.config import BEST, DEFAULT_BUDGET
 from squeezed.context.layers import WindowLayer
 from squeezed.context.record import ContextRecord
-from squeezed.context.storage import directory
+from squeezed.context.storage import saving
 from squeezed.errors import expect, whole
 from squeezed.hf.asking import Asking
 from squeezed.hf.build import build_cache
@@ -62,4 +62,4 @@ class FixedContext(ContextRecord):
 
     def save(self, path: str | Path) -> Path:
         """Write the context as a directory; complete under `path`, or not there at all."""
-        return directory.save(self, Path(expect("path", path, (str, PathLike), "a path")))
+        return saving.save(self, Path(expect("path", path, (str, PathLike), "a path")))

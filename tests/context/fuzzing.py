@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from squeezed import methods
-from squeezed.context.storage import directory as storage
+from squeezed.context.storage import directory
 from squeezed.context.storage.manifest import _checksum
 from squeezed.errors import SqueezedError
 
@@ -128,7 +128,7 @@ class Fuzzer:
 
     def answer(self, path: Path) -> list[torch.Tensor]:
         """What the kernels make of a context, for a token each and for a block."""
-        context = storage.load(path)
+        context = directory.load(path)
         layers = list(context.layers)
         outputs = [layer.keys.float().sum() for layer in layers]
         outputs += [queries.float().sum() for queries in context.observed]

@@ -22,8 +22,7 @@ from made import (
 )
 
 from squeezed import methods
-from squeezed.context.storage import directory as storage
-from squeezed.context.storage import held
+from squeezed.context.storage import directory, held, saving
 from squeezed.context.storage.strict import Malformed, conformed
 from squeezed.context.storage.structure import CLUSTERED, LEVEL, Outline, check_layer, tensors_of
 from squeezed.errors import ContextFileError, SqueezedError
@@ -33,13 +32,13 @@ CONTEXT = made_context()
 
 @pytest.fixture
 def saved(tmp_path):
-    return storage.save(CONTEXT, tmp_path / "c.sqz")
+    return saving.save(CONTEXT, tmp_path / "c.sqz")
 
 
 def refused(path, match=None):
     """Open everything; it must fail with one short line."""
     with pytest.raises(ContextFileError, match=match) as caught:
-        context = storage.load(path)
+        context = directory.load(path)
         list(context.layers), list(context.observed)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
@@ -47,7 +46,7 @@ def refused(path, match=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_saved_context_comes_back(dtype, tmp_path):
     context = made_context(dtype=dtype)
-    loaded = storage.load(storage.save(context, tmp_path / "c.sqz"))
+    loaded = directory.load(saving.save(context, tmp_path / "c.sqz"))
     assert same_context(loaded, context)
     assert loaded.calibrations["best"].rule(1, 0.2, True).log_thresholds.shape == (2, HEADS)
     for name, calibration in context.calibrations.items():
@@ -59,7 +58,7 @@ def test_saved_context_comes_back(dtype, tmp_path):
 
 
 def test_kinds_and_shapes_are_known_before_a_layer_is_opened(saved):
-    loaded = storage.load(saved)
+    loaded = directory.load(saved)
     assert loaded.outlines == CONTEXT.outlines and not loaded.is_dense
     assert [outline.is_clustered for outline in loaded.outlines] == [True, False, True]
     assert not loaded.layers.opened
@@ -284,8 +283,8 @@ def test_other_versions_say_what_to_do(version, remedy, saved):
 
 def test_a_context_of_another_version_may_be_replaced(saved):
     with_manifest(saved, _put("format_version", 4))
-    storage.save(CONTEXT, saved)
-    assert same_context(storage.load(saved), CONTEXT)
+    saving.save(CONTEXT, saved)
+    assert same_context(directory.load(saved), CONTEXT)
 
 
 def _header(change):
@@ -340,7 +339,7 @@ def test_header_in_another_order_and_unaligned_data_are_read(saved):
         return text + b" " * (3 - len(text) % 4)
 
     with_content(saved, LAYER_FILE, _header(odd)((saved / LAYER_FILE).read_bytes()))
-    assert same_context(storage.load(saved), CONTEXT)
+    assert same_context(directory.load(saved), CONTEXT)
 
 
 @pytest.mark.parametrize("kind", ["directory", "pipe", "dangling", "absent"])
@@ -366,7 +365,7 @@ def test_names_of_nothing_are_refused(name, tmp_path):
 
 
 def test_what_was_checked_is_what_is_used(saved):
-    opened = storage.load(saved)
+    opened = directory.load(saved)
     list(opened.layers), list(opened.observed)
     for file in saved.iterdir():
         with open(file, "r+b") as stream:
@@ -376,14 +375,14 @@ def test_what_was_checked_is_what_is_used(saved):
 
 
 def test_a_file_that_is_cut_after_it_was_opened_is_refused(saved):
-    opened = storage.load(saved)
+    opened = directory.load(saved)
     os.truncate(saved / LAYER_FILE, 1000)
     with pytest.raises(ContextFileError, match="found 1000 bytes"):
         opened.layers[2]
 
 
 def test_a_deleted_context_is_not_read_any_more(saved):
-    opened = storage.load(saved)
+    opened = directory.load(saved)
     first = opened.layers[0]
     shutil.rmtree(saved)
     for ask in (lambda: opened.layers[2], lambda: opened.observed[0]):
@@ -394,7 +393,7 @@ def test_a_deleted_context_is_not_read_any_more(saved):
 
 def test_a_context_that_moves_is_read_on(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    opened = storage.load(storage.Path("c.sqz"))
+    opened = directory.load(directory.Path("c.sqz"))
     monkeypatch.chdir("/")
     saved.rename(tmp_path / "moved.sqz")
     assert same_context(opened, CONTEXT)
@@ -405,7 +404,7 @@ def test_descriptors_are_given_back(saved):
         return len(os.listdir("/proc/self/fd"))
 
     before = count()
-    opened = storage.load(saved)
+    opened = directory.load(saved)
     assert before < count() <= before + 1 + len(os.listdir(saved))
     list(opened.layers), list(opened.observed)
     assert count() == before + 1
@@ -424,7 +423,7 @@ def test_without_descriptors_files_are_opened_later(saved, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(held.os, "open", limited)
-        opened = storage.load(saved)
+        opened = directory.load(saved)
     assert same_context(opened, CONTEXT)
 
 
@@ -432,7 +431,7 @@ def test_a_layer_that_could_not_be_loaded_is_not_saved(tmp_path):
     context = made_context()
     context.layers[0].keys[0, 0, 0] = float("nan")
     with pytest.raises(ContextFileError, match="keys"):
-        storage.save(context, tmp_path / "c.sqz")
+        saving.save(context, tmp_path / "c.sqz")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -465,7 +464,7 @@ def test_a_value_must_be_what_its_type_says():
 )
 def test_a_model_of_another_shape_is_refused_before_a_kernel_runs(heads, kv_heads, dim, saved):
     attention = methods.create("squeezed", preset="best", implementation="cpu").prepare(
-        storage.load(saved), 0.2
+        directory.load(saved), 0.2
     )[0]
     keys = torch.randn(1, kv_heads, 3, dim)
     with pytest.raises(SqueezedError, match="the model"):

@@ -5,6 +5,8 @@ The contexts are made without a model.
 
 import errno
 import os
+import shutil
+import signal
 import sys
 import threading
 import time
@@ -14,23 +16,22 @@ from pathlib import Path
 import pytest
 from made import made_context, same_context
 
-from squeezed.context.storage import directory as storage
-from squeezed.context.storage import replacing
+from squeezed.context.storage import clearing, manifest, names, replacing, saving, tensorfile
+from squeezed.context.storage.directory import load
+from squeezed.context.storage.saving import prove_writable, save
 from squeezed.errors import ContextFileError
+from squeezed.system import files
 
 OLD, NEW = made_context(0), made_context(1)
+UNNAMED, LOCK = files.unnamed, files.lock
 
 
-@pytest.fixture(params=["exchange", "two renames"])
+@pytest.fixture(params=["without names", "with names"])
 def way(request, monkeypatch):
-    """Both ways to replace a directory: in one step, and where no system call does that."""
-    if request.param == "two renames":
-        monkeypatch.setattr(replacing, "exchange", _no_exchange)
+    """Files that get their names last, and those of systems where they need one at once."""
+    if request.param == "with names":
+        monkeypatch.setattr(files, "unnamed", lambda directory: None)
     return request.param
-
-
-def _no_exchange(one, other):
-    raise NotImplementedError
 
 
 def beside(path):
@@ -38,7 +39,9 @@ def beside(path):
 
 
 def holds(path, context):
-    return same_context(storage.load(path), context)
+    """Whether a context lies there, whole, and nothing else with it."""
+    listed = manifest.listed_files(path)
+    return same_context(load(path), context) and listed == set(os.listdir(path))
 
 
 @pytest.mark.parametrize("replaced", [True, False])
@@ -47,24 +50,23 @@ def test_interrupted_at_any_line_is_old_or_new_without_rubbish(
 ):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a thousand saves
     target, seen = tmp_path / "c.sqz", set()
-    files = {module.__file__ for module in (replacing, storage)}
+    modules = (replacing, saving, clearing, tensorfile)
+    paths = {module.__file__ for module in modules}
     if replaced:
-        storage.save(OLD, target)
+        save(OLD, target)
     for line in range(5000):
-        ended = _interrupted(lambda: storage.save(NEW, target), line, files)
+        ended = _interrupted(lambda: save(NEW, target), line, paths)
         if not ended:
             break
         assert beside(target) in (["c.sqz"], [] if not replaced else None), f"line {line}"
         if target.exists():
-            was_new = holds(target, NEW)
+            was_new = same_context(load(target), NEW)
             seen.add("new" if was_new else "old")
-            assert was_new or holds(target, OLD), f"line {line}"
+            assert holds(target, NEW if was_new else OLD), f"line {line}"
             if was_new and replaced:
-                storage.save(OLD, target)
+                save(OLD, target)
             elif was_new:
-                for file in target.iterdir():
-                    file.unlink()
-                target.rmdir()
+                shutil.rmtree(target)
     assert line > 100 and not ended
     assert seen == ({"old", "new"} if replaced else {"new"})
 
@@ -96,67 +98,131 @@ def _interrupted(action, line, files):
     return count[0] > line
 
 
-@pytest.mark.parametrize(
-    "recover", [storage.load, lambda target: storage.save(NEW, target.parent / "d.sqz")]
-)
-def test_killed_between_two_renames_is_put_back_by_load_and_by_save(recover, tmp_path):
-    target = storage.save(OLD, tmp_path / "c.sqz")
-    _killed_when_moved_aside(target)
-    assert not target.exists()
-    recover(target)
-    assert holds(target, OLD)
-    assert not [name for name in beside(target) if name.startswith(".")]
-
-
-def _killed_when_moved_aside(target):
+def _killed(steps, action):
+    """Run `action` in a child that is killed before its `steps`-th step with a file; whether it
+    was."""
     child = os.fork()
     if child == 0:
-        rename = os.rename
-        replacing.exchange = _no_exchange
+        left = [steps]
 
-        def once(source, goal):
-            rename(source, goal)
-            os._exit(9)
+        def counting(real):
+            def step(*arguments, **options):
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments, **options)
 
-        os.rename = once
-        storage.save(NEW, target)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+            return step
+
+        for name in ("open", "link", "rename", "replace", "unlink", "mkdir", "rmdir"):
+            setattr(os, name, counting(getattr(os, name)))
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def test_reader_waits_for_a_saver_between_two_renames(tmp_path, monkeypatch):
-    target = storage.save(OLD, tmp_path / "c.sqz")
-    monkeypatch.setattr(replacing, "exchange", _no_exchange)
-    rename = os.rename
+def test_killed_at_any_step_is_old_or_new_and_nothing_beside_it(way, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    target, seen = save(OLD, tmp_path / "c.sqz"), set()
+    before = sorted(os.listdir(target))
+    for step in range(1000):
+        if not _killed(step, lambda: save(NEW, target)):
+            break
+        assert beside(target) == ["c.sqz"], f"step {step}"
+        was_new = same_context(load(target), NEW)
+        seen.add(was_new)
+        assert was_new or same_context(load(target), OLD), f"step {step}"
+        save(OLD, target)
+        assert holds(target, OLD)
+        before = sorted(os.listdir(target))
+    assert step > 20 and seen == {True, False} and before
 
-    def slowly(source, goal):
-        rename(source, goal)
-        time.sleep(0.2)
 
-    monkeypatch.setattr(os, "rename", slowly)
-    saver = threading.Thread(target=storage.save, args=(NEW, target))
-    saver.start()
-    while target.exists():
-        time.sleep(0.001)
-    assert holds(target, NEW)
-    saver.join()
+def test_killed_at_any_step_over_nothing_is_none_or_new(way, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    target, left = tmp_path / "c.sqz", Counter()
+    for step in range(1000):
+        if not _killed(step, lambda: save(NEW, target)):
+            break
+        assert not target.exists() or holds(target, NEW), f"step {step}"
+        left[bool(set(beside(target)) - {"c.sqz"})] += 1
+        save(OLD, target)
+        assert holds(target, OLD) and beside(target) == ["c.sqz"]
+        shutil.rmtree(target)
+    assert step > 20 and left[False]
+
+
+def test_files_without_names_are_left_by_nobody(tmp_path, monkeypatch):
+    if UNNAMED(tmp_path) is None:
+        pytest.skip("this file system has no files without names")
+    target = save(OLD, tmp_path / "c.sqz")
+    before = sorted(os.listdir(target))
+    write, done = tensorfile.write, []
+
+    def killed_in_the_last_file(descriptor, tensors, metadata=None):
+        found = write(descriptor, tensors, metadata)
+        done.append(descriptor)
+        if len(done) == len(before) - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    for place in (target, tmp_path / "d.sqz"):
+        child = os.fork()
+        if child == 0:
+            tensorfile.write = killed_in_the_last_file
+            try:
+                save(NEW, place)
+            finally:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert beside(target) == ["c.sqz"] and sorted(os.listdir(target)) == before
 
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
-    living = replacing.Place(tmp_path / "other.sqz")
-    living.make()
-    for name in (f"{replacing.PREFIX}{replacing.kernel()}-1", f"{replacing.PREFIX}otherone-2"):
-        (tmp_path / name / "context").mkdir(parents=True)
-    (tmp_path / ".squeezed-notes").mkdir()
-    (tmp_path / ".squeezed-notes" / "mine.txt").write_text("keep me")
-    target = storage.save(NEW, tmp_path / "c.sqz")
-    left = set(beside(target))
-    assert left == {"c.sqz", living.path.name, ".squeezed-notes", f"{replacing.PREFIX}otherone-2"}
-    living.remove()
-    old = time.time() - 2 * replacing.FOREIGN_SECONDS
-    os.utime(tmp_path / f"{replacing.PREFIX}otherone-2", (old, old))
-    storage.save(NEW, target)
-    assert beside(target) == [".squeezed-notes", "c.sqz"]
+    living = replacing.Work(tmp_path / "other.sqz")
+    living.begin()
+    foreign = f"{names.WORK}{'0' * 8}{names.new_token()[8:]}"
+    empty, dead = (f"{names.WORK}{names.new_token()}" for _ in range(2))
+    for name in (foreign, dead):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+        (tmp_path / name / "layer_000.safetensors").write_text("")
+    for name in (empty, ".squeezed-notes"):
+        (tmp_path / name).mkdir()
+    notes = tmp_path / f"{names.WORK}{names.new_token()}"
+    for directory in (notes, tmp_path / ".squeezed-notes"):
+        directory.mkdir(exist_ok=True)
+        (directory / "mine.txt").write_text("keep me")
+    target = save(NEW, tmp_path / "c.sqz")
+    kept = {"c.sqz", notes.name, ".squeezed-notes"}
+    assert set(beside(target)) == {*kept, living.begin().path.name, foreign}
+    living.end()
+    old = time.time() - 2 * clearing.FOREIGN_SECONDS
+    os.utime(tmp_path / foreign / foreign, (old, old))
+    save(NEW, target)
+    assert set(beside(target)) == kept
+
+
+def test_files_of_a_living_saver_in_the_same_context_stay(way, tmp_path):
+    target = save(OLD, tmp_path / "c.sqz")
+    slow = replacing.Work(target)
+    with slow.open("layer_000.safetensors") as descriptor:
+        tensorfile.write(descriptor, {})
+    slow.begin()
+    if way == "with names":
+        under_way = {
+            slow.begin().description.path.name,
+            slow.files["layer_000.safetensors"].path.name,
+        }
+    else:
+        under_way = {slow.begin().description.path.name}
+    save(NEW, target)
+    assert same_context(load(target), NEW)
+    assert set(os.listdir(target)) - manifest.listed_files(target) == under_way
+    slow.end()
+    assert holds(target, NEW)
 
 
 def test_threads_save_to_one_name(way, tmp_path):
@@ -165,8 +231,8 @@ def test_threads_save_to_one_name(way, tmp_path):
     def savings(context):
         try:
             for _ in range(15):
-                storage.save(context, target)
-                loaded = storage.load(target)
+                save(context, target)
+                loaded = load(target)
                 assert same_context(loaded, OLD) or same_context(loaded, NEW)
         except BaseException as error:
             failures.append(error)
@@ -181,49 +247,52 @@ def test_threads_save_to_one_name(way, tmp_path):
 
 
 def test_opened_context_answers_on_when_it_is_replaced(way, tmp_path):
-    target = storage.save(OLD, tmp_path / "c.sqz")
-    opened = storage.load(target)
-    storage.save(NEW, target)
+    target = save(OLD, tmp_path / "c.sqz")
+    opened = load(target)
+    save(NEW, target)
     assert same_context(opened, OLD) and holds(target, NEW)
     assert beside(target) == ["c.sqz"]
 
 
 def test_everything_is_on_the_disk_before_the_older_one_goes(way, tmp_path, monkeypatch):
-    target = storage.save(OLD, tmp_path / "c.sqz")
-    steps = []
-    fsync, exchange, rename, rmtree = (
-        os.fsync,
-        replacing.exchange,
-        os.rename,
-        replacing.shutil.rmtree,
-    )
-    monkeypatch.setattr(os, "fsync", lambda fd: steps.append(_name_of(fd)) or fsync(fd))
-    monkeypatch.setattr(os, "rename", lambda a, b: steps.append("move") or rename(a, b))
-    monkeypatch.setattr(
-        replacing, "exchange", lambda a, b: (exchange(a, b), steps.append("move"))[0]
-    )
-    monkeypatch.setattr(
-        replacing.shutil, "rmtree", lambda p, **k: steps.append("remove") or rmtree(p, **k)
-    )
-    storage.save(NEW, target)
-    moves = [i for i, step in enumerate(steps) if step == "move"]
-    written = {file.name for file in target.iterdir()} | {replacing.NEW}
-    assert written <= set(steps[: moves[0]])
-    removal = len(steps) - 1 - steps[::-1].index("remove")
-    assert tmp_path.name in steps[moves[-1] : removal]
+    target = save(OLD, tmp_path / "c.sqz")
+    before, steps = set(os.listdir(target)), []
+    flushed = {}
+    fsync, replace, unlink = os.fsync, os.replace, os.unlink
 
+    def noted(descriptor):
+        found = os.fstat(descriptor)
+        flushed[found.st_ino] = found.st_size
+        return fsync(descriptor)
 
-def _name_of(descriptor):
-    return Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+    def moved(source, goal):
+        new = {n: os.stat(target / n) for n in set(os.listdir(target)) - before}
+        assert all(flushed.get(found.st_ino) == found.st_size for found in new.values())
+        assert len(new) == len(before) and target.stat().st_ino in flushed
+        flushed.clear()
+        steps.append("replaced")
+        return replace(source, goal)
+
+    def removed(path, **options):
+        if "replaced" in steps and os.path.lexists(path):
+            assert target.stat().st_ino in flushed
+            steps.append("removed")
+        return unlink(path, **options)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", moved)
+    monkeypatch.setattr(os, "unlink", removed)
+    save(NEW, target)
+    assert steps == ["replaced"] + ["removed"] * (len(before) - 1)
 
 
 @pytest.mark.parametrize("extra", ["notes.txt", "layer_000.safetensors.bak", "src/thesis.tex"])
 def test_a_context_with_files_of_others_is_not_replaced(extra, tmp_path):
-    target = storage.save(OLD, tmp_path / "c.sqz")
+    target = save(OLD, tmp_path / "c.sqz")
     (target / extra).parent.mkdir(exist_ok=True)
     (target / extra).write_text("years of work")
     with pytest.raises(ContextFileError, match="does not belong"):
-        storage.save(NEW, target)
+        save(NEW, target)
     assert (target / extra).read_text() == "years of work"
     assert beside(target) == ["c.sqz"]
 
@@ -236,33 +305,46 @@ def test_a_directory_with_another_context_json_is_not_replaced(content, tmp_path
     target = tmp_path / "project"
     target.mkdir()
     (target / "context.json").write_text(content)
-    for action in (lambda: storage.save(NEW, target), lambda: storage.prove_writable(target)):
+    for action in (lambda: save(NEW, target), lambda: prove_writable(target)):
         with pytest.raises(ContextFileError, match="not a saved context"):
             action()
     assert (target / "context.json").read_text() == content
 
 
 def test_a_file_that_appears_while_saving_is_kept(way, tmp_path, monkeypatch):
-    target = storage.save(OLD, tmp_path / "c.sqz")
-    write = storage._write
+    target = save(OLD, tmp_path / "c.sqz")
+    write = tensorfile.write
 
-    def and_meanwhile(context, directory):
-        write(context, directory)
+    def and_meanwhile(*arguments):
         (target / "notes.txt").write_text("keep me")
+        return write(*arguments)
 
-    monkeypatch.setattr(storage, "_write", and_meanwhile)
-    with pytest.raises(ContextFileError, match=r"c\.sqz is a saved context and holds notes\.txt"):
-        storage.save(NEW, target)
+    monkeypatch.setattr(tensorfile, "write", and_meanwhile)
+    save(NEW, target)
     assert (target / "notes.txt").read_text() == "keep me"
-    assert holds(target, OLD) and beside(target) == ["c.sqz"]
+    assert same_context(load(target), NEW) and beside(target) == ["c.sqz"]
+
+
+def test_another_directory_that_appears_while_saving_is_kept(way, tmp_path, monkeypatch):
+    target, write = tmp_path / "c.sqz", tensorfile.write
+
+    def and_meanwhile(*arguments):
+        target.mkdir(exist_ok=True)
+        (target / "notes.txt").write_text("keep me")
+        return write(*arguments)
+
+    monkeypatch.setattr(tensorfile, "write", and_meanwhile)
+    with pytest.raises(ContextFileError, match="not a saved context"):
+        save(NEW, target)
+    assert os.listdir(target) == ["notes.txt"] and beside(target) == ["c.sqz"]
 
 
 def test_a_link_is_followed(way, tmp_path):
     (tmp_path / "disk").mkdir()
-    real = storage.save(OLD, tmp_path / "disk" / "c.sqz")
+    real = save(OLD, tmp_path / "disk" / "c.sqz")
     link = tmp_path / "c.sqz"
     link.symlink_to(real)
-    storage.save(NEW, link)
+    save(NEW, link)
     assert link.is_symlink() and holds(real, NEW)
     assert beside(link) == ["c.sqz", "disk"] and beside(real) == ["c.sqz"]
 
@@ -271,10 +353,10 @@ def test_a_link_is_followed(way, tmp_path):
     "name", ["보" * 81 + ".sqz", "x" * 255, "a\nb", " ", "-", "…", "x.sqz.sqz"]
 )
 def test_names_that_a_directory_may_have(name, tmp_path):
-    storage.prove_writable(tmp_path / name)
+    prove_writable(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
-    assert holds(storage.save(NEW, tmp_path / name), NEW)
-    assert holds(storage.save(OLD, tmp_path / name), OLD)
+    assert holds(save(NEW, tmp_path / name), NEW)
+    assert holds(save(OLD, tmp_path / name), OLD)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +367,7 @@ def test_places_that_cannot_be_written_are_refused_in_one_line(name, tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "file").write_text("")
     before = beside(tmp_path / "file")
-    for action in (storage.prove_writable, lambda path: storage.save(NEW, path)):
+    for action in (prove_writable, lambda path: save(NEW, path)):
         with pytest.raises(ContextFileError) as caught:
             action(tmp_path / name if name else Path("."))
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
@@ -294,14 +376,14 @@ def test_places_that_cannot_be_written_are_refused_in_one_line(name, tmp_path):
 
 def test_missing_parents_are_made_and_stay_only_with_a_context(tmp_path, monkeypatch):
     target = tmp_path / "a" / "b" / "c.sqz"
-    storage.prove_writable(target)
+    prove_writable(target)
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "save_file", _full)
+        patch.setattr(tensorfile, "write", _full)
         with pytest.raises(ContextFileError, match="No space"):
-            storage.save(NEW, target)
+            save(NEW, target)
     assert list(tmp_path.iterdir()) == []
-    assert holds(storage.save(NEW, target), NEW)
+    assert holds(save(NEW, target), NEW)
 
 
 def _full(*arguments, **options):
@@ -312,7 +394,7 @@ def _full(*arguments, **options):
 def test_rights_follow_the_umask(umask, tmp_path):
     before = os.umask(umask)
     try:
-        target = storage.save(NEW, tmp_path / "c.sqz")
+        target = save(NEW, tmp_path / "c.sqz")
     finally:
         os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in target.iterdir()} == {0o666 & ~umask}
@@ -320,20 +402,28 @@ def test_rights_follow_the_umask(umask, tmp_path):
 
 
 def test_a_file_system_without_locks_saves_too(way, tmp_path, monkeypatch):
-    def none(*arguments):
-        raise OSError(errno.ENOLCK, "no locks")
-
-    monkeypatch.setattr(replacing.fcntl, "flock", none)
-    target = storage.save(OLD, tmp_path / "c.sqz")
-    storage.save(NEW, target)
+    monkeypatch.setattr(files, "lock", lambda descriptor: None)
+    target = save(OLD, tmp_path / "c.sqz")
+    save(NEW, target)
     assert holds(target, NEW) and beside(target) == ["c.sqz"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
-def test_linux_replaces_in_one_step(tmp_path):
-    one, other = tmp_path / "one", tmp_path / "other"
-    one.mkdir()
-    other.mkdir()
-    (one / "mark").write_text("")
-    replacing.exchange(one, other)
-    assert (other / "mark").exists() and not (one / "mark").exists()
+def test_a_system_without_its_modules_has_no_locks_and_enough_descriptors(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(files, "resource", None)
+    assert LOCK(0) is None and files.may_open(10**9)
+    assert holds(save(NEW, tmp_path / "c.sqz"), NEW)
+
+
+def test_too_few_descriptors_give_names_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.resource, "getrlimit", lambda kind: (40, 40))
+    monkeypatch.setattr(files, "unnamed", lambda directory: pytest.fail("opened without a name"))
+    assert holds(save(NEW, tmp_path / "c.sqz"), NEW)
+
+
+def test_an_older_context_on_a_mounted_file_system_is_replaced(tmp_path):
+    """Nothing beside the context is written: its directory may be all that one may write to."""
+    target = save(OLD, tmp_path / "c.sqz")
+    before = tmp_path.stat().st_mtime_ns
+    save(NEW, target)
+    assert tmp_path.stat().st_mtime_ns == before and holds(target, NEW)

@@ -8,7 +8,7 @@ from tiny import document, tiny_model, tiny_tokenizer
 
 import squeezed
 from squeezed.context.prompt import PromptTemplate
-from squeezed.context.storage import directory as storage
+from squeezed.context.storage import directory, tensorfile
 from squeezed.errors import ContextFileError
 
 
@@ -50,7 +50,7 @@ def test_loaded_context_answers_alike(context, saved, model):
 
 
 def test_layers_are_opened_when_first_used(saved):
-    layers = storage.load(saved).layers
+    layers = directory.load(saved).layers
     assert not layers.opened
     assert layers[1].tokens == layers[-2].tokens and len(layers.opened) == 1
 
@@ -125,8 +125,8 @@ def test_full_disk_leaves_the_old_context_intact(context, saved, monkeypatch):
             raise OSError(28, "No space left on device")
         return real(*arguments, **keywords)
 
-    real = storage.save_file
-    monkeypatch.setattr(storage, "save_file", full)
+    real = tensorfile.write
+    monkeypatch.setattr(tensorfile, "write", full)
     with pytest.raises(ContextFileError, match="No space left"):
         context.save(saved)
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
@@ -137,7 +137,7 @@ def test_interrupted_saving_leaves_nothing_under_the_final_name(context, tmp_pat
     def interrupted(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage, "save_file", interrupted)
+    monkeypatch.setattr(tensorfile, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         context.save(tmp_path / "half.sqz")
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,8 @@ from squeezed.config import (
     SpaceConfig,
     TrialConfig,
 )
-from squeezed.context.storage import directory as storage
+from squeezed.context.storage.directory import load
+from squeezed.context.storage.saving import save
 from squeezed.costs.inspection import describe
 from squeezed.errors import ContextFileError
 
@@ -38,7 +39,7 @@ def older(path):
 
 @pytest.fixture
 def saved(tmp_path):
-    return storage.save(CONTEXT, tmp_path / "manual.sqz")
+    return save(CONTEXT, tmp_path / "manual.sqz")
 
 
 def test_a_saved_context_holds_every_number_that_shaped_it(tmp_path):
@@ -50,8 +51,8 @@ def test_a_saved_context_holds_every_number_that_shaped_it(tmp_path):
     )
     clustering = ClusteringConfig(common_part=3.0, space=SpaceConfig(0.5, 0.1, 0.75, 4.0))
     config = IndexConfig(clustering, calibration=calibration)
-    path = storage.save(replace(CONTEXT, config=config), tmp_path / "odd.sqz")
-    loaded = storage.load(path)
+    path = save(replace(CONTEXT, config=config), tmp_path / "odd.sqz")
+    loaded = load(path)
     assert loaded.config == config and loaded.assumed == ()
     shown = json.loads(json.dumps(describe(loaded)))["made_with"]
     assert shown["clustering"]["space"]["plain_share"] == 0.5
@@ -61,7 +62,7 @@ def test_a_saved_context_holds_every_number_that_shaped_it(tmp_path):
 
 
 def test_a_context_from_before_opens_and_says_what_is_assumed(saved):
-    loaded = storage.load(older(saved))
+    loaded = load(older(saved))
     assert same_context(loaded, CONTEXT) and list(loaded.assumed) == UNSAID
     assert describe(loaded)["assumed"] == UNSAID
     space, calibration = loaded.config.clustering.space, loaded.config.calibration
@@ -80,9 +81,9 @@ def test_a_context_from_before_opens_and_says_what_is_assumed(saved):
 
 
 def test_what_was_assumed_is_still_marked_when_saved_again(saved, tmp_path):
-    again = storage.save(storage.load(older(saved)), tmp_path / "again.sqz")
+    again = save(load(older(saved)), tmp_path / "again.sqz")
     assert json.loads((again / "context.json").read_text())["format_version"] == 6
-    assert list(storage.load(again).assumed) == UNSAID
+    assert list(load(again).assumed) == UNSAID
 
 
 @pytest.mark.parametrize(
@@ -99,11 +100,11 @@ def test_what_was_assumed_is_still_marked_when_saved_again(saved, tmp_path):
 def test_a_description_of_two_versions_is_refused(change, saved):
     with_manifest(older(saved), change)
     with pytest.raises(ContextFileError, match="no context looks like that"):
-        storage.load(saved)
+        load(saved)
 
 
 @pytest.mark.parametrize("name", ["space", "common_part"])
 def test_a_description_of_this_version_says_everything(name, saved):
     with_manifest(saved, lambda manifest: manifest["config"]["clustering"].pop(name))
     with pytest.raises(ContextFileError, match=name):
-        storage.load(saved)
+        load(saved)

@@ -11,17 +11,19 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from squeezed.context.storage.replacing import is_there
+from squeezed.context.storage.names import MANIFEST
 from squeezed.errors import ContextFileError, shown
 
-PIECE = 1 << 26
-"""Bytes read and hashed at once, while they are still in the processor's cache."""
+PIECE = 1 << 22
+"""Bytes that are read at once, and hashed while the next ones are read."""
+Mark = tuple[int, ...]
 
 
 class HeldDirectory:
@@ -30,6 +32,7 @@ class HeldDirectory:
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.abspath(path))
         self.held: dict[str, int] = {}
+        self.seen: Mark | None = None
         self.descriptor = -1
         self.descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
@@ -57,23 +60,24 @@ class HeldDirectory:
             return -1
         return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
-    def read(self, name: str, most_bytes: int) -> tuple[Tensor, str]:
-        """All of a file, `[bytes]` uint8, and its SHA-256; at most `most_bytes + 1` of it."""
+    def read(self, name: str, most_bytes: int) -> tuple[Tensor, Callable[[], str]]:
+        """All of a file, `[bytes]` uint8, and what waits for its SHA-256; at most `most_bytes + 1`
+        bytes of it."""
         if name not in self.held:
             self.held[name] = self._open(name)
         self._refuse_deleted(self.held[name])
+        if name == MANIFEST:
+            self.seen = _mark(os.fstat(self.held[name]))
         content = _content(self.held[name], most_bytes + 1)
         os.close(self.held.pop(name))
         return content
 
     def is_current(self) -> bool:
-        """Whether the path still names this directory."""
+        """Whether the description that was read, if any was, is still the one at the path."""
         try:
-            found = os.stat(self.path)
+            return _mark(os.stat(self.path / MANIFEST)) == self.seen
         except OSError:
-            return False
-        own = os.fstat(self.descriptor)
-        return (found.st_ino, found.st_dev) == (own.st_ino, own.st_dev)
+            return self.seen is None
 
     def _open(self, name: str) -> int:
         """Never waits, as opening a pipe would."""
@@ -85,7 +89,7 @@ class HeldDirectory:
 
     def _refuse_deleted(self, descriptor: int) -> None:
         """A context that was replaced answers on; one that was deleted is not brought back."""
-        if not os.fstat(descriptor).st_nlink and not is_there(Path(os.path.realpath(self.path))):
+        if not os.fstat(descriptor).st_nlink and not os.path.lexists(self.path):
             raise ContextFileError(
                 f"{shown(self.path)}: the context was deleted after it was opened and before all of"
                 " it was read; index the document again"
@@ -100,17 +104,36 @@ class HeldDirectory:
                 os.close(descriptor)
 
 
-def _content(descriptor: int, most_bytes: int) -> tuple[Tensor, str]:
+def _mark(found: os.stat_result) -> Mark:
+    return found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns
+
+
+def _content(descriptor: int, most_bytes: int) -> tuple[Tensor, Callable[[], str]]:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
     size = min(found.st_size, most_bytes)
     content, digest = torch.empty(size, dtype=torch.uint8), hashlib.sha256()
-    view, done = content.numpy().data, 0
-    while done < size:
-        count = os.preadv(descriptor, [view[done : done + PIECE]], done)
-        if not count:
-            raise OSError(errno.EIO, "it became shorter while it was read")
-        digest.update(view[done : done + count])
-        done += count
-    return content, digest.hexdigest()
+    pieces = _pieces(descriptor, content.numpy().data)
+    if size <= PIECE:
+        for piece in pieces:
+            digest.update(piece)
+        return content, digest.hexdigest
+    hasher = ThreadPoolExecutor(1, thread_name_prefix="checksum")
+    for piece in pieces:
+        hasher.submit(digest.update, piece)
+    last = hasher.submit(digest.hexdigest)
+    hasher.shutdown(wait=False)
+    return content, last.result
+
+
+def _pieces(descriptor: int, view: memoryview) -> Iterator[memoryview]:
+    """The parts of `view`, each as soon as the file's bytes are in it."""
+    done = 0
+    with open(descriptor, "rb", buffering=0, closefd=False) as file:
+        while done < len(view):
+            count = file.readinto(view[done : done + PIECE])
+            if not count:
+                raise OSError(errno.EIO, "it became shorter while it was read")
+            yield view[done : done + count]
+            done += count

@@ -1,338 +1,230 @@
-"""Where a directory is written before it is complete, and how it takes an older one's place.
+"""How the files of a context get their names: all at once, and an older context's only then.
 
-A *place* is a hidden directory beside the target, made and locked by one saver and removed by it
-alone. It holds a lock file with the target's name, the new directory, and, on systems that cannot
-exchange two names in one step, what was moved aside. Its lock says whether its maker lives, also
-across containers: the kernel gives it back when the maker ends, however it ends. What dead makers
-left is put back or cleared by the next save; `recover` puts back what a reader misses.
+Files are written where no name leads to them, so a process that is killed leaves nothing. Names are
+given when all is on the disk. A new context gets them in a directory that then gets the target's
+name. Over an older one they are given beside its files; then the new description takes the name of
+the older one, in one step, and what that listed is cleared. Where a file must have a name from the
+start, it gets it in the same places.
+
+The description on its way is locked by its maker. The kernel takes the lock back when the maker
+ends, however it ends, so every later save knows what the dead have left (`clearing`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import functools
 import os
-import secrets
-import shutil
-import socket
-import time
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from squeezed.errors import ContextFileError, shown
+from squeezed.context.storage.clearing import clear, remove
+from squeezed.context.storage.names import MANIFEST, WORK, layer_file, marked, new_token
+from squeezed.system import files
 
-PREFIX = ".squeezed-"
-LOCK, NEW, OLD = "lock", "context", "old-"
-RENAME_EXCHANGE = 2
-NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 ATTEMPTS = 1000
-WAIT_SECONDS = 10.0
-"""How long a reader waits for a saver that has moved the older context aside."""
-FOREIGN_SECONDS = 86400
-"""Age of a place that another kernel's savers left, after which it is cleared: no lock is seen."""
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+CLOSED = -1
 
 
+@dataclass
+class NewFile:
+    """A file that is written: open, perhaps without a name, or closed, at one."""
+
+    descriptor: int
+    path: Path | None = None
+
+    def move(self, path: Path) -> None:
+        """Give the file its only, or another, name."""
+        if self.path is None:
+            files.give_name(self.descriptor, path)
+        elif self.path != path:
+            os.rename(self.path, path)
+        self.path = path
+
+    def close(self) -> None:
+        descriptor, self.descriptor = self.descriptor, CLOSED
+        if descriptor != CLOSED:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
 class Place:
-    """A place for one save. `make`, write into `new`, `publish`; `remove` ends it in any case."""
+    """Where names are given: in the target, or in a new directory beside it.
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.path: Path | None = None
-        self.lock: int | None = None
+    Attributes:
+        description: what becomes `context.json`, locked.
+    """
+
+    path: Path
+    description: NewFile
+
+
+class Work:
+    """One save: `open` files and write them, then `publish`; `end` in any case.
+
+    Args:
+        target: where the context shall lie, resolved.
+        count: how many files will be opened.
+    """
+
+    def __init__(self, target: Path, count: int = 0) -> None:
+        self.target, self.count, self.token = target, count, new_token()
+        self.files: dict[str, NewFile] = {}
+        self.place: Place | None = None
+        self.opened: list[NewFile] = []
+        self.made: list[Path] = []
         self.parents: list[Path] = []
 
-    @property
-    def made(self) -> Path:
-        assert self.path is not None
-        return self.path
+    @contextmanager
+    def open(self, name: str) -> Iterator[int]:
+        """The descriptor of a new file, which is on the disk after the block."""
+        file = self.files[name] = self._opened(name)
+        yield file.descriptor
+        files.flush_open(file.descriptor)
+        if file.path is not None:
+            file.close()
 
-    @property
-    def new(self) -> Path:
-        return self.made / NEW
+    def publish(self, check: Callable[[Path], object], describe: Callable[[str], bytes]) -> None:
+        """Let the target be the context of these files.
 
-    def make(self) -> None:
-        """Make the place, locked, with an empty `new` in it, and missing parents of the target."""
-        self._make_parents()
+        Args:
+            check: raises for a directory at the target that must stay.
+            describe: text of the description, given the token in the files' names.
+        """
+        describe = functools.cache(describe)
         for _ in range(ATTEMPTS):
-            self.path = self.target.parent / f"{PREFIX}{kernel()}-{secrets.token_hex(16)}"
-            self.path.mkdir(mode=0o700)
-            with suppress(FileNotFoundError):  # cleared before it was locked: make another
-                self.lock = _opened(self.path / LOCK)
-                os.write(self.lock, os.fsencode(self.target.name))
-                if _locked(self.lock) is not False and _is_still(self.lock, self.path / LOCK):
-                    self.new.mkdir()
-                    return
-            self._unlock()
-        raise OSError(errno.EBUSY, "its temporary directories are taken away by another process")
-
-    def publish(self, check: Callable[[Path], None]) -> None:
-        """Put `new` at the target; `check` raises for an older directory that must stay."""
-        for attempt in range(ATTEMPTS):
-            if not os.path.lexists(self.target):
-                try:
-                    os.rename(self.new, self.target)
-                except OSError as error:
-                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                        continue  # another saver was faster
-                    raise
+            over = os.path.lexists(self.target)
+            if over:
+                check(self.target)
+            describe(self.token if over else "")  # while there is nothing that a kill would leave
+            place = self.begin()
+            if place.path == self.target or os.path.lexists(self.target):
+                check(self.target)
+                self._name_all(place, self.target, describe(self.token), self.token)
+                os.replace(self.target / f"{WORK}{self.token}", self.target / MANIFEST)
+                files.flush(self.target)
                 return
-            try:
-                if self._replaced(attempt, check):
-                    return
-            except FileNotFoundError:  # another saver has moved it aside
-                continue
+            self._name_all(place, place.path, describe(""), "")
+            place.description.move(place.path / MANIFEST)
+            files.flush(place.path)
+            if self._renamed(place.path):
+                return
         raise OSError(errno.EBUSY, "too many other processes save there")
 
-    def _replaced(self, attempt: int, check: Callable[[Path], None]) -> bool:
-        """Whether `new` took the older one's place in one step; else that is moved aside."""
-        try:
-            exchange(self.new, self.target)
-        except NotImplementedError:
-            aside = self.made / f"{OLD}{attempt:06d}"
-            os.rename(self.target, aside)
-            check(aside)
-            return False
-        try:
-            check(self.new)
-        except BaseException:
-            exchange(self.new, self.target)
-            raise
-        return True
+    def prove(self) -> None:
+        """Raise `OSError` unless the target can be made, or its description replaced.
 
-    def remove(self) -> None:
-        """End the place: put back what was moved aside, flush, remove. May be called again."""
-        if self.path is not None and os.path.lexists(self.path):
-            _settle(self.path, self.target)
-        self._unlock()
+        Room on the disk is not proved.
+        """
+        with suppress(FileNotFoundError):  # nothing there
+            _prove_replaceable(self.target)
+        place = self.begin()
+        os.close(files.named(place.path / layer_file(0, self.token)))
+        if place.path != self.target:
+            (place.path / self.target.name).mkdir()
+
+    def begin(self) -> Place:
+        """The place; made, with the locked description in it, when first asked for."""
+        for _ in range(ATTEMPTS):
+            if self.place is not None:
+                return self.place
+            with suppress(FileNotFoundError):  # cleared before it was locked
+                directory = self._directory()
+                path = directory / f"{WORK}{self.token}"
+                file = NewFile(files.named(path), path)
+                self.opened.append(file)
+                locked = files.lock(file.descriptor)
+                if locked is not False and files.leads_to(path, file.descriptor):
+                    self.place = Place(directory, file)
+                    continue
+                file.close()
+            self.token = new_token()
+        raise OSError(errno.EBUSY, "its temporary files are taken away by another process")
+
+    def end(self) -> None:
+        """Clear what this save, and dead ones, left. May be called again."""
+        for file in (*self.files.values(), *self.opened):
+            file.close()
+        for directory in self.made:
+            remove(directory)
+        with suppress(OSError):  # its maker's alone, whatever lies at the target
+            os.unlink(self.target / f"{WORK}{self.token}")
+        clear(self.target, self.token)
         for parent in self.parents:
             with suppress(OSError):  # holds what was saved
                 parent.rmdir()
 
-    def _make_parents(self) -> None:
+    def _opened(self, name: str) -> NewFile:
+        if self.place is None and files.may_open(self.count):
+            descriptor = files.unnamed(_nearest(self.target))
+            if descriptor is not None:
+                return NewFile(descriptor)
+        directory = self.begin().path
+        path = directory / marked(name, self.token if directory == self.target else "")
+        return NewFile(files.named(path), path)
+
+    def _directory(self) -> Path:
+        if os.path.lexists(self.target):
+            return self.target
         missing = [p for p in self.target.parents if not os.path.lexists(p)]
-        self.parents = missing
+        self.parents += missing
         for parent in reversed(missing):
             parent.mkdir(exist_ok=True)
-            flush(parent.parent)
+            files.flush(parent.parent)
+        beside = self.target.parent / f"{WORK}{self.token}"
+        self.made.append(beside)
+        beside.mkdir()
+        return beside
 
-    def _unlock(self) -> None:
-        if self.lock is not None:
-            lock, self.lock = self.lock, None
-            os.close(lock)
+    def _name_all(self, place: Place, directory: Path, description: bytes, token: str) -> None:
+        """Name every file in `directory`, the locked description first; all of it on the disk."""
+        place.description.move(directory / f"{WORK}{self.token}")
+        for name, file in self.files.items():
+            file.move(directory / marked(name, token))
+        descriptor = place.description.descriptor
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        files.write_all(descriptor, description)
+        files.flush_open(descriptor)
+        files.flush(directory)
+
+    def _renamed(self, directory: Path) -> bool:
+        """Whether a directory got the target's name: another saver may be faster."""
+        try:
+            os.rename(directory, self.target)
+        except OSError as error:
+            if error.errno in TAKEN:
+                return False
+            raise
+        files.flush(self.target.parent)
+        return True
 
 
 @contextmanager
-def place_for(target: Path) -> Iterator[Place]:
-    """A place that ends with the block."""
-    place = Place(target)
+def work_for(target: Path, count: int = 0) -> Iterator[Work]:
+    """A save that ends with the block."""
+    work = Work(target, count)
     try:
         try:
-            place.make()
-            yield place
+            yield work
         finally:
-            place.remove()
+            work.end()
     finally:
-        place.remove()  # again: an interrupt may have ended the first
+        work.end()  # again: an interrupt may have ended the first
 
 
-def exchange(one: Path, other: Path) -> None:
-    """Exchange what two names mean, in one step.
-
-    Raises:
-        NotImplementedError: the system or the file system has no such step.
-        OSError: it failed.
-    """
-    call = _renameat2()
-    if call is None:
-        raise NotImplementedError
-    at_cwd = -100
-    if call(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), RENAME_EXCHANGE):
-        code = ctypes.get_errno()
-        if code in NO_EXCHANGE:
-            raise NotImplementedError
-        raise OSError(code, os.strerror(code), str(one), None, str(other))
-
-
-@functools.cache
-def _renameat2() -> Callable[..., int] | None:
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if call is not None:
-        text = ctypes.c_char_p
-        call.argtypes = (ctypes.c_int, text, ctypes.c_int, text, ctypes.c_uint)
-    return call
-
-
-@functools.cache
-def kernel() -> str:
-    """Eight letters that savers share exactly if they see each other's locks."""
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
-    return os.fsencode(socket.gethostname()).hex()[:8].ljust(8, "0")
-
-
-def flush(path: Path) -> None:
-    """Have a file's content, or a directory's entries, on the disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a directory where one may write, but not look
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF):  # a directory that cannot be flushed
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def resolve(path: Path) -> Path:
-    """The real place of `path`, links followed.
-
-    Raises:
-        ContextFileError: a path without a name, or a link to nothing.
-    """
-    if path.name in ("", "..") or "\0" in str(path):
-        raise ContextFileError(
-            f"output: {shown(path)} does not name a directory; name one, as in manual.sqz"
-        )
-    real = Path(os.path.realpath(path))
-    if path.is_symlink() and not os.path.lexists(real):
-        raise ContextFileError(
-            f"output: {shown(path)} is a link to {shown(real)}, which does not exist; remove the "
-            "link or make the directory that it names"
-        )
-    return real
-
-
-def prove_writable(target: Path) -> None:
-    """Raise `OSError` unless a directory can be made at, or exchanged for, the resolved `target`.
-
-    Makes and removes a directory there. Room on the disk is not proved.
-    """
-    with suppress(FileNotFoundError):  # nothing there, or another saver is replacing it
-        _prove_replaceable(target)
-    base = next(p for p in target.parents if os.path.lexists(p))
-    with place_for(base / target.name) as place:
-        place.new.joinpath(*target.relative_to(base).parts).mkdir(parents=True)
+def _nearest(target: Path) -> Path:
+    """The directory on whose disk `target` lies, or will."""
+    return next(path for path in (target, *target.parents) if os.path.lexists(path))
 
 
 def _prove_replaceable(target: Path) -> None:
-    parent = os.stat(target.parent)
-    owners = (0, parent.st_uid, os.stat(target).st_uid)
-    sticky = parent.st_mode & 0o1000 and os.geteuid() not in owners
-    if sticky or not os.access(target, os.W_OK | os.X_OK):
-        os.stat(target)  # not for somebody else's rights, but gone meanwhile
+    """Refuse a directory where only owners may replace a file, and this is somebody else's."""
+    found = os.stat(target)
+    owners = (0, found.st_uid, os.stat(target / MANIFEST).st_uid)
+    if found.st_mode & stat.S_ISVTX and os.geteuid() not in owners:
         raise PermissionError(errno.EACCES, "the older context there belongs to somebody else")
-    if os.path.ismount(target):
-        raise OSError(errno.EBUSY, "a file system is mounted there; name a directory inside it")
-
-
-def sweep(parent: Path) -> None:
-    """Put back and clear what dead savers left in a directory."""
-    for place in _places(parent):
-        with suppress(OSError):
-            _end_if_dead(place)
-
-
-def recover(target: Path) -> bool:
-    """Whether a saver had moved `target` aside; then it is at its name again, or was."""
-    seen = False
-    end = time.monotonic() + WAIT_SECONDS
-    for place in _places(target.parent):
-        with suppress(OSError):
-            aside = any(entry.name.startswith(OLD) for entry in os.scandir(place))
-            if not aside or _note(place) != target.name:
-                continue
-            seen = True
-            while not _end_if_dead(place) and time.monotonic() < end:
-                if os.path.lexists(target):
-                    break
-                time.sleep(0.01)
-    return seen
-
-
-def is_there(target: Path) -> bool:
-    """Whether something lies at `target`, or does as soon as the savers at work there let it."""
-    missed = 0
-    while missed < 3:  # a saver may end, and another one begin, while this looks
-        if os.path.lexists(target):
-            return True
-        missed = 0 if recover(target) else missed + 1
-    return False
-
-
-def _places(parent: Path) -> Iterator[Path]:
-    with suppress(OSError):
-        yield from [
-            Path(entry.path)
-            for entry in os.scandir(parent)
-            if entry.name.startswith(PREFIX) and entry.is_dir(follow_symlinks=False)
-        ]
-
-
-def _end_if_dead(place: Path) -> bool:
-    """Settle a place whose maker has ended; whether it had."""
-    if not _is_ours(place) or not _locks_seen(place):
-        return False
-    lock = _opened(place / LOCK)
-    try:
-        if not _locked(lock) or not _is_still(lock, place / LOCK):
-            return False
-        _settle(place, place.parent / _note(place))
-        return True
-    finally:
-        os.close(lock)
-
-
-def _is_ours(place: Path) -> bool:
-    names = [entry.name for entry in os.scandir(place)]
-    return all(name in (LOCK, NEW) or name.startswith(OLD) for name in names)
-
-
-def _locks_seen(place: Path) -> bool:
-    """Whether the lock of a place is this kernel's to tell, or the place old enough without it."""
-    own = place.name.startswith(f"{PREFIX}{kernel()}-")
-    return own or time.time() - os.stat(place).st_mtime > FOREIGN_SECONDS
-
-
-def _note(place: Path) -> str:
-    """Name of the target that a place was made for; empty if its maker did not come so far."""
-    name = os.fsdecode((place / LOCK).read_bytes())
-    return "" if "/" in name or name in (".", "..") else name
-
-
-def _settle(place: Path, target: Path) -> None:
-    """Put back what was moved aside and is missing, flush, and remove the place."""
-    aside = sorted(place.glob(f"{OLD}*"))
-    if aside and target.name and not os.path.lexists(target):
-        with suppress(OSError):  # another saver was faster
-            os.rename(aside[-1], target)
-    flush(place.parent)  # whatever is at the target now stays, before the other one goes
-    shutil.rmtree(place, ignore_errors=True)
-
-
-def _opened(lock: Path) -> int:
-    return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-
-
-def _locked(lock: int) -> bool | None:
-    """Whether an exclusive lock could be taken; `None` where the file system has no locks.
-
-    There a saver goes on without, and what a dead one leaves is not cleared.
-    """
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def _is_still(lock: int, file: Path) -> bool:
-    """Whether an open lock is the one at its name: it may have been removed before it was taken."""
-    found, own = os.stat(file), os.fstat(lock)
-    return (found.st_ino, found.st_dev) == (own.st_ino, own.st_dev)

@@ -1,15 +1,21 @@
-"""The tensors of a safetensors file, taken from a buffer that nobody else can change.
+"""Safetensors files: written into an open file, and read from a buffer that nobody else can change.
 
 The format: https://huggingface.co/docs/safetensors/index#format
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
+from itertools import chain
+
 import torch
 from torch import Tensor
 
 from squeezed.context.storage.strict import Count, Malformed, conformed, parsed
 from squeezed.errors import shown
+from squeezed.system.files import write_all
 
 HEADER_BYTES = 1 << 20
 METADATA = "__metadata__"
@@ -22,6 +28,50 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
 }
+
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ALIGNMENT = 8
+PIECE = 1 << 22
+"""Bytes that are hashed, and written while they are still in the processor's cache."""
+
+
+def write(
+    descriptor: int, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """Write a file into an empty open one; its bytes and SHA-256.
+
+    Tensors of wide numbers come first, so that all of them are aligned.
+    """
+    order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    size, digest = 0, hashlib.sha256()
+    for part in chain([_head(order, metadata)], map(_bytes_of, order)):
+        for start in range(0, len(part), PIECE):
+            piece = part[start : start + PIECE]
+            digest.update(piece)
+            write_all(descriptor, piece)
+        size += len(part)
+    return size, digest.hexdigest()
+
+
+def _head(tensors: list[tuple[str, Tensor]], metadata: dict[str, str] | None) -> memoryview:
+    entries: dict[str, object] = {METADATA: metadata} if metadata else {}
+    end = 0
+    for name, tensor in tensors:
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        entries[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return memoryview(len(text).to_bytes(8, "little") + text)
+
+
+def _bytes_of(named: tuple[str, Tensor]) -> memoryview:
+    flat = named[1].detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def tensors_in(content: Tensor) -> dict[str, Tensor]:
