@@ -3,7 +3,6 @@
 python benchmarks/seeding.py MODEL_DIRECTORY GGUF_FILE TEXT_FILE [TOKENS]
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from squeezed import ClusteringConfig
 from squeezed.hf.capture import capture
 from squeezed.indexing import kmeans
 from squeezed.indexing.clustering import cluster_layer
-from squeezed.measure.record import commit
+from squeezed.measure.record import write_record
 
 
 def plus_plus(points, valid, slot, generator):
@@ -76,17 +75,8 @@ def main(directory, gguf, text, tokens=6144):
                 }
             )
             print(rows[-1])
-    record = {
-        "command": "python benchmarks/seeding.py MODEL GGUF TEXT " + str(tokens),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "tokens": len(ids),
-        "prefill_s": prefill_s,
-        "rows": rows,
-    }
-    with open("benchmarks/seeding.json", "w") as file:
-        json.dump(record, file, indent=1)
+    settings = {"tokens": len(ids), "prefill_s": prefill_s}
+    write_record(Path("benchmarks/seeding.json"), settings, rows, "cpu")
 
 
 if __name__ == "__main__":

@@ -36,13 +36,13 @@ class MeanQuery:
 
 
 def run(model, tokenizer, text, question, budget=0.1, new_tokens=32):
-    """The answers of three methods by name; for models without sliding windows."""
+    """The answers of three methods by name."""
     context = squeezed.index(model, tokenizer, text)
     ids = context.template.question_ids(tokenizer, question)
     answers = {}
     for method in (create("dense"), create("squeezed"), MeanQuery()):
         layers = method.prepare(context, check_budget(budget))
-        cache = build_cache(layers, budget, context.tokens)
+        cache = build_cache(context, layers, budget)
         answers[method.name] = respond(model, tokenizer, cache, ids, max_new_tokens=new_tokens)
         answer = answers[method.name]
         print(f"{method.name}, {answer.spending.budget:.1%} of the keys: {answer.text}")

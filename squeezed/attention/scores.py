@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -9,6 +11,7 @@ from torch.nn.functional import pad
 from squeezed.context.layers import ClusteredLayer, Level
 
 NEG_INF = float("-inf")
+LOG2E = 1 / math.log(2)  # nats to powers of two
 
 
 def grouped(query: Tensor, kv_heads: int) -> Tensor:

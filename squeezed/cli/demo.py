@@ -13,7 +13,7 @@ from squeezed.cli.options import DEFAULTS
 from squeezed.cli.streams import Output
 from squeezed.config import PRESETS
 from squeezed.context.text import printable
-from squeezed.measure.record import machine
+from squeezed.measure.record import about_run
 
 Quick = Annotated[
     bool, typer.Option("--quick", help="The document's first quarter and one question: a minute.")
@@ -40,7 +40,8 @@ def demo(
     quiet_libraries()
     with Session.of(model, dtype, device, note) as session, index_progress() as progress:
         done = run_demo(session, asking, progress, quick)
-    record = {"model": model, "preset": preset, "machine": machine()} | done.record()
+        about = about_run(session.model.device)
+    record = {"model": model, "preset": preset, "machine": about} | done.record()
     if json:
         emit(record)
     else:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from squeezed.answers.session import Session
@@ -24,7 +21,7 @@ from squeezed.measure.accuracy.examples import SuiteOptions
 from squeezed.measure.accuracy.results import ResultFile, check_writable
 from squeezed.measure.accuracy.runner import Runner, RunOptions, limited
 from squeezed.measure.accuracy.suites import suite_named
-from squeezed.measure.record import commit
+from squeezed.measure.record import about_run
 from squeezed.methods import create
 from squeezed.system.failures import explained
 
@@ -138,31 +135,15 @@ def number(text: str) -> float:
 
 def header(suite: str, name: str, model, options: SuiteOptions) -> dict:
     """What a reader of the result file must know about the run."""
-    try:
-        release = version("squeezed-attention")
-    except PackageNotFoundError:
-        release = "source"
-    device = model.device
     return {
         "suite": suite,
         "model": model_label(name),
         "context_tokens": options.context_tokens,
         "seed": options.seed,
         "data": options.data.name if options.data else None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(model.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "command": command_line(),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "squeezed": release,
+        **about_run(model.device),
     }
-
-
-def command_line() -> str:
-    """This run's command, with paths cut to their last part."""
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    return " ".join(["squeezed", *([] if words[:1] == ["eval"] else ["eval"]), *words])
 
 
 def model_label(name: str) -> str:

@@ -12,7 +12,7 @@ from squeezed.engine import Progress, silent
 from squeezed.hf.answer import Answer
 from squeezed.hf.asking import Asking
 from squeezed.hf.fixed_context import FixedContext
-from squeezed.measure.agreement import Agreement, compare, next_token_logits
+from squeezed.measure.agreement import Agreement, compare, forced_logits
 
 QUESTIONS = (
     "Which version of SQLite first had the WAL option?",
@@ -111,8 +111,8 @@ def ask_twice(
     ]
     along = answers[0].tokens
     ids = context.template.question_ids(session.tokenizer, question)
-    logits = [next_token_logits(session.model, each.cache(context), ids, along) for each in both]
-    found = [compare(logits[0], own, along) for own in logits]
+    logits = [forced_logits(session.model, each.cache(context), [(ids, along)])[0] for each in both]
+    found = [compare(own, logits[0], along) for own in logits]
     return [
         Asked(question, answer.budget, answer, session.traffic(answer), agreement)
         for answer, agreement in zip(answers, found, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from squeezed.errors import SqueezedError
 from squeezed.hf.arguments import ASSISTED, Wishes, passed_on
 from squeezed.hf.asking import Asking
 from squeezed.hf.cache import Spending, SqueezedCache
+from squeezed.hf.clock import Clock
 from squeezed.hf.positions import check_room
 from squeezed.hf.support import input_device
 from squeezed.hf.switch import using_attention
@@ -80,7 +80,7 @@ class Request:
     ids: Tensor
     prompt: Tensor
     wishes: Wishes
-    clock: _Clock
+    clock: Clock
     passed: dict[str, Any]
     watched_as: tuple[ContextRecord, Asking] | None = None
 
@@ -89,7 +89,7 @@ class Request:
         cls, model, tokenizer, cache: SqueezedCache, ids: Tensor, arguments: Mapping[str, Any]
     ) -> Request:
         """Raises `SqueezedError` as `squeezed.generate` does."""
-        wishes, clock, ids = Wishes(model, arguments), _Clock(), ids.cpu()
+        wishes, clock, ids = Wishes(model, arguments), Clock(), ids.cpu()
         wishes.refuse_unsupported()
         prompt = torch.cat([cache.document, ids])[None].to(input_device(model))
         passed = passed_on(wishes, tokenizer, prompt.shape[1], clock)
@@ -191,25 +191,3 @@ def _check_suffix(cache: SqueezedCache, ids: Tensor, new: int, wishes: Wishes) -
             f"suffix_tokens: what follows the document may take {len(ids) + new - 1} tokens, the "
             f"cache has room for {room}; ask for fewer new tokens or make a larger cache"
         )
-
-
-class _Clock:
-    """A stopping criterion that never stops: it notes when tokens came, and how many there were."""
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        self.times, self.lengths = [time.perf_counter()], [0]
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.times.append(time.perf_counter())
-        self.lengths.append(input_ids.shape[1])
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    def seconds(self) -> dict[str, float]:
-        if len(self.times) == 1:
-            return {"first_token": 0.0, "per_token": 0.0}
-        further = self.lengths[-1] - self.lengths[1]
-        decoding = (self.times[-1] - self.times[1]) / further if further > 0 else 0.0
-        return {"first_token": self.times[1] - self.times[0], "per_token": decoding}

@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 
 from squeezed.config import BEST, DEFAULT_BUDGET
-from squeezed.context.layers import WindowLayer
 from squeezed.context.record import ContextRecord
 from squeezed.context.storage import saving
 from squeezed.errors import expect, whole
@@ -51,11 +50,7 @@ class FixedContext(ContextRecord):
         if suffix_tokens is not None:
             whole("suffix_tokens", suffix_tokens, 1)
         asking = Asking(budget, preset, implementation, method)
-        attentions = iter(asking.attentions(self))
-        contexts = [
-            layer if isinstance(layer, WindowLayer) else next(attentions) for layer in self.layers
-        ]
-        cache = build_cache(contexts, asking.budget, self.tokens, suffix_tokens)
+        cache = build_cache(self, asking.attentions(self), asking.budget, suffix_tokens)
         for place, layer in enumerate(cache.layers):
             layer.recognise = partial(check_attention, self.model, place)
         return cache

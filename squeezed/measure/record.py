@@ -1,4 +1,4 @@
-"""A run says what it was: command, versions, commit, machine."""
+"""A run says what it was: command, commit, time, machine, versions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,57 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+PACKAGES = ("squeezed-attention", "transformers", "numba", "triton", "flashinfer-python")
+"""Whose versions a record names, where they are installed, beside Python, PyTorch and CUDA."""
+
+
+def about_run(device: torch.device | str, at_commit: str | None = None) -> dict:
+    """All that a reader of results, or who repeats a run, must know about it.
+
+    Args:
+        device: on which it runs.
+        at_commit: the source's, where there is no repository.
+    """
+    return {
+        "command": command(),
+        "commit": at_commit or commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": _device_name(torch.device(device)),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def write_record(
+    path: Path,
+    settings: dict,
+    rows: list[dict],
+    device: torch.device | str = "cuda",
+    at_commit: str | None = None,
+) -> None:
+    """Write results as JSON with all that is needed to repeat them, and no directory's name."""
+    settings = {name: _placeless(value) for name, value in settings.items()}
+    record = about_run(device, at_commit) | {"settings": settings, "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def command() -> str:
+    """How this program was called, with the directories of absolute paths left out."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    script = Path(sys.argv[0])
+    program = ["python", "-m", spec.name] if spec else [script.name]
+    if not spec and script.suffix == ".py":
+        program.insert(0, "python")
+    return shlex.join([*program, *(str(_placeless(word)) for word in sys.argv[1:])])
+
+
+def _placeless(value: object) -> object:
+    """The last part of an absolute path, and anything else as it is."""
+    is_path = isinstance(value, (str, Path)) and Path(value).is_absolute()
+    return Path(value).name if is_path else str(value) if isinstance(value, Path) else value
 
 
 def commit() -> str:
@@ -31,64 +82,23 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    import triton
-
-    found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        "triton": triton.__version__,
-    }
-    with suppress(PackageNotFoundError):
-        found["flashinfer-python"] = version("flashinfer-python")
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
     return found
 
 
-def write_record(
-    path: Path, settings: dict, rows: list[dict], at_commit: str | None = None
-) -> None:
-    """Write results as JSON with all that is needed to repeat them, and no directory's name."""
-    record = {
-        "command": " ".join(["python", "-m", *_module(), *map(_placeless, sys.argv[1:])]),
-        "commit": at_commit or commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
-        "versions": versions(),
-        "settings": {name: _placeless(value) for name, value in settings.items()},
-        "rows": rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _placeless(value: object) -> object:
-    """The last part of an absolute path, and anything else as it is."""
-    is_path = isinstance(value, str) and Path(value).is_absolute()
-    return Path(value).name if is_path else value
-
-
-def _module() -> list[str]:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [spec.name] if spec else [Path(sys.argv[0]).name]
-
-
-def machine() -> dict:
-    """Where and with what the numbers were made."""
-    import torch
-    import transformers
-
-    return {
-        "command": shlex.join(["squeezed", *sys.argv[1:]]),
-        "threads": torch.get_num_threads(),
-        "processor": _processor(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _processor() -> str:
+def processor() -> str:
+    """The model's name as the system gives it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+            return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor()
+        return platform.processor() or platform.machine()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()

@@ -10,6 +10,7 @@ from devices import gpu
 from trees import far_alpha_for, random_layer
 
 from squeezed.attention.reference import attend as reference
+from squeezed.attention.scores import NEG_INF
 from squeezed.attention.triton import gpus
 from squeezed.attention.triton.prefill import launch as prefill
 from squeezed.attention.triton.prefill.hopper import kernel as prefill_hopper
@@ -20,7 +21,6 @@ from squeezed.context.rule import SelectionRule
 DEVICE = interpreter.DEVICE
 KV_HEADS = 2
 FAR_FIELDS = ("none", "first_order", "second_order")
-NEG_INF = float("-inf")
 
 
 def inputs(kv_heads=2, group=1, rows=12, suffix=15, dim=16, batch=1, dtype=torch.float32, seed=1):

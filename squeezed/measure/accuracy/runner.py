@@ -15,13 +15,15 @@ from torch import Tensor
 from squeezed.answers.session import Session
 from squeezed.config import IndexConfig
 from squeezed.hf.asking import Asking
+from squeezed.hf.build import build_cache
 from squeezed.hf.fixed_context import FixedContext
 from squeezed.hf.support import text_config
-from squeezed.measure.accuracy.asking import compare, forced_logits, generate_answers, metered_cache
+from squeezed.measure.accuracy.asking import generate_answers
 from squeezed.measure.accuracy.examples import Document, Question
 from squeezed.measure.accuracy.meter import ErrorHistogram, Meter
 from squeezed.measure.accuracy.metrics import score
 from squeezed.measure.accuracy.results import ResultFile
+from squeezed.measure.agreement import compare, forced_logits
 from squeezed.methods import Method, create
 
 REFERENCE = "dense"
@@ -164,7 +166,7 @@ class Runner:
         predictions: dict[str, str] = {}
         started = time.perf_counter()
         if forced := [q for q in questions if q.forced]:
-            cache = metered_cache(asked.context, layers, meter, budget)
+            cache = build_cache(asked.context, meter.wrap(layers), budget)
             for q, found in zip(forced, self._force(asked, forced, cache), strict=True):
                 scores[q.id] |= found
             for total, part in zip(errors, meter.errors, strict=True):
@@ -172,7 +174,7 @@ class Runner:
             meter.measure_errors = False
             meter.enabled = not meter.keys  # all methods are measured on the same tokens
         if spoken := [q for q in questions if q.metrics and self.options.generate]:
-            cache = metered_cache(asked.context, layers, meter, budget)
+            cache = build_cache(asked.context, meter.wrap(layers), budget)
             predictions = self._generate(asked, spoken, cache)
             for q in spoken:
                 scores[q.id] |= score(predictions[q.id], q)
@@ -197,18 +199,15 @@ class Runner:
     def _force(self, asked: Asked, questions: list[Question], cache) -> list[dict[str, float]]:
         """Scores against dense; the reference run fills `asked.dense`, resumed runs redo it."""
         parts = [(self._ids(asked, q), self._forced_ids(q)) for q in questions]
-        shared = (self.model, self.tokenizer, asked.context)
         missing = [i for i, q in enumerate(questions) if q.id not in asked.dense]
         if missing:
-            dense = metered_cache(
-                asked.context, self.reference.prepare(asked.context, 1.0), Meter(), 1.0
-            )
-            found = forced_logits(*shared, dense, [parts[i] for i in missing])
+            dense = build_cache(asked.context, self.reference.prepare(asked.context, 1.0), 1.0)
+            found = forced_logits(self.model, dense, [parts[i] for i in missing])
             for i, logits in zip(missing, found, strict=True):
                 asked.dense[questions[i].id] = logits
-        logits = forced_logits(*shared, cache, parts)
+        logits = forced_logits(self.model, cache, parts)
         return [
-            compare(ours, asked.dense[q.id], answer)
+            compare(ours, asked.dense[q.id], answer).scores()
             for ours, q, (_, answer) in zip(logits, questions, parts, strict=True)
         ]
 

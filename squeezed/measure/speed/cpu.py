@@ -6,18 +6,13 @@ cache; a ratio is the median of the ratios within a turn.
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-import numba
 import torch
 import typer
 from torch import Tensor
@@ -30,7 +25,7 @@ from squeezed.context.bytes import LayerBytes
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
-from squeezed.measure.record import commit
+from squeezed.measure.record import write_record
 from squeezed.measure.speed.common import print_table, timing_of
 from squeezed.methods.traffic import step_bytes
 from squeezed.testing.cpu_layers import Sizes, random_layer, rule_for_budget
@@ -167,16 +162,6 @@ def report(row: dict) -> None:
     print_table(["method", "µs", "10-90 %", "read", "limit µs", "speed-up"], lines)
 
 
-def processor() -> str:
-    """The model's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main(
     tokens: Annotated[int, typer.Option(help="Context tokens.")] = 32768,
     kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = 8,
@@ -196,25 +181,14 @@ def main(
     ),
 ) -> None:
     """Time one decode step: squeezed against dense, and against the bytes over the bandwidth."""
+    settings = dict(locals())
     torch.set_num_threads(threads)
     sizes = Sizes(kv_heads, group, tokens, dim, batch, suffix)
     rows = []
     for name in dtype:
         rows.append(measure(sizes, name, budget, turns))
         report(rows[-1])
-    record = {
-        "command": " ".join(["python -m squeezed.measure.speed.cpu", *sys.argv[1:]]),
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": f"{processor()}, {threads} threads, {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "numba": numba.__version__,
-        },
-        "rows": rows,
-    }  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(output, settings, rows, "cpu")
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def main(
         contexts, heads, kv_heads, dim, tuple(batches), budget, agreement, coarse_ratio,
         tuple(shares), tuple(far_fields), keys_kept or None, recent, replays, dense,
     )  # fmt: skip
-    write_record(output.with_suffix(".json"), settings, rows, at_commit or None)
+    write_record(output.with_suffix(".json"), settings, rows, at_commit=at_commit or None)
     title = f"{kv_heads} KV heads x {heads // kv_heads}, D {dim}, {torch.cuda.get_device_name()}"
     plot(rows, output.with_suffix(".png"), title)
     report(rows, tuple(far_fields))

@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from squeezed.config import DEFAULT_BUDGET
 from squeezed.hf.cache import suffix_mask
 from squeezed.hf.capture import capture
+from squeezed.hf.clock import Clock
 from squeezed.hf.switch import using_attention
 from squeezed.measure.record import write_record
 from squeezed.measure.speed import common
@@ -67,27 +68,10 @@ AttentionInterface.register(PACKED, packed_dense)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
-class Stopwatch:
-    """Notes when each token came; generation waits for every token anyway."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, input_ids, scores, **kwargs):
-        if input_ids.is_cuda:
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    def milliseconds(self, skip: int) -> list[float]:
-        steps = [1e3 * (b - a) for a, b in zip(self.times, self.times[1:], strict=False)]
-        return steps[skip:]
-
-
 def measure(model, method: str, attention: str, cache, tokens: int, new_tokens: int) -> Run:
     """Generate once; the first steps compile and warm up, the rest are timed."""
     question = torch.randint(0, model.config.vocab_size, (1, QUESTION_TOKENS), device=model.device)
-    watch, started = Stopwatch(), time.perf_counter()
+    watch = Clock(waits=True)
     with using_attention(model, attention):
         model.generate(
             input_ids=question,
@@ -97,7 +81,7 @@ def measure(model, method: str, attention: str, cache, tokens: int, new_tokens: 
             do_sample=False,
             stopping_criteria=[watch],
         )
-    steps = watch.milliseconds(skip=new_tokens // 2)
+    steps = watch.steps_ms(skip=new_tokens // 2)
     deciles = statistics.quantiles(steps, n=10)
     spent = cache.spending().budget if hasattr(cache, "spending") else 1.0
     return Run(
@@ -105,7 +89,7 @@ def measure(model, method: str, attention: str, cache, tokens: int, new_tokens: 
         tokens,
         statistics.median(steps),
         (deciles[0], deciles[-1]),
-        time.perf_counter() - started,
+        time.perf_counter() - watch.times[0],
         spent,
     )
 

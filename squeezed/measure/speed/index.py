@@ -131,7 +131,7 @@ def main(
     """Time the index build of a model's attention layers, everything after prefill."""
     settings = dict(locals()) | {"output": str(output)}
     rows = run(contexts, Shape(layers, heads, kv_heads, dim), presets)
-    write_record(output.with_suffix(".json"), settings, rows, at_commit or None)
+    write_record(output.with_suffix(".json"), settings, rows, at_commit=at_commit or None)
     report(rows, presets)
 
 

@@ -151,7 +151,7 @@ def main(
     records = run(
         contexts, rows, heads, kv_heads, dim, budget, query_blocks, tuple(far_fields), replays
     )
-    write_record(output.with_suffix(".json"), settings, records, at_commit or None)
+    write_record(output.with_suffix(".json"), settings, records, at_commit=at_commit or None)
     report(records, tuple(far_fields))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from squeezed.attention.scores import NEG_INF
 from squeezed.attention.triton.prefill.launch import attend
 from squeezed.config import ClusteringConfig
 from squeezed.context.layers import ClusteredLayer
@@ -14,7 +15,6 @@ from squeezed.context.rule import SelectionRule
 from squeezed.indexing.clustering import cluster_layer
 from squeezed.testing.parts import Parts
 
-NEG_INF = float("-inf")
 COARSE_SHARE = 1.25  # a level above the leaves keeps this times the square root of the budget
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+from squeezed.attention import scores
+
+LOG2E: tl.constexpr = tl.constexpr(scores.LOG2E)
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
 """Stands for a threshold of minus infinity, which would make NaN of padded rows."""
 

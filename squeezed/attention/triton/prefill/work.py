@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
+from squeezed.attention.scores import LOG2E
 from squeezed.attention.triton import gpus
 from squeezed.attention.triton.prefill.attention import attention_kernel
 from squeezed.attention.triton.prefill.hopper import kernel as prefill_hopper
@@ -18,8 +18,6 @@ from squeezed.attention.triton.prefill.plan import combine_kernel, plan_kernel
 from squeezed.config import FarField
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
-
-LOG2E = 1 / math.log(2)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from squeezed.attention import scores
 from squeezed.attention.triton.prefill.hopper.stretch import class_part, stretch, tile_part
 
 ROWS, CAUSAL_SUFFIX, MASKED_SUFFIX, NODES, DIPOLES = (gl.constexpr(kind) for kind in range(5))
 """Kinds of classes: what a query sees of their units."""
-NEG_INF = gl.constexpr(float("-inf"))
-LOG2E = gl.constexpr(1.4426950408889634)
+NEG_INF = gl.constexpr(scores.NEG_INF)
+LOG2E = gl.constexpr(scores.LOG2E)
 
 
 @gluon.constexpr_function
