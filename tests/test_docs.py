@@ -10,6 +10,7 @@ from methods.contexts import random_call, random_context
 from mkdocs.exceptions import PluginError
 from tiny import document, tiny_model, tiny_tokenizer
 
+import squeezed
 from squeezed.cli.app import group
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +117,15 @@ def test_example_ask_answers_from_a_saved_context(asked, tmp_path):
 def test_example_conversation_answers_every_turn(asked):
     answers = run_of("conversation")(*asked, ["beta?", "gamma?"], new_tokens=4)
     assert [len(answer.tokens) for answer in answers] == [4, 4]
+
+
+def test_example_session_answers_from_every_document_and_in_pieces(asked):
+    model, tokenizer, text = asked
+    texts = {"one": text, "two": document(500, seed=1)}
+    with squeezed.Session(model, tokenizer) as session:
+        answers, pieces = run_of("session")(session, texts, "beta?", new_tokens=4)
+    assert answers.keys() == texts.keys()
+    assert "".join(pieces) == answers["two"].text != answers["one"].text
 
 
 def test_example_own_method_spends_the_budget_and_dense_all(asked):

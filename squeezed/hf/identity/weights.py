@@ -292,9 +292,13 @@ def _module_state(module: nn.Module) -> tuple:
     )
 
 
+SCALARS = (bool, int, float, str)
+
+
 def _is_setting(value: object) -> bool:
-    items = value if isinstance(value, (list, tuple)) else [value]
-    return all(isinstance(item, (bool, int, float, str)) for item in items)
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(item, SCALARS) for item in value)
+    return isinstance(value, SCALARS)  # asked for everything that a module holds: keep it quick
 
 
 LIBRARIES = ("torch", "transformers", "peft", "builtins", "abc", "typing")
