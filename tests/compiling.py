@@ -94,9 +94,9 @@ def clustering(dtype, dim, group, far_field, requests):
     from squeezed.indexing.triton import kmeans as clustering
 
     for points, nodes in ((1000, 40), (1300, 70)):
-        keys = torch.randn(2, points, dim, dtype=dtype)
-        live = torch.ones(2, nodes, dtype=torch.bool)
-        clustering.assign(keys, torch.randn(2, nodes, dim), live)
+        keys, centroids = torch.randn(points, dim).to(dtype), torch.randn(nodes, dim).to(dtype)
+        counts = (torch.tensor([n]) for n in (points, nodes))
+        clustering.nearest(keys, centroids, clustering.Runs.of(*counts, points, nodes, dim))
         yield
 
 

@@ -141,26 +141,3 @@ def test_interrupted_saving_leaves_nothing_under_the_final_name(context, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         context.save(tmp_path / "half.sqz")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_budget_one_keeps_everything(context):
-    rule = context.calibration("best").rule(0, 1.0, block=False)
-    assert rule.log_thresholds.numel() and (rule.log_thresholds == float("-inf")).all()
-
-
-@pytest.mark.parametrize("budget", [0, -1, 1.5, float("nan"), "0.1", True])
-def test_bad_budget_is_refused(context, budget):
-    with pytest.raises(squeezed.SqueezedError, match="budget"):
-        context.cache(budget)
-
-
-def test_unknown_preset_and_implementation_are_refused(context, model):
-    with pytest.raises(squeezed.SqueezedError, match="preset"):
-        context.cache(preset="fast")
-    with pytest.raises(squeezed.SqueezedError, match="implementation"):
-        squeezed.generate(model, tiny_tokenizer(), context, "x", implementation="warp")
-
-
-def test_triton_is_not_replaced_in_silence(context, model):
-    with pytest.raises(squeezed.SqueezedError, match="needs a context on a GPU"):
-        squeezed.generate(model, tiny_tokenizer(), context, "x", implementation="triton")

@@ -37,12 +37,15 @@ def test_a_cpu_without_room_is_refused_and_one_with_room_is_not():
     memory.check_memory(tiny_model(), 1000, ClusteringConfig())
 
 
-def test_other_devices_are_not_checked():
-    model = tiny_model()
-    elsewhere = SimpleNamespace(
-        config=model.config, dtype=torch.bfloat16, device=torch.device("meta")
-    )
-    memory.check_memory(elsewhere, 10**12, ClusteringConfig())
+def test_only_cpus_and_nvidia_gpus_are_checked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "free_bytes", lambda device: asked.append(device.type) or 1 << 60)
+    for kind in ("meta", "mps", "cpu", "cuda"):
+        model = SimpleNamespace(
+            config=tiny_model().config, dtype=torch.bfloat16, device=torch.device(kind)
+        )
+        memory.check_memory(model, 1000, ClusteringConfig())
+    assert asked == ["cpu", "cuda"]
 
 
 @pytest.fixture

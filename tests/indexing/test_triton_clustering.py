@@ -30,24 +30,30 @@ def cosines_to_own(points, sizes, clusters, label):
     return (torch.nn.functional.normalize(sums, dim=-1)[child] * points).sum()
 
 
+def nearest(points, centroids):
+    """Label and cosine of the nearest centroid, `[N, n]`, of every problem of one size."""
+    (problems, count, dim), most = points.shape, centroids.shape[1]
+    sizes = torch.full((problems,), count, device=points.device)
+    nodes = torch.full_like(sizes, most)
+    runs = fused.Runs.of(sizes, nodes, problems * count, problems * most, dim)
+    label, similarity = fused.nearest(points.flatten(0, 1), centroids.flatten(0, 1), runs)
+    return label.view(problems, count).long(), similarity.view(problems, count)
+
+
 @pytest.mark.parametrize("count, most, dim", [(100, 33, 20), (1, 1, 16), (70, 150, 32)])
-def test_assign_equals_torch(count, most, dim):
+def test_nearest_equals_torch(count, most, dim):
     points, centroids = unit(2, count, dim), unit(2, most, dim, seed=1)
-    live = torch.rand(2, most, generator=torch.Generator().manual_seed(2)) > 0.3
-    live[:, 0] = True
-    live = live.to(DEVICE)
-    label, similarity = fused.assign(points, centroids, live)
+    label, similarity = nearest(points, centroids)
+    live = torch.ones(2, most, dtype=torch.bool, device=DEVICE)
     expected_label, expected = plain.assign(points, centroids, live)
     assert torch.equal(label, expected_label)
     torch.testing.assert_close(similarity, expected, rtol=0, atol=1e-6)
 
 
-def test_assign_of_ties_takes_a_live_centroid():
-    points = unit(1, 40, 16)
-    centroids = points[:, :1].expand(1, 5, 16).contiguous()
-    live = torch.tensor([[False, True, False, True, False]], device=DEVICE)
-    label, _ = fused.assign(points, centroids, live)
-    assert live[0, label[0]].all()
+def test_nearest_of_ties_is_the_first():
+    points, centroids = unit(1, 40, 16), unit(1, 5, 16, seed=1)
+    centroids[0, 3] = centroids[0, 1]
+    assert not (nearest(points, centroids)[0] == 3).any()
 
 
 @pytest.mark.parametrize("duplicates", [0, 60])

@@ -25,10 +25,10 @@ def load_parts(rows, ok, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constex
 
 @triton.jit
 def assign_kernel(
-    points, centroids, live, run_end, first_centroid, last_centroid,
+    points, centroids, run_end, first_centroid, last_centroid,
     tile_run, tile_start, label, similarity,
     DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Nearest centroid of `BLOCK_P` points of one run, and the cosine to it.
 
@@ -50,8 +50,6 @@ def assign_kernel(
         there = slot < last - first
         c_rows = centroids + (first + slot).to(tl.int64)[:, None] * DIM
         c, c_rest = load_parts(c_rows, there, DIM, MAIN, REST)
-        if MASKED:
-            there = there & (tl.load(live + first + slot, mask=there, other=0) != 0)
         cosine = tl.dot(x, tl.trans(c), input_precision="ieee")
         if REST:
             cosine = tl.dot(x_rest, tl.trans(c_rest), cosine, input_precision="ieee")

@@ -1,6 +1,6 @@
 """Clustering on the GPU: the steps of `squeezed.indexing.clustering` that a GPU does another way.
 
-`assign`, `cluster_segments` and `describe_level` have the signatures and the meaning of the
+`cluster_segments` and `describe_level` have the signatures and the meaning of the
 functions of that name in `squeezed.indexing.clustering`, which chooses between the two by device.
 Sums run over sorted labels in a fixed order, so a build gives the same tree every time.
 """
@@ -95,24 +95,20 @@ def _tile(count: int) -> int:
     return max(16, triton.next_power_of_2(count))
 
 
-def nearest(
-    points: Tensor, centroids: Tensor, runs: Runs, live: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def nearest(points: Tensor, centroids: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
     """Nearest centroid of every point within its run and the cosine to it, `[N]` each.
 
     Args:
         points, centroids: `[N, D]` and `[K, D]` unit vectors of one dtype.
-        live: `[K]`, nonzero where a centroid takes part; `None` if all do.
     """
     count, dim = points.shape
     label = torch.empty(count, dtype=torch.int32, device=points.device)
     similarity = torch.empty(count, dtype=torch.float32, device=points.device)
     main, rest = _widths(dim)
     assign_kernel[(len(runs.tile_run),)](
-        points, centroids, label if live is None else live, runs.end, runs.first,
-        runs.last, runs.tile_run, runs.tile_start, label, similarity, DIM=dim,
-        MAIN=main, REST=rest, BLOCK_P=runs.points_per_tile,
-        BLOCK_C=runs.centroids_per_step, MASKED=live is not None,
+        points, centroids, runs.end, runs.first, runs.last, runs.tile_run, runs.tile_start,
+        label, similarity, DIM=dim, MAIN=main, REST=rest, BLOCK_P=runs.points_per_tile,
+        BLOCK_C=runs.centroids_per_step,
         num_warps=8 if runs.points_per_tile == 128 else 4, num_stages=2,
     )  # fmt: skip
     return label, similarity
@@ -122,27 +118,6 @@ def _widths(dim: int) -> tuple[int, int]:
     """Powers of two that hold `dim` numbers, the second zero if the first holds them all."""
     main = max(16, 1 << (dim.bit_length() - 1))
     return main, _tile(dim - main) if dim > main else 0
-
-
-@compiled_or_refused()
-def assign(points: Tensor, centroids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """`squeezed.indexing.kmeans.assign` without the `[N, n, k]` scores.
-
-    Args:
-        points: `[N, n, D]` unit vectors; centroids: `[N, k, D]`; live: `[N, k]` bool.
-
-    Returns:
-        Label int64 and cosine float32 of the nearest live centroid, `[N, n]`.
-    """
-    problems, count, dim = points.shape
-    most = centroids.shape[1]
-    sizes = torch.full((problems,), count, device=points.device)
-    runs = Runs.of(sizes, torch.full_like(sizes, most), problems * count, problems * most, dim)
-    flat = centroids.reshape(-1, dim).to(points.dtype)
-    label, similarity = nearest(
-        points.reshape(-1, dim), flat, runs, live.reshape(-1).to(torch.int8)
-    )
-    return label.view(problems, count).long(), similarity.view(problems, count)
 
 
 @compiled_or_refused()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from squeezed.context.prompt import PromptTemplate
+from squeezed.errors import SqueezedError
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,14 @@ class Suite:
     source: str
     documents: Callable[[SuiteOptions, object], Iterator[Document]]
     tasks: tuple[str, ...] = field(default=())
+
+
+def chosen_tasks(suite: str, known: Iterable[str], wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """`wanted`, all of which must be known; all known tasks if none is wanted."""
+    names = tuple(known)
+    for task in wanted:
+        if task not in names:
+            raise SqueezedError(
+                f"tasks: {suite} has {', '.join(names)}, got {task!r}; give --tasks from these"
+            )
+    return wanted or names

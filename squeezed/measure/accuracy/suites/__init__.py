@@ -20,13 +20,3 @@ def suite_named(name: str) -> Suite:
     if name not in SUITES:
         raise SqueezedError(f"suite: expected one of {', '.join(SUITES)}, got {name!r}")
     return SUITES[name]
-
-
-def chosen_tasks(suite: str, known: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """`wanted`, all of which must be known; all known tasks if none is wanted."""
-    for task in wanted:
-        if task not in known:
-            raise SqueezedError(
-                f"tasks: {suite} has {', '.join(known)}, got {task!r}; give --tasks from these"
-            )
-    return wanted or known

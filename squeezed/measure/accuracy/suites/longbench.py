@@ -14,7 +14,13 @@ from pathlib import Path
 from squeezed.context.prompt import PromptTemplate
 from squeezed.errors import SqueezedError
 from squeezed.measure.accuracy.data import field, read_json, read_json_lines, required
-from squeezed.measure.accuracy.examples import Document, Question, Suite, SuiteOptions
+from squeezed.measure.accuracy.examples import (
+    Document,
+    Question,
+    Suite,
+    SuiteOptions,
+    chosen_tasks,
+)
 from squeezed.measure.accuracy.suites.longbench_prompts import FIRST_LINE, TASKS, Task
 
 HUB = ("zai-org/LongBench", "data.zip")
@@ -24,11 +30,7 @@ def documents(options: SuiteOptions, tokenizer) -> Iterator[Document]:
     """Examples of every chosen task that has a file; prompts are cut to `context_tokens`."""
     folder = required(options.data, "a directory", "longbench") if options.data else from_hub()
     found = False
-    for name in options.tasks or tuple(TASKS):
-        if name not in TASKS:
-            raise SqueezedError(
-                f"tasks: longbench has {', '.join(TASKS)}, got {name!r}; give --tasks from these"
-            )
+    for name in chosen_tasks("longbench", TASKS, options.tasks):
         for number, parts in enumerate(read_task(folder, name)):
             found = True
             yield _document(name, number, parts, options.context_tokens, tokenizer)

@@ -13,8 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from squeezed.context.prompt import PromptTemplate
-from squeezed.errors import SqueezedError
-from squeezed.measure.accuracy.examples import Document, Question, Suite, SuiteOptions
+from squeezed.measure.accuracy.examples import (
+    Document,
+    Question,
+    Suite,
+    SuiteOptions,
+    chosen_tasks,
+)
 from squeezed.measure.accuracy.suites.haystack import longest_fit
 from squeezed.measure.accuracy.suites.needle import answering, begun_template
 from squeezed.measure.accuracy.suites.ruler_needles import NEEDLE_TASKS, needle_task
@@ -62,11 +67,7 @@ TASKS: dict[str, Callable[[Path | None, random.Random, int], tuple]] = {
 
 def documents(options: SuiteOptions, tokenizer) -> Iterator[Document]:
     """Examples of every chosen task, one document and one question each."""
-    for task in options.tasks or tuple(TASKS):
-        if task not in TASKS:
-            raise SqueezedError(
-                f"tasks: ruler has {', '.join(TASKS)}, got {task!r}; give --tasks from these"
-            )
+    for task in chosen_tasks("ruler", TASKS, options.tasks):
         for number in range(options.documents or EXAMPLES):
             rng = random.Random(f"{options.seed}-{task}-{number}")
             sample = Sample(*TASKS[task](options.data, rng, number))
