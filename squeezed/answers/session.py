@@ -194,7 +194,7 @@ class Session(AbstractContextManager):
         """A conversation, whose turns see those before; its answers can be asked for `sources`."""
         asking = Asking(budget, preset, implementation, method)
         context = self.context(context)
-        return Chat(self.model, self.tokenizer, context, asking.cache(context), asking=asking)
+        return Chat(self.model, self.tokenizer, context, context.cache_for(asking), asking=asking)
 
     def sources(self, answer: Answer, count: int = 3) -> list[Passage]:
         """Passages of the document that an answer drew on more than a neutral answer would.

@@ -111,7 +111,9 @@ def ask_twice(
     ]
     along = answers[0].tokens
     ids = context.template.question_ids(session.tokenizer, question)
-    logits = [forced_logits(session.model, each.cache(context), [(ids, along)])[0] for each in both]
+    logits = [
+        forced_logits(session.model, context.cache_for(each), [(ids, along)])[0] for each in both
+    ]
     found = [compare(own, logits[0], along) for own in logits]
     return [
         Asked(question, answer.budget, answer, session.traffic(answer), agreement)

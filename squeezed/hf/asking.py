@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,10 +13,6 @@ from squeezed.context.record import ContextRecord
 from squeezed.errors import SqueezedError, expect
 from squeezed.methods import Method, create
 from squeezed.methods.base import ContextAttention
-
-if TYPE_CHECKING:
-    from squeezed.hf.cache import SqueezedCache
-    from squeezed.hf.fixed_context import FixedContext
 
 
 @dataclass(frozen=True)
@@ -52,10 +47,6 @@ class Asking:
     def attentions(self, record: ContextRecord) -> list[ContextAttention]:
         """The method's view of every full-attention layer of a context."""
         return self.made().prepare(record, self.budget)
-
-    def cache(self, context: FixedContext) -> SqueezedCache:
-        """A new cache of a context with these settings."""
-        return context.cache(self.budget, self.preset, self.implementation, self.method)
 
     def prove(self, presets: Collection[str], device: torch.device, dtype: torch.dtype) -> None:
         """Raise `SqueezedError` if a context would not be answered so, before there is one.

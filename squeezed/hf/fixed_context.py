@@ -47,9 +47,12 @@ class FixedContext(ContextRecord):
         Returns:
             One per request or batch of requests.
         """
+        return self.cache_for(Asking(budget, preset, implementation, method), suffix_tokens)
+
+    def cache_for(self, asking: Asking, suffix_tokens: int | None = None) -> SqueezedCache:
+        """The same, of settings that stand together."""
         if suffix_tokens is not None:
             whole("suffix_tokens", suffix_tokens, 1)
-        asking = Asking(budget, preset, implementation, method)
         cache = build_cache(self, asking.attentions(self), asking.budget, suffix_tokens)
         for place, layer in enumerate(cache.layers):
             layer.recognise = partial(check_attention, self.model, place)

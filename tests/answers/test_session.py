@@ -1,6 +1,7 @@
 """A session: one model, many contexts, many threads, and the model comes back as it was."""
 
 import gc
+import sys
 import threading
 import time
 
@@ -11,6 +12,7 @@ from tiny import document, tiny_tokenizer
 from tiny import tiny_model as cached_model
 
 import squeezed
+from squeezed import engine
 from squeezed.answers.chat import Chat
 from squeezed.hf.asking import Asking
 from squeezed.hf.switch import using_attention
@@ -128,6 +130,28 @@ def test_threads_get_the_answers_they_would_have_alone(session, saved):
     in_threads([*works, open_another, fail])
     assert len(found) == 9 and all(a.equal(b) for a, b in found)
     assert session.names == ("one", "two")
+
+
+def test_threads_that_write_control_tokens_as_text_do_not_disturb_others(session):
+    """How special tokens are split is a state of the tokenizer."""
+    tokenizer, context = tiny_tokenizer(), session.context("one")
+    question = "Is </s> a <s> token?"
+    expected = context.template.question_ids(tokenizer, question)
+    before = sys.getswitchinterval()
+
+    def write():
+        for _ in range(200):
+            assert context.template.question_ids(tokenizer, question).equal(expected)
+
+    def look():
+        for _ in range(400):
+            engine.check_tokenizer(tokenizer, context)
+
+    try:
+        sys.setswitchinterval(1e-5)
+        in_threads([write, write, look])
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_stream_is_the_answer_in_pieces(session, saved):

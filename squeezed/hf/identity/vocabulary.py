@@ -7,6 +7,8 @@ import json
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from squeezed.context.control_tokens import encode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -40,7 +42,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
+    return encode(tokenizer, SAMPLE)
 
 
 def _described(tokenizer: PreTrainedTokenizerBase) -> dict:
