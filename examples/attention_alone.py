@@ -6,7 +6,7 @@ python examples/attention_alone.py
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from squeezed.attention import implementation
+import squeezed
 from squeezed.config import BEST, ClusteringConfig
 from squeezed.context.captured import ObservedLayer
 from squeezed.indexing.calibrate import calibrate
@@ -23,17 +23,18 @@ def run(tokens=4096, budgets=(0.05, 0.1, 0.3, 1.0), name="reference"):
     probe, query = (parts.queries(rows, GROUP, torch.float32) for rows in (64, 1))
     every = parts.keys(tokens + RECENT, torch.float32)  # much of them is common to all
     values = torch.randn(every.shape, generator=parts.generator)
-    layer = cluster_layer(every[:, :tokens], values[:, :tokens], ClusteringConfig(), probe[0])
-    calibration = calibrate(
-        Forest.of([ObservedLayer(layer, probe[0], SCALE)]), BEST, (0.05, 0.1, 0.3)
+    layer = cluster_layer(
+        every[:, :tokens], values[:, :tokens], ClusteringConfig(), probe[0], SCALE
     )
+    seen = Forest.of([ObservedLayer(layer, probe[0])])
+    calibration = calibrate(seen, BEST, (0.05, 0.1, 0.3))
 
-    attend, expected = implementation(name, every.device), dense(query, every, values)
-    recent = layer.centred(every[None, :, tokens:]), values[None, :, tokens:]
+    expected = dense(query, every, values)
+    recent = squeezed.Suffix.of(layer, every[None, :, tokens:], values[None, :, tokens:])
     errors = {}
     for budget in budgets:
         rule = calibration.rule(0, budget, block=False)
-        output, read = attend(query, layer, rule, *recent, None, SCALE)
+        output, _, read = squeezed.attend(query, layer, rule, recent, implementation=name)
         errors[budget] = float((output - expected).norm() / expected.norm())
         print(f"budget {budget:.2f}: {int(read[0])} keys read, error {errors[budget]:.5f}")
     return errors

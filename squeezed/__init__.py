@@ -9,6 +9,8 @@ from squeezed.system.forks import survive_forks
 
 if TYPE_CHECKING:
     from squeezed.answers.session import Session
+    from squeezed.attention import attend
+    from squeezed.attention.interface import Attended, Suffix, merge
     from squeezed.config import ClusteringConfig, IndexConfig, Preset
     from squeezed.context.prompt import PromptTemplate
     from squeezed.engine import Answer, generate, index, load
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 HOMES = {
     "squeezed.answers.session": ("Session",),
+    "squeezed.attention": ("attend",),
+    "squeezed.attention.interface": ("Attended", "Suffix", "merge"),
     "squeezed.config": ("ClusteringConfig", "IndexConfig", "Preset"),
     "squeezed.engine": ("Answer", "generate", "index", "load"),
     "squeezed.context.prompt": ("PromptTemplate",),
@@ -26,6 +30,7 @@ HOMES = {
 
 __all__ = [
     "Answer",
+    "Attended",
     "ClusteringConfig",
     "ContextFileError",
     "FixedContext",
@@ -34,10 +39,13 @@ __all__ = [
     "PromptTemplate",
     "Session",
     "SqueezedError",
+    "Suffix",
     "UnsupportedModelError",
+    "attend",
     "generate",
     "index",
     "load",
+    "merge",
 ]
 
 survive_forks()

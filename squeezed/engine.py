@@ -104,7 +104,6 @@ def index(
         tokens=tokens,
         layers=tuple(layers),
         windows=tuple(kind.sliding_window for kind in kinds),
-        scales=tuple(layer.scale for layer in seen),
         calibrations=calibrations,
         config=config,
         template=template,

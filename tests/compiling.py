@@ -56,25 +56,27 @@ def compile_only():
 
 
 def decode(dtype, dim, group, far_field, requests):
-    from squeezed.attention.triton.decode.launch import attend
+    from squeezed.attention.interface import Suffix
+    from squeezed.attention.triton.decode.launch import decode_step
 
     for tokens, suffix in ((400, 40), (411, 57)):
         layer, rule = context(dtype, dim, group, far_field, tokens, 1)
         query = torch.randn(requests, 2 * group, 1, dim, dtype=dtype)
         keys = torch.randn(requests, 2, suffix, dim, dtype=dtype)
-        attend(query, layer, rule, keys, keys, None, dim**-0.5)
+        decode_step(query, layer, rule, Suffix(keys, keys))
         yield
 
 
-def prefill(dtype, dim, group, far_field, requests):
-    from squeezed.attention.triton.prefill.launch import attend
+def blocks(dtype, dim, group, far_field, requests):
+    from squeezed.attention.interface import Suffix
+    from squeezed.attention.triton.prefill.launch import prefill
 
     for tokens, rows, suffix in ((400, 256, 256), (411, 131, 299)):
         layer, rule = context(dtype, dim, group, far_field, tokens, 128)
         query = torch.randn(requests, 2 * group, rows, dim, dtype=dtype)
         keys = torch.randn(requests, 2, suffix, dim, dtype=dtype)
         mask = torch.ones(requests, 1, rows, suffix, dtype=torch.bool)
-        attend(query, layer, rule, keys, keys, mask, dim**-0.5)
+        prefill(query, layer, rule, Suffix(keys, keys, mask), mask.any(-1)[:, 0])
         yield
 
 
@@ -103,7 +105,7 @@ def clustering(dtype, dim, group, far_field, requests):
 def compile_case(operation, dtype, dim, group, far_field, requests):
     FOUND.clear()
     versions = []
-    run = {"decode": decode, "prefill": prefill, "clustering": clustering}[operation]
+    run = {"decode": decode, "prefill": blocks, "clustering": clustering}[operation]
     for _ in run(getattr(torch, dtype), int(dim), int(group), far_field, int(requests)):
         versions.append(sum(map(len, FOUND.values())))
     shared = {kernel: max(sizes.values()) for kernel, sizes in FOUND.items()}

@@ -29,19 +29,19 @@ def made_context(seed=0, dtype=torch.float32):
     positions = torch.cat(order).repeat(HEADS, 1).to(torch.int16)
     trees = [
         replace(
-            random_layer(HEADS, TOKENS, DIM, (3, 9), PINNED, dtype, i + seed), positions=positions
+            random_layer(HEADS, TOKENS, DIM, (3, 9), PINNED, dtype, i + seed, scale=SCALE),
+            positions=positions,
         )
         for i in range(2)
     ]
     queries = [torch.randn(2 * HEADS, 8, DIM, generator=generator).to(dtype) for _ in trees]
-    seen = Forest.of([ObservedLayer(*pair, SCALE) for pair in zip(trees, queries, strict=True)])
+    seen = Forest.of([ObservedLayer(*pair) for pair in zip(trees, queries, strict=True)])
     config = IndexConfig(ClusteringConfig(levels=(0.04, 0.1)), budgets=(0.1, 0.3))
     recent = torch.randn(2, HEADS, 12, DIM, generator=generator).to(dtype)
     return FixedContext(
         tokens=torch.randint(0, 250, (TOKENS,), generator=generator),
         layers=(trees[0], WindowLayer(*recent, TOKENS), trees[1]),
         windows=(None, 13, None),
-        scales=(SCALE, SCALE),
         calibrations={p.name: calibrate(seen, p, config.budgets) for p in (PAPER, BEST)},
         config=config,
         template=PromptTemplate("<s>", "\n", "?"),

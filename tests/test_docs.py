@@ -64,7 +64,7 @@ def test_the_method_that_a_page_shows_reads_its_budget():
     exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], scope)
     layers, call = scope["MeanQuery"]().prepare(random_context(), 0.1), random_call(rows=1)
     for layer in layers:
-        _, read = call.attend(layer)
+        read = call.attend(layer).keys_read
         assert read.tolist() == [layer.budget_keys * layer.layer.keys.shape[0]] * 2
 
 

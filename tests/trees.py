@@ -13,7 +13,15 @@ def random_offsets(heads, members, nodes, generator):
 
 
 def random_layer(
-    kv_heads=2, tokens=300, dim=32, nodes=(6, 24), pinned=20, dtype=torch.float32, seed=0, keys=None
+    kv_heads=2,
+    tokens=300,
+    dim=32,
+    nodes=(6, 24),
+    pinned=20,
+    dtype=torch.float32,
+    seed=0,
+    keys=None,
+    scale=0.2,
 ):
     """A `ClusteredLayer` with a random tree over random keys (or the given `[Hkv, P, D]` keys)."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,7 +43,8 @@ def random_layer(
     positions = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(kv_heads)])
     slope = 0.3 * torch.randn(kv_heads, keys.shape[2], keys.shape[2], generator=generator)
     slope, centre = slope.to(keys.dtype), torch.zeros_like(keys[:, 0])
-    return ClusteredLayer(keys, values, positions.int(), pinned, tuple(levels), slope, centre)
+    levels = tuple(levels)
+    return ClusteredLayer(keys, values, positions.int(), pinned, levels, slope, centre, scale)
 
 
 def level_of(keys, values, key_offsets, child_offsets):

@@ -41,16 +41,15 @@ def traffic(context: ContextRecord, cache: SqueezedCache) -> Traffic:
     """
     index = exact = 0.0
     dense = float(context.kv_bytes())
-    for entry, scale in zip(cache.context_layers, context.scales, strict=True):
+    for entry in cache.context_layers:
         layer, query = entry.context.layer, answer_queries(entry)
         tokens, queries = max(1, int(entry.tokens_answered)), int(entry.queries_answered)
         dense += layer.kv_bytes() * (queries / tokens - 1)
         pinned = layer.pinned * layer.keys.shape[0] * queries
         exact += LayerBytes.of(layer).keys(pinned + int(entry.keys_read)) / tokens
         if cache.budget < 1:
-            index += (
-                float(entry.context.index_bytes(query, scale)) / query.shape[2] * queries / tokens
-            )
+            per_query = float(entry.context.index_bytes(query)) / query.shape[2]
+            index += per_query * queries / tokens
     windows = sum(x.kv_bytes() for x in context.layers if not isinstance(x, ClusteredLayer))
     return Traffic(round(dense), exact + windows, index)
 
@@ -58,8 +57,8 @@ def traffic(context: ContextRecord, cache: SqueezedCache) -> Traffic:
 def budget_by_head(context: ContextRecord, cache: SqueezedCache) -> Tensor:
     """Share of the clustered keys that the answer's tokens read, `[layers, Hkv]` float32."""
     rows = []
-    for entry, scale in zip(cache.context_layers, context.scales, strict=True):
-        read = rows_read(entry, answer_queries(entry), scale)
+    for entry in cache.context_layers:
+        read = rows_read(entry, answer_queries(entry))
         if read is None:
             raise SqueezedError("method: only squeezed attention spends a budget per head")
         clustered = read[:, entry.context.layer.pinned :]
@@ -83,7 +82,7 @@ def answer_queries(entry: ContextLayer) -> Tensor:
     return torch.cat([first[:1, :, -1:], *(query[:1] for query in further)], 2)
 
 
-def rows_read(entry: ContextLayer, query: Tensor, scale: float) -> Tensor | None:
+def rows_read(entry: ContextLayer, query: Tensor) -> Tensor | None:
     """Share of the queries that read each row exactly, `[Hkv, P]`; `None` without a tree.
 
     Args:
@@ -98,7 +97,7 @@ def rows_read(entry: ContextLayer, query: Tensor, scale: float) -> Tensor | None
         return share
     kept = torch.zeros(layer.levels[-1].sizes.shape, device=layer.keys.device)
     for part in query.split(QUERIES_AT_ONCE, 2):
-        kept += lookup(part, layer, rule, scale).kept[0].sum(1)
+        kept += lookup(part, layer, rule).kept[0].sum(1)
     for head, sizes in enumerate(layer.levels[-1].sizes):
         share[head, layer.pinned :] = kept[head].repeat_interleave(sizes) / query.shape[2]
     return share

@@ -109,10 +109,10 @@ def attention_by_position(
     mass = torch.zeros(len(context.tokens), dtype=torch.float64)
     read = torch.zeros_like(mass)
     layers = cache.context_layers
-    for entry, scale in zip(layers, context.scales, strict=True):
+    for entry in layers:
         layer, positions = entry.context.layer, entry.context.layer.positions.long().cpu()
         query = answer_queries(entry)
-        weight, exact = _row_mass(query, layer.keys, scale), rows_read(entry, query, scale)
+        weight, exact = _row_mass(query, layer.keys, layer.scale), rows_read(entry, query)
         mass.scatter_add_(0, positions.flatten(), weight.double().cpu().flatten())
         if exact is not None:
             read.scatter_add_(0, positions.flatten(), exact.double().cpu().flatten())

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from squeezed.attention import choose, implementation
+from squeezed.attention import Suffix, choose, implementation
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
@@ -27,7 +27,7 @@ def prove(name: str, device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         SqueezedError: it is unknown, cannot run on `device`, does not start, or is wrong.
     """
-    attend, scale = implementation(name, device), DIM**-0.5
+    port, scale = implementation(name, device), DIM**-0.5
     generator = torch.Generator().manual_seed(0)
     tokens = PINNED + LEAVES * LEAF + 1
     query, keys, values = (
@@ -36,8 +36,7 @@ def prove(name: str, device: torch.device, dtype: torch.dtype) -> None:
     )
     layer = _layer(keys[0, :, :-1], values[0, :, :-1])
     rule = SelectionRule.for_all_heads([-torch.inf], layer, None, "none")
-    suffix = keys[:, :, -1:], values[:, :, -1:], None
-    output, _ = attend(query, layer, rule, *suffix, scale)
+    output = port(query, layer, rule, Suffix(keys[:, :, -1:], values[:, :, -1:])).output
     expected = (query.float() @ keys.float().mT * scale).softmax(-1) @ values.float()
     error = (output.float() - expected).norm() / expected.norm()
     if not error < TOLERANCE:
@@ -64,4 +63,5 @@ def _layer(keys: torch.Tensor, values: torch.Tensor) -> ClusteredLayer:
         levels=(level,),
         value_slope=keys.new_zeros(HEADS, DIM, DIM),
         centre=keys.new_zeros(HEADS, DIM),
+        scale=DIM**-0.5,
     )

@@ -44,4 +44,8 @@ class ObservedLayer:
 
     layer: ClusteredLayer
     queries: Tensor
-    scale: float
+
+    @property
+    def scale(self) -> float:
+        """The layer's softmax scale."""
+        return self.layer.scale

@@ -62,6 +62,7 @@ class ClusteredLayer:
             (`squeezed.indexing.clustering.common_part`). A softmax does not see what all its
             logits share, so whoever joins other keys to these subtracts it from them too
             (`centred`); mean keys of the levels are relative to it as well.
+        scale: softmax scale, by which queries' products with keys are multiplied.
     """
 
     keys: Tensor
@@ -71,6 +72,7 @@ class ClusteredLayer:
     levels: tuple[Level, ...]
     value_slope: Tensor
     centre: Tensor
+    scale: float
 
     @property
     def tokens(self) -> int:
@@ -79,6 +81,20 @@ class ClusteredLayer:
     def centred(self, keys: Tensor) -> Tensor:
         """Keys of the model `[..., Hkv, S, D]`, of the user's tokens say, relative to `centre`."""
         return keys - self.centre[:, None].to(keys.dtype)
+
+    def common_logit(self, query: Tensor) -> Tensor:
+        """What the model's logits have on top of those with centred keys, `scale * q.centre`.
+
+        Args:
+            query: `[B, Hq, Q, D]`.
+
+        Returns:
+            `[B, Hq, Q]` float32 (float64 for such queries): add it to a log mass of centred keys.
+        """
+        wide = query.to(torch.promote_types(query.dtype, torch.float32))
+        grouped = wide.unflatten(1, (len(self.centre), -1))
+        common = torch.einsum("bhgqd,hd->bhgq", grouped, self.centre.to(wide.dtype))
+        return self.scale * common.flatten(1, 2)
 
     @property
     def clustered(self) -> int:

@@ -25,7 +25,6 @@ class ContextRecord:
         tokens: `[P]` int64, ids of the document with the template before it.
         layers: one per model layer; loaded from disk when first used.
         windows: sliding window of every layer in tokens, `None` for full attention.
-        scales: softmax scale of every full-attention layer.
         calibrations: thresholds by preset name.
         config: the settings used.
         template: text around document and question.
@@ -42,7 +41,6 @@ class ContextRecord:
     tokens: Tensor
     layers: Sequence[Layer]
     windows: tuple[int | None, ...]
-    scales: tuple[float, ...]
     calibrations: dict[str, Calibration]
     config: IndexConfig
     template: PromptTemplate
@@ -55,6 +53,11 @@ class ContextRecord:
     @property
     def clustered_layers(self) -> list[ClusteredLayer]:
         return [layer for layer in self.layers if isinstance(layer, ClusteredLayer)]
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Softmax scale of every full-attention layer; opens all of them."""
+        return tuple(layer.scale for layer in self.clustered_layers)
 
     @property
     def is_dense(self) -> bool:

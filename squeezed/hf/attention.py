@@ -42,7 +42,7 @@ UNKNOWN_TO_SDPA = {
 
 UNKNOWN = UNKNOWN_TO_SDPA | {"position_bias": "position biases"}
 
-Attend = Callable[[Tensor, "Tensor | None", float], Tensor]
+Answering = Callable[[Tensor, "Tensor | None", float], Tensor]
 
 Check = Callable[[Tensor, "Tensor | None", "Tensor | None"], None]
 """Called with query, mask and position ids before the layer answers; raises if they do not fit."""
@@ -59,17 +59,17 @@ class Handover:
 
     def __init__(
         self,
-        attend: Attend,
+        answer: Answering,
         dtype: torch.dtype,
         document: int = 0,
         tokens: int = 0,
         check: Check | None = None,
     ) -> None:
-        """`attend` takes queries of `dtype`, whatever `torch.autocast` made of the model's.
+        """`answer` takes queries of `dtype`, whatever `torch.autocast` made of the model's.
 
         `tokens` may be in the cache after a document of `document`; 0 while that is read.
         """
-        self.attend, self.dtype, self.check = attend, dtype, check
+        self.answer, self.dtype, self.check = answer, dtype, check
         self.document, self.tokens = document, tokens
 
     def to(self, *args, **kwargs) -> Handover:
@@ -109,7 +109,7 @@ def squeezed_attention_forward(
         key.check(query, attention_mask, kwargs.get("position_ids"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
-        output = key.attend(query.to(key.dtype), attention_mask, scale)
+        output = key.answer(query.to(key.dtype), attention_mask, scale)
     return output.transpose(1, 2).to(query.dtype).contiguous(), None
 
 

@@ -15,10 +15,38 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from squeezed.attention.interface import Suffix
 from squeezed.context.layers import WindowLayer
 from squeezed.errors import SqueezedError
 from squeezed.hf.attention import Handover
 from squeezed.methods.base import ContextAttention
+
+
+class Padding:
+    """Which of the new tokens are none: looked up once per pass, for all layers get one mask."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.valid: Tensor | None = None
+
+    def look(self, mask: Tensor | None, requests: int, first: bool) -> Tensor | None:
+        """`[B, Q]` bool, False for padding, from the mask of the suffix `[B, 1, Q, S]`.
+
+        Args:
+            first: the layer that asks is the first of a pass.
+        """
+        if mask is None:
+            return None
+        if torch.compiler.is_compiling():  # nothing of a graph may outlive it
+            return real_tokens(mask, requests)
+        if first or self.mask is not mask:
+            self.mask, self.valid = mask, real_tokens(mask, requests)
+        return self.valid
+
+
+def real_tokens(mask: Tensor, requests: int) -> Tensor:
+    """`[B, Q]` bool: tokens that see any, as `squeezed_mask` has it; padding sees none."""
+    return mask.any(-1)[:, 0].expand(requests, -1)
 
 
 class SuffixLayer(DynamicLayer):
@@ -130,6 +158,7 @@ class ContextLayer(SuffixLayer):
         super().__init__(context.tokens)
         self.context = context
         self.select_per_token = False
+        self.padding = Padding()
         self.checks_positions = False
         self.recognise: Callable[[nn.Module], None] | None = None
         self.watch: list[Tensor] | None = None
@@ -166,7 +195,7 @@ class ContextLayer(SuffixLayer):
     def hand_over(self) -> tuple[Handover, Handover]:
         self.asked_again = False
         document = (self.tokens, self.most_tokens, self.check)
-        handover = Handover(self.attend, self.keys.dtype, *document)
+        handover = Handover(self.answer, self.keys.dtype, *document)
         handover.recognise = self.recognise_once
         return handover, handover
 
@@ -206,27 +235,29 @@ class ContextLayer(SuffixLayer):
             "attention_mask=suffix_mask(cache.get_seq_length(), ...)"
         )
 
-    def attend(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def answer(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Attention of `query [B, Hq, Q, D]`; `mask` covers the suffix only.
 
         The model's layer that owns the keys comes first; others that share them may follow.
         """
         if self.watch is not None:
             self.watch.append(query[:, :, -1:] if self.asked_again else query)
+        if scale != self.context.layer.scale:
+            raise SqueezedError(
+                f"past_key_values: the context's softmax scale is {self.context.layer.scale}, this "
+                f"model's {scale}: another model made it"
+            )
+        valid = self.padding.look(mask, len(query), first=self.checks_positions)
         per_token = query.shape[2] == 1 or self.select_per_token
-        output, keys_read = self.context.attend(
-            query, self.keys, self.values, mask, scale, per_token
-        )
-        self._account(query, mask, keys_read)
-        return output
+        suffix = Suffix(self.keys, self.values, mask)
+        found = self.context.attend(query, suffix, valid, per_token)
+        self._account(query, valid, found.keys_read)
+        return found.output
 
-    def _account(self, query: Tensor, mask: Tensor | None, keys_read: Tensor) -> None:
+    def _account(self, query: Tensor, valid: Tensor | None, keys_read: Tensor) -> None:
         """Count in place: a compiled step must not make new tensors that outlive it."""
         self.keys_read.add_(keys_read.sum())
-        if mask is None:
-            answered = query.shape[0] * query.shape[2]
-        else:
-            answered = mask.any(-1).expand(query.shape[0], -1, -1).sum()
+        answered = query.shape[0] * query.shape[2] if valid is None else valid.sum()
         self.queries_answered.add_(answered)
         if not self.asked_again:
             self.tokens_answered.add_(answered)
@@ -294,6 +325,9 @@ class SqueezedCache(Cache):
         self.known = self.document[:0]
         for layer in layers:
             layer.last = layers[-1]
+        padding = Padding()
+        for layer in self.context_layers:
+            layer.padding = padding
         for layer in self.context_layers[:1]:
             layer.checks_positions = True
 

@@ -48,10 +48,10 @@ class CaptureLayer(CacheLayerMixin):
         self.keys[:, :, self.filled : end] = key_states
         self.values[:, :, self.filled : end] = value_states
         self.filled = end
-        handover = Handover(self.attend, self.keys.dtype)
+        handover = Handover(self.answer, self.keys.dtype)
         return handover, handover
 
-    def attend(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def answer(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Dense causal attention of one chunk; the queries of the last, the probe, are kept."""
         rows, end = query.shape[2], self.filled
         if end > self.tokens:

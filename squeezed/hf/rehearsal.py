@@ -31,7 +31,7 @@ class RehearsalLayer(CaptureLayer):
             raise _Refused(f"keys of shape {list(key)} with values of shape {list(value)}")
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def attend(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def answer(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         heads, dim = self.keys.shape[1], self.keys.shape[3]
         if query.shape[3] != dim or query.shape[1] % heads:
             raise _Refused(
@@ -40,7 +40,7 @@ class RehearsalLayer(CaptureLayer):
             )
         if mask is not None and not _is_causal(mask, query.shape[2]):
             raise _Refused("an attention mask of its own")
-        return super().attend(query, mask, scale)
+        return super().answer(query, mask, scale)
 
 
 class _Refused(Exception):

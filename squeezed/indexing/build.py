@@ -48,9 +48,10 @@ def cluster(
     def grow(group: list[int]) -> ObservedLayer:
         own = [waiting.pop(place) for place in group]
         queries = [layer.queries if config.query_space else None for layer in own]
-        tree = cluster_layers([x.keys for x in own], [x.values for x in own], config, queries)
+        keys, values = ([getattr(x, name) for x in own] for name in ("keys", "values"))
+        tree = cluster_layers(keys, values, config, queries, own[0].scale)
         seen = [layer.queries for layer in own]
-        return ObservedLayer(tree, torch.cat(seen) if len(own) > 1 else seen[0], own[0].scale)
+        return ObservedLayer(tree, torch.cat(seen) if len(own) > 1 else seen[0])
 
     joined: list[ObservedLayer] = []
     for grown in each_in_a_thread(grow, groups) if device.type == "cpu" else map(grow, groups):

@@ -28,7 +28,11 @@ from squeezed.indexing.statistics import value_slope
 
 
 def cluster_layer(
-    keys: Tensor, values: Tensor, config: ClusteringConfig, queries: Tensor | None = None
+    keys: Tensor,
+    values: Tensor,
+    config: ClusteringConfig,
+    queries: Tensor | None = None,
+    scale: float | None = None,
 ) -> ClusteredLayer:
     """Cluster one layer's context.
 
@@ -36,6 +40,7 @@ def cluster_layer(
         keys, values: `[Hkv, P, D]` in document order, keys after rotary embedding.
         queries: `[Hq, W, D]`, those of a probe, in whose space keys are compared, with values
             beside them, and the variances of the nodes measured; `None` compares raw keys.
+        scale: softmax scale of the layer; `None` is the usual one, `D ** -0.5`.
 
     Returns:
         The layer with its rows sorted; without levels if fewer than two clusters would be left.
@@ -44,7 +49,7 @@ def cluster_layer(
         SqueezedError: a NaN or infinity among them.
     """
     check_layer(keys=keys, values=values, queries=queries)
-    return cluster_layers([keys], [values], config, [queries])
+    return cluster_layers([keys], [values], config, [queries], scale)
 
 
 def cluster_layers(
@@ -52,17 +57,19 @@ def cluster_layers(
     values: Sequence[Tensor],
     config: ClusteringConfig,
     queries: Sequence[Tensor | None],
+    scale: float | None = None,
 ) -> ClusteredLayer:
     """Cluster layers of one shape together, as one layer that has the heads of all in their order.
 
-    Arguments are those of `cluster_layer`, for every layer, all finite.
+    Arguments are those of `cluster_layer`, for every layer, all finite; one scale for all.
     """
+    scale = keys[0].shape[2] ** -0.5 if scale is None else scale
     tokens = keys[0].shape[1]
     centres = [common_part(k, config.common_part) for k in keys]
     first, pinned = config.pinned(tokens)
     counts = config.counts(tokens)
     if not counts:
-        return _unclustered(torch.cat(keys), torch.cat(values), torch.cat(centres))
+        return _unclustered(torch.cat(keys), torch.cat(values), torch.cat(centres), scale)
     clustered = slice(first, first + tokens - pinned)
     points, space = _points(
         [k[:, clustered] for k in keys],
@@ -88,15 +95,16 @@ def cluster_layers(
     slope = value_slope(*behind, levels[-1], config.space.plain_share)
     slope = _held(slope, sorted_keys.dtype)
     return ClusteredLayer(
-        sorted_keys, sorted_values, _narrow(positions), pinned, levels, slope, centre
+        sorted_keys, sorted_values, _narrow(positions), pinned, levels, slope, centre, scale
     )
 
 
-def _unclustered(keys: Tensor, values: Tensor, centre: Tensor) -> ClusteredLayer:
+def _unclustered(keys: Tensor, values: Tensor, centre: Tensor, scale: float) -> ClusteredLayer:
     heads, tokens, dim = keys.shape
     positions = _narrow(torch.arange(tokens, device=keys.device).repeat(heads, 1))
     flat = keys.new_zeros(heads, dim, dim)
-    return ClusteredLayer(keys - centre[:, None], values, positions, tokens, (), flat, centre)
+    keys = keys - centre[:, None]
+    return ClusteredLayer(keys, values, positions, tokens, (), flat, centre, scale)
 
 
 def common_part(keys: Tensor, deviations: float) -> Tensor:

@@ -60,4 +60,4 @@ def _cut(seen: ObservedLayer, count: int) -> list[ObservedLayer]:
     heads = len(seen.layer.keys) // count
     trees = (seen.layer.of_heads(slice(h, h + heads)) for h in range(0, count * heads, heads))
     queries = seen.queries.chunk(count)
-    return [ObservedLayer(*pair, seen.scale) for pair in zip(trees, queries, strict=True)]
+    return [ObservedLayer(*pair) for pair in zip(trees, queries, strict=True)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from squeezed.attention.interface import Attended, Suffix
 from squeezed.config import BEST
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
@@ -46,26 +47,19 @@ class ContextAttention(abc.ABC):
     def attend(
         self,
         query: Tensor,
-        suffix_keys: Tensor,
-        suffix_values: Tensor,
-        suffix_mask: Tensor | None,
-        scale: float,
-        per_token: bool,
-    ) -> tuple[Tensor, Tensor]:
+        suffix: Suffix | None = None,
+        valid: Tensor | None = None,
+        per_token: bool = False,
+    ) -> Attended:
         """Attention of `query [B, Hq, Q, D]` over context and suffix.
 
         Args:
-            suffix_keys, suffix_values: `[B, Hkv, S, D]`, always attended densely; keys are relative
-                to the layer's centre (`ClusteredLayer.centred`).
-            suffix_mask: `[B, 1, Q, S]` bool, or `None` for causal without padding.
-            per_token: every token selects alone; otherwise blocks of the user's tokens may share.
-
-        Returns:
-            Output `[B, Hq, Q, D]`, and the keys that each request read, `[B]` int64, summed over KV
-            heads and query tokens, without the pinned ones.
+            suffix: each request's own tokens, always attended densely; `None`: the context alone.
+            valid: `[B, Q]` bool, False for padding, which attends to nothing; `None`: no padding.
+            per_token: every token selects alone; otherwise as `Blocks` has it.
         """
 
-    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
+    def index_bytes(self, query: Tensor) -> Tensor | float:
         """Bytes read beside keys and values by a decoding step of each token of `query`, in sum.
 
         Centroids, page bounds, links of a graph, mean values: whatever the method must read to
@@ -86,6 +80,10 @@ class Blocks:
 
     query_block: int
     single_tokens: int
+
+    def early(self, rows: int, per_token: bool) -> int:
+        """How many of `rows` tokens select in blocks: the first ones; those behind select alone."""
+        return 0 if per_token else max(0, rows - self.single_tokens)
 
     @classmethod
     def of(cls, context: ContextRecord) -> Blocks:

@@ -9,21 +9,23 @@ blocks, by the mean of their weights, exactly where squeezed attention does.
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from squeezed.attention.interface import causal_mask
-from squeezed.attention.reference.attention import softmax_or_nothing
+from squeezed.attention.interface import Attended, Suffix
+from squeezed.attention.reference.attention import softmax_over
 from squeezed.attention.scores import NEG_INF, block_count, block_scores, grouped, query_blocks
 from squeezed.context.layers import ClusteredLayer
 from squeezed.methods.base import Blocks, ContextAttention
 
 FarField = tuple[Tensor, Tensor]
 """Log masses `[B, Hkv, G, Q, F]` and mean values `[Hkv, F, D]` of what was not read exactly."""
+
+MOST_LOGITS = 1 << 28
+"""Logits of all keys held at once; more queries are worked on in turns."""
 
 
 @dataclass(frozen=True)
@@ -100,30 +102,26 @@ class MaskedLayer(ContextAttention):
     def attend(
         self,
         query: Tensor,
-        suffix_keys: Tensor,
-        suffix_values: Tensor,
-        suffix_mask: Tensor | None,
-        scale: float,
-        per_token: bool,
-    ) -> tuple[Tensor, Tensor]:
-        rows = query.shape[2]
-        mask = causal(suffix_mask, rows, suffix_keys.shape[2], query.device)
+        suffix: Suffix | None = None,
+        valid: Tensor | None = None,
+        per_token: bool = False,
+    ) -> Attended:
+        batch, _, rows, _ = query.shape
+        if valid is None:
+            valid = torch.ones(batch, rows, dtype=torch.bool, device=query.device)
         queries = Queries(
             q=grouped(query, self.layer.keys.shape[0]),
-            valid=mask.any(-1)[:, 0].expand(query.shape[0], rows),
-            single=rows if per_token else min(rows, self.blocks.single_tokens),
-            scale=scale,
+            valid=valid,
+            single=rows - self.blocks.early(rows, per_token),
+            scale=self.layer.scale,
             query_block=self.blocks.query_block,
         )
         keep = self._keep_all_blocks(queries)
         far = self.far_field(queries) if self.layer.clustered else None
-        read, suffix = keep[:, :, queries.blocks], (suffix_keys, suffix_values, mask)
-        if far is None:
-            output = masked_attention(query, self.layer, read, *suffix, scale)
-        else:
-            output = far_attention(queries, self.layer, read, far, *suffix)
-        counted = read.sum((1, 3)) * queries.valid
-        return output.reshape(query.shape).to(query.dtype), counted.sum(-1)
+        output, log_mass = masked_attention(queries, self.layer, keep, far, suffix)
+        counted = keep.sum((1, 3))[:, queries.blocks] * valid
+        output = output.reshape(query.shape).to(query.dtype)
+        return Attended(output, log_mass.flatten(1, 2), counted.sum(-1))
 
     def _keep_all_blocks(self, queries: Queries) -> Tensor:
         batch, heads = queries.q.shape[:2]
@@ -133,60 +131,37 @@ class MaskedLayer(ContextAttention):
         return self.keep(queries).expand(shape)
 
 
-def causal(mask: Tensor | None, rows: int, suffix: int, device: torch.device) -> Tensor:
-    """`mask`, or `[1, 1, Q, S]` for a causal suffix without padding."""
-    return causal_mask(rows, suffix, device) if mask is None else mask
-
-
 def masked_attention(
-    query: Tensor,
-    layer: ClusteredLayer,
-    read: Tensor,
-    suffix_keys: Tensor,
-    suffix_values: Tensor,
-    mask: Tensor,
-    scale: float,
-) -> Tensor:
-    """Softmax over pinned rows, the rows `read [B, Hkv, Q, R]` and the suffix: like `query`."""
-    group = query.shape[1] // read.shape[1]
-    valid = mask.any(-1, keepdim=True)  # padding attends to nothing
-    pinned = read.new_ones(*read.shape[:3], layer.pinned)
-    recent = mask.expand(*read.shape[:2], -1, -1)
-    seen = torch.cat([pinned & valid, read & valid, recent], -1)
-    keys = joined(layer.keys, suffix_keys, group)
-    values = joined(layer.values, suffix_values, group)
-    seen = seen.repeat_interleave(group, 1)
-    output = scaled_dot_product_attention(query, keys, values, seen, scale=scale)
-    return output.masked_fill(~valid, 0.0)
-
-
-def joined(context: Tensor, suffix: Tensor, group: int) -> Tensor:
-    """Context `[Hkv, P, D]` and suffix `[B, Hkv, S, D]` for every head, `[B, Hq, P + S, D]`."""
-    rows = torch.cat([context.expand(suffix.shape[0], -1, -1, -1), suffix], 2)
-    return rows.repeat_interleave(group, 1)
-
-
-def far_attention(
     queries: Queries,
     layer: ClusteredLayer,
-    read: Tensor,
-    far: FarField,
-    suffix_keys: Tensor,
-    suffix_values: Tensor,
-    mask: Tensor,
-) -> Tensor:
-    """The same with a far field in the softmax, `[B, Hkv, G, Q, D]` in the queries' precision."""
-    q, dtype = queries.q, queries.q.dtype
-    context = queries.logits(layer.keys)
-    context[..., layer.pinned :].masked_fill_(~read.unsqueeze(2), NEG_INF)
-    context = context.masked_fill(~queries.valid[:, None, None, :, None], NEG_INF)
-    recent = queries.scale * torch.einsum("bhgqd,bhsd->bhgqs", q, suffix_keys.to(dtype))
-    recent = recent.masked_fill(~mask[:, :, None], NEG_INF)
-    weights = softmax_or_nothing(torch.cat([context, far[0], recent], -1))
-    near, distant, last = weights.split([context.shape[-1], far[0].shape[-1], recent.shape[-1]], -1)
-    output = torch.einsum("bhgqp,hpd->bhgqd", near, layer.values.to(dtype))
-    output += torch.einsum("bhgqf,hfd->bhgqd", distant, far[1].to(dtype))
-    return output + torch.einsum("bhgqs,bhsd->bhgqd", last, suffix_values.to(dtype))
+    keep: Tensor,
+    far: FarField | None,
+    suffix: Suffix | None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax over pinned rows, the rows `keep [B, Hkv, N, R]`, a far field and the suffix.
+
+    Returns:
+        Output `[B, Hkv, G, Q, D]` and log mass `[B, Hkv, G, Q]`, in the queries' precision.
+    """
+    batch, kv_heads, group, rows, _ = queries.q.shape
+    dtype, values = queries.q.dtype, layer.values.to(queries.q.dtype)
+    step = max(1, MOST_LOGITS // (batch * kv_heads * group * layer.tokens))
+    found = []
+    for first in range(0, rows, step):
+        own = slice(first, min(first + step, rows))
+        part = replace(queries, q=queries.q[:, :, :, own], valid=queries.valid[:, own])
+        context = part.logits(layer.keys)
+        read = keep[:, :, queries.blocks[own]].unsqueeze(2)
+        context[..., layer.pinned :].masked_fill_(~read, NEG_INF)
+        parts = [(context, values)]
+        if far is not None:
+            parts.append((far[0][:, :, :, own], far[1].to(dtype)))
+        if suffix is not None:
+            recent = suffix.of_rows(own.start, own.stop, rows)
+            parts.append((recent.logits(part.q, layer.scale), recent.values.to(dtype)))
+        found.append(softmax_over(parts, part.valid)[:2])
+    outputs, masses = zip(*found, strict=True)
+    return torch.cat(outputs, 3), torch.cat(masses, 3)
 
 
 def top_rows(scores: Tensor, count: int) -> Tensor:

@@ -48,12 +48,12 @@ class MultipoleLayer(MaskedLayer):
         valid = queries.valid[:, None, None, :, None]
         return found.far_logits.masked_fill(~valid, NEG_INF), found.far_values
 
-    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
+    def index_bytes(self, query: Tensor) -> Tensor | float:
         if not self.layer.levels:
             return 0.0
         q = grouped(query, self.layer.keys.shape[0])
         valid = torch.ones(q.shape[0], q.shape[3], dtype=torch.bool, device=q.device)
-        queries = Queries(q, valid, q.shape[3], scale, self.blocks.query_block)
+        queries = Queries(q, valid, q.shape[3], self.layer.scale, self.blocks.query_block)
         return tree_bytes(self.layer, self.descend(queries), False, "first_order")
 
 

@@ -56,7 +56,7 @@ class QuestLayer(MaskedLayer):
         scores = queries.shared(self.bound_logits(queries).log_softmax(-1))
         return rows_of(fill(scores, self.sizes, self.budget_keys), self.page)
 
-    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
+    def index_bytes(self, query: Tensor) -> Tensor | float:
         tokens = query.shape[0] * query.shape[2]
         return tokens * sum(bound.numel() * bound.element_size() for bound in self.bounds)
 

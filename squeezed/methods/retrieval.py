@@ -85,7 +85,7 @@ class RetrievalLayer(MaskedLayer):
         scores = queries.shared(logits - logits.logsumexp(-1, keepdim=True))
         return top_rows(scores.nan_to_num(NEG_INF, NEG_INF, NEG_INF), self.budget_keys)
 
-    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
+    def index_bytes(self, query: Tensor) -> Tensor | float:
         if not self.layer.clustered or not self.budget_keys:
             return 0.0
         q = grouped(query, self.layer.keys.shape[0])

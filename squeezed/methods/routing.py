@@ -27,7 +27,7 @@ class RoutingLayer(MaskedLayer):
         kept = fill(queries.shared(cosines), leaves.sizes, self.budget_keys)
         return rows_of(kept, owners(leaves.key_offsets, self.tokens)[:, self.layer.pinned :])
 
-    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
+    def index_bytes(self, query: Tensor) -> Tensor | float:
         if not self.layer.levels:
             return 0.0
         leaves = self.layer.levels[-1]

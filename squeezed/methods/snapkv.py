@@ -18,7 +18,7 @@ from squeezed.methods.masked import document_rank, top_rows
 POOL_TOKENS = 7  # the paper's kernel
 
 
-def votes(layer: ClusteredLayer, observed: Tensor, scale: float, pool: int) -> Tensor:
+def votes(layer: ClusteredLayer, observed: Tensor, pool: int) -> Tensor:
     """Attention mass that the observation window gives to every row, pooled, `[Hkv, R]`.
 
     Args:
@@ -27,7 +27,7 @@ def votes(layer: ClusteredLayer, observed: Tensor, scale: float, pool: int) -> T
     """
     heads = layer.keys.shape[0]
     queries = observed.float().unflatten(0, (heads, -1))
-    logits = scale * torch.einsum("hgwd,hpd->hgwp", queries, layer.keys.float())
+    logits = layer.scale * torch.einsum("hgwd,hpd->hgwp", queries, layer.keys.float())
     weights = logits.softmax(-1)[..., layer.pinned :]
     mass = weights.sum(2).mean(1)  # [Hkv, R]
     order = document_rank(layer)
@@ -57,11 +57,10 @@ class SnapKV:
                 "index the document again"
             )
         layers = []
-        parts = zip(context.clustered_layers, context.observed, context.scales, strict=True)
-        for layer, observed, scale in parts:
+        for layer, observed in zip(context.clustered_layers, context.observed, strict=True):
             chosen = torch.zeros_like(layer.positions[:, layer.pinned :], dtype=torch.bool)
             if layer.clustered:
-                mass = votes(layer, observed, scale, self.pool_tokens)
+                mass = votes(layer, observed, self.pool_tokens)
                 chosen = top_rows(mass, round(budget * layer.clustered))
             layers.append(FixedLayer(layer, budget, Blocks.of(context), chosen))
         return layers

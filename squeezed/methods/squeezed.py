@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from squeezed import attention as ops
-from squeezed.attention.interface import causal_mask
+from squeezed.attention.interface import Attended, Suffix, in_sequence
 from squeezed.attention.reference.lookup import lookup
 from squeezed.config import BEST
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.record import ContextRecord
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
-from squeezed.methods.base import ContextAttention
+from squeezed.methods.base import Blocks, ContextAttention
 from squeezed.methods.traffic import tree_bytes
 
 
@@ -31,8 +30,8 @@ class SqueezedLayer(ContextAttention):
     layer: ClusteredLayer
     token: SelectionRule
     block: SelectionRule
-    single_tokens: int
-    compute: Callable[..., tuple[Tensor, Tensor]]
+    blocks: Blocks
+    compute: Callable[..., Attended]
 
     @property
     def rule(self) -> SelectionRule:
@@ -44,38 +43,26 @@ class SqueezedLayer(ContextAttention):
     def attend(
         self,
         query: Tensor,
-        suffix_keys: Tensor,
-        suffix_values: Tensor,
-        suffix_mask: Tensor | None,
-        scale: float,
-        per_token: bool,
-    ) -> tuple[Tensor, Tensor]:
-        self._check_heads(query, suffix_keys)
+        suffix: Suffix | None = None,
+        valid: Tensor | None = None,
+        per_token: bool = False,
+    ) -> Attended:
+        self._check_heads(query, suffix)
         rows = query.shape[2]
-        early = 0 if per_token else max(0, rows - self.single_tokens)
-        if suffix_mask is None and early:
-            suffix_mask = causal_mask(rows, suffix_keys.shape[2], query.device)
-        outputs, keys_read = [], 0
-        for rule, part in ((self.block, slice(0, early)), (self.token, slice(early, rows))):
-            if part.start == part.stop:
-                continue
-            output, read = self.compute(
-                query[:, :, part],
-                self.layer,
-                rule,
-                suffix_keys,
-                suffix_values,
-                None if suffix_mask is None else suffix_mask[:, :, part],
-                scale,
-            )
-            outputs.append(output)
-            keys_read = keys_read + read
-        return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0], keys_read
+        early = self.blocks.early(rows, per_token)
+        parts = []
+        for rule, first, last in ((self.block, 0, early), (self.token, early, rows)):
+            if first < last:
+                recent = None if suffix is None else suffix.of_rows(first, last, rows)
+                real = None if valid is None else valid[:, first:last]
+                parts.append(self.compute(query[:, :, first:last], self.layer, rule, recent, real))
+        return in_sequence(parts)
 
-    def _check_heads(self, query: Tensor, suffix_keys: Tensor) -> None:
+    def _check_heads(self, query: Tensor, suffix: Suffix | None) -> None:
         """Kernels read as many rows as the query says: a context of another shape ends here."""
         heads, _, dim = self.layer.keys.shape
-        found = query.shape[1], suffix_keys.shape[1], query.shape[3]
+        own_heads = heads if suffix is None else suffix.keys.shape[1]
+        found = query.shape[1], own_heads, query.shape[3]
         alpha = self.token.alpha
         query_heads = found[0] // heads * heads if alpha is None else alpha.shape[1]
         if found != (query_heads, heads, dim):
@@ -84,10 +71,10 @@ class SqueezedLayer(ContextAttention):
                 f" the model {found[0]}, {found[1]} and {found[2]}; index the document again"
             )
 
-    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
+    def index_bytes(self, query: Tensor) -> Tensor | float:
         if not self.layer.levels:
             return 0.0
-        found = lookup(query, self.layer, self.token, scale)
+        found = lookup(query, self.layer, self.token)
         second_order = self.token.alpha is not None
         return tree_bytes(self.layer, found, second_order, self.token.far_field)
 
@@ -109,7 +96,7 @@ class Squeezed:
                 layer,
                 token=calibration.rule(index, budget, block=False),
                 block=calibration.rule(index, budget, block=True),
-                single_tokens=calibration.preset.single_tokens,
+                blocks=Blocks(calibration.preset.query_block, calibration.preset.single_tokens),
                 compute=ops.implementation(self.implementation, layer.keys.device),
             )
             for index, layer in enumerate(context.clustered_layers)

@@ -69,7 +69,8 @@ def random_layer(sizes: Sizes, dtype: torch.dtype) -> ClusteredLayer:
     positions = torch.arange(sizes.tokens, dtype=torch.int32).repeat(heads, 1)
     slope, centre = torch.randn(heads, dim, dim).to(dtype), torch.zeros(heads, dim, dtype=dtype)
     keys, values = keys.to(dtype), values.to(dtype)
-    return ClusteredLayer(keys, values, positions, sizes.pinned, levels, slope, centre)
+    scale = dim**-0.5
+    return ClusteredLayer(keys, values, positions, sizes.pinned, levels, slope, centre, scale)
 
 
 def _level(keys: Tensor, values: Tensor, rows: Tensor, below: Tensor | None, dtype) -> Level:
@@ -89,14 +90,14 @@ def _level(keys: Tensor, values: Tensor, rows: Tensor, below: Tensor | None, dty
 
 
 def rule_for_budget(
-    query: Tensor, layer: ClusteredLayer, budget: float, far_field: FarField, scale: float
+    query: Tensor, layer: ClusteredLayer, budget: float, far_field: FarField
 ) -> SelectionRule:
     """Second-order selection with thresholds at which these queries read about `budget`."""
     q = grouped(query, layer.keys.shape[0])
     alpha = torch.linspace(0.2, 1.0, len(layer.levels) * query.shape[1])
     alpha = alpha.view(len(layer.levels), -1)
     logits = [
-        second_order(node_logits(q, lv, scale), q, lv, a, scale)
+        second_order(node_logits(q, lv, layer.scale), q, lv, a, layer.scale)
         for lv, a in zip(layer.levels, alpha, strict=True)
     ]
     normaliser = log_normaliser(logits[0], layer.levels[0].sizes)

@@ -67,8 +67,8 @@ def synthetic_layer(sizes: Sizes, seed: int) -> ClusteredLayer:
     positions = torch.arange(sizes.tokens, dtype=torch.int32, device="cuda").expand(heads, -1)
     slope = torch.randn(heads, sizes.dim, sizes.dim, device="cuda").to(keys.dtype)
     levels = tuple(Level(*parts) for parts in levels)
-    centre = keys.new_zeros(heads, sizes.dim)
-    return ClusteredLayer(keys, values, positions, sizes.pinned, levels, slope, centre)
+    centre, scale = keys.new_zeros(heads, sizes.dim), sizes.dim**-0.5
+    return ClusteredLayer(keys, values, positions, sizes.pinned, levels, slope, centre, scale)
 
 
 def _fill_head(keys: Tensor, values: Tensor, rows: list[Tensor]) -> None:

@@ -22,7 +22,6 @@ def rule_for_budget(
     budget: float,
     coarse_ratio: float,
     far_field: FarField,
-    scale: float,
 ) -> SelectionRule:
     """Thresholds at which these very queries read `budget` of the clustered keys on average.
 
@@ -36,7 +35,7 @@ def rule_for_budget(
         thresholds.append(_threshold(score, sizes.expand_as(score), share))
         return thresholds[-1]
 
-    kept_nodes(query, layer, choose, scale)
+    kept_nodes(query, layer, choose)
     plain = SelectionRule.for_all_heads(thresholds, layer, None, "none")
     return with_far_field(plain, far_field, query)
 
@@ -52,7 +51,6 @@ def kept_nodes(
     query: Tensor,
     layer: ClusteredLayer,
     choose: Callable[[Tensor, Tensor], Tensor | float],
-    scale: float,
 ) -> list[Tensor]:
     """Kept nodes of every level, `[B, Hkv, C]` bool.
 
@@ -62,7 +60,7 @@ def kept_nodes(
     alive = normaliser = None
     kept = []
     for level in layer.levels:
-        logits = scale * torch.einsum("bhgd,hcd->bhgc", q, level.centroids.float())
+        logits = layer.scale * torch.einsum("bhgd,hcd->bhgc", q, level.centroids.float())
         sizes = level.sizes.float()[None]  # [1, Hkv, C]
         if normaliser is None:
             normaliser = (logits + sizes[:, :, None].log()).logsumexp(-1, keepdim=True)

@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from squeezed.attention.interface import Attended, Suffix, in_sequence
 from squeezed.errors import SqueezedError
 from squeezed.vllm.blocks import ContextAttentionSpec
 from squeezed.vllm.plugin import CONNECTOR
@@ -121,9 +122,9 @@ class SqueezedCPUImpl(CPUAttentionBackendImpl):
             output[places] = part
         number = extract_layer_index(layer.layer_name)
         for rows in step.groups.decodes:
-            attend(rows, step, number, query, kv_cache, output, self.scale)
+            answer(rows, step, number, query, kv_cache, output)
         for row in step.groups.prefills:
-            attend([row], step, number, query, kv_cache, output, self.scale)
+            answer([row], step, number, query, kv_cache, output)
         return output
 
 
@@ -174,14 +175,8 @@ def subset(meta: SqueezedCPUMetadata, rows: list[Row]) -> tuple[CPUAttentionMeta
     return CPUAttentionMetadataBuilder.build(meta.builder, 0, some), places
 
 
-def attend(
-    rows: list[Row],
-    step: Step,
-    number: int,
-    query: Tensor,
-    kv_cache: Tensor,
-    output: Tensor,
-    scale: float,
+def answer(
+    rows: list[Row], step: Step, number: int, query: Tensor, kv_cache: Tensor, output: Tensor
 ) -> None:
     """Rows with as many new tokens over one context: their own tokens padded at the end."""
     reader, new = rows[0].reader, rows[0].new
@@ -203,30 +198,23 @@ def attend(
     asked = torch.stack([query[row.start : row.stop] for row in rows]).view(-1, new, heads, dim)
     ends = torch.tensor(own)[:, None] - new + torch.arange(new) + 1
     mask = (torch.arange(longest) < ends[..., None])[:, None]
-    early = rows[0].in_blocks(attention.single_tokens) if new > 1 else 0
-    answer, read = attention_of(
-        attention, early, asked.transpose(1, 2).contiguous(), keys, values, mask, scale
-    )
-    answer = answer.transpose(1, 2)
+    early = rows[0].in_blocks(attention.blocks.single_tokens) if new > 1 else 0
+    recent = Suffix.of(attention.layer, keys, values, mask)
+    found = attention_of(attention, early, asked.transpose(1, 2).contiguous(), recent)
+    answered, read = found.output.transpose(1, 2), found.keys_read
     for place, row in enumerate(rows):
-        output[row.start : row.stop] = answer[place].reshape(output[row.start : row.stop].shape)
+        output[row.start : row.stop] = answered[place].reshape(output[row.start : row.stop].shape)
         WORKER.count(row.request, int(read[place]), new * attention.selectable_keys)
 
 
-def attention_of(attention, early: int, query, keys, values, mask, scale) -> tuple[Tensor, Tensor]:
+def attention_of(attention, early: int, query: Tensor, recent: Suffix) -> Attended:
     """Of the `early` first tokens in blocks, of the others alone."""
-    keys = attention.layer.centred(keys)
-    outputs, read = [], 0
-    for rule, part in ((attention.block, slice(0, early)), (attention.token, slice(early, None))):
-        asked = query[:, :, part]
-        if not asked.shape[2]:
-            continue
-        one, some = attention.compute(
-            asked, attention.layer, rule, keys, values, mask[:, :, part], scale
-        )
-        outputs.append(one)
-        read = read + some
-    return torch.cat(outputs, 2), read
+    rows, parts = query.shape[2], []
+    for rule, first, last in ((attention.block, 0, early), (attention.token, early, rows)):
+        if first < last:
+            own = recent.of_rows(first, last, rows)
+            parts.append(attention.compute(query[:, :, first:last], attention.layer, rule, own))
+    return in_sequence(parts)
 
 
 def suffix(kv_cache: Tensor, blocks: Tensor, length: int, longest: int) -> tuple[Tensor, Tensor]:

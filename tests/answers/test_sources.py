@@ -33,11 +33,11 @@ def test_attention_by_position_equals_a_dense_softmax(context):
     cache, _ = answered(context)
     mass, _ = attention_by_position(context, cache)
     expected = torch.zeros(len(context.tokens), dtype=torch.float64)
-    for entry, scale in zip(cache.context_layers, context.scales, strict=True):
+    for entry in cache.context_layers:
         layer, query = entry.context.layer, answer_queries(entry)[0]
         for head, rows in enumerate(query):
             kv = head // (query.shape[0] // layer.keys.shape[0])
-            weight = (scale * rows.double() @ layer.keys[kv].double().T).softmax(-1).mean(0)
+            weight = (layer.scale * rows.double() @ layer.keys[kv].double().T).softmax(-1).mean(0)
             expected[layer.positions[kv].long()] += weight
     expected[: context.config.clustering.pinned_first] = 0
     torch.testing.assert_close(mass, expected / expected.sum(), rtol=1e-4, atol=1e-8)

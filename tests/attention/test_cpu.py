@@ -12,7 +12,7 @@ import pytest
 import torch
 from trees import far_alpha_for, random_layer
 
-from squeezed.attention import cpu, reference
+from squeezed.attention import Suffix, cpu, reference
 from squeezed.attention.cpu import decode, walk
 from squeezed.attention.reference import lookup
 from squeezed.context.rule import SelectionRule
@@ -79,10 +79,11 @@ def _scores(layer, query, rule, depth):
 
 def assert_close(got, query, layer, rule, keys, values, mask=None, floor=2e-7):
     """At most twice the reference's own error in the working precision, plus a small floor."""
-    output, keys_read = got
-    arguments = (layer, rule, keys, values, mask, SCALE)
-    exact, exact_read = reference.attend(query.double(), *arguments)
-    single, _ = reference.attend(query.float(), *arguments)
+    output, _, keys_read = got
+    valid = None if mask is None else mask.any(-1)[:, 0]
+    arguments = (layer, rule, Suffix(keys, values, mask), valid)
+    exact, _, exact_read = reference.attend(query.double(), *arguments)
+    single = reference.attend(query.float(), *arguments).output
     own = (single.to(query.dtype).double() - exact).abs().max()
     assert output.dtype == query.dtype and output.shape == query.shape
     assert keys_read.tolist() == exact_read.tolist()
@@ -97,7 +98,7 @@ def test_cpu_matches_reference(dtype, far_field, rows, block, group):
     query, keys, values = request(layer, group=group, rows=rows, suffix=rows + 4)
     rule = rule_for(layer, query, far_field, block)
     assert_close(
-        cpu.attend(query, layer, rule, keys, values, None, SCALE), query, layer, rule, keys, values
+        cpu.attend(query, layer, rule, Suffix(keys, values)), query, layer, rule, keys, values
     )
 
 
@@ -107,7 +108,7 @@ def test_cpu_matches_reference_at_any_depth(nodes):
     query, keys, values = request(layer)
     rule = rule_for(layer, query, "first_order", shares=(0.7, 0.6, 0.5, 0.4), second_order=False)
     assert_close(
-        cpu.attend(query, layer, rule, keys, values, None, SCALE), query, layer, rule, keys, values
+        cpu.attend(query, layer, rule, Suffix(keys, values)), query, layer, rule, keys, values
     )
 
 
@@ -117,7 +118,7 @@ def test_cpu_takes_any_head_dimension(dim):
     query, keys, values = request(layer, group=3)
     rule = rule_for(layer, query, "second_order")
     assert_close(
-        cpu.attend(query, layer, rule, keys, values, None, SCALE), query, layer, rule, keys, values
+        cpu.attend(query, layer, rule, Suffix(keys, values)), query, layer, rule, keys, values
     )
 
 
@@ -126,7 +127,7 @@ def test_cpu_cuts_large_leaves_and_many_rows_into_tasks():
     query, keys, values = request(layer, batch=40, suffix=700)
     rule = rule_for(layer, query, "first_order", shares=(1.0, 0.5))
     assert_close(
-        cpu.attend(query, layer, rule, keys, values, None, SCALE), query, layer, rule, keys, values
+        cpu.attend(query, layer, rule, Suffix(keys, values)), query, layer, rule, keys, values
     )
 
 
@@ -135,7 +136,7 @@ def test_cpu_everything_kept_equals_dense(rows):
     layer = random_layer()
     query, keys, values = request(layer, rows=rows, suffix=rows)
     rule = SelectionRule.for_all_heads((-math.inf, -math.inf), layer, None, "first_order", 16)
-    output, keys_read = cpu.attend(query, layer, rule, keys, values, None, SCALE)
+    output, _, keys_read = cpu.attend(query, layer, rule, Suffix(keys, values))
     assert keys_read.tolist() == [layer.keys.shape[0] * layer.clustered * rows] * 2
     batch = query.shape[0]
     context = [t.double().expand(batch, -1, -1, -1) for t in (layer.keys, layer.values)]
@@ -152,7 +153,7 @@ def test_cpu_small_budget_differs_from_dense():
     query, keys, values = request(layer)
     dense = SelectionRule.for_all_heads((-math.inf, -math.inf), layer, None, "none")
     few = rule_for(layer, query, shares=(0.3, 0.05))
-    outputs = [cpu.attend(query, layer, r, keys, values, None, SCALE)[0] for r in (dense, few)]
+    outputs = [cpu.attend(query, layer, r, Suffix(keys, values))[0] for r in (dense, few)]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-2
 
 
@@ -161,10 +162,10 @@ def test_cpu_neighbours_in_a_batch_do_not_matter(rows):
     layer = random_layer()
     query, keys, values = request(layer, batch=3, rows=rows, suffix=rows)
     rule = rule_for(layer, query, "second_order", block=32)
-    together, read = cpu.attend(query, layer, rule, keys, values, None, SCALE)
+    together, _, read = cpu.attend(query, layer, rule, Suffix(keys, values))
     for b in range(3):
         own = slice(b, b + 1)
-        alone, alone_read = cpu.attend(query[own], layer, rule, keys[own], values[own], None, SCALE)
+        alone, _, alone_read = cpu.attend(query[own], layer, rule, Suffix(keys[own], values[own]))
         torch.testing.assert_close(together[own], alone, rtol=1e-5, atol=1e-6)
         assert read[b] == alone_read[0]
 
@@ -176,8 +177,8 @@ def test_cpu_masks_left_padding(rows):
     mask = torch.ones(rows, rows + 2, dtype=torch.bool).tril(2).expand(2, 1, -1, -1).clone()
     mask[0, :, :, : rows + 1] = False  # one real token left in the first request
     rule = rule_for(layer, query, "first_order", block=32)
-    output, read = cpu.attend(query, layer, rule, keys, values, mask, SCALE)
-    assert_close((output, read), query, layer, rule, keys, values, mask)
+    got = cpu.attend(query, layer, rule, Suffix(keys, values, mask), mask.any(-1)[:, 0])
+    assert_close(got, query, layer, rule, keys, values, mask)
 
 
 @pytest.mark.parametrize("rows", [1, 70])
@@ -186,8 +187,8 @@ def test_cpu_every_head_selects_by_its_own_thresholds(rows):
     query, keys, values = request(layer, rows=rows, suffix=rows)
     rule = SelectionRule.for_all_heads((-math.inf, -math.inf), layer, None, "first_order", 16)
     rule.log_thresholds[:, 1:] = math.inf
-    got = cpu.attend(query, layer, rule, keys, values, None, SCALE)
-    assert got[1].tolist() == [layer.clustered * rows] * 2
+    got = cpu.attend(query, layer, rule, Suffix(keys, values))
+    assert got.keys_read.tolist() == [layer.clustered * rows] * 2
     assert_close(got, query, layer, rule, keys, values)
 
 
@@ -196,8 +197,10 @@ def test_cpu_rows_that_attend_to_nothing_are_zero():
     query, keys, values = request(layer)
     mask = torch.zeros(2, 1, 1, 5, dtype=torch.bool)
     rule = SelectionRule.for_all_heads((-math.inf, -math.inf), layer, None, "none")
-    output, keys_read = cpu.attend(query, layer, rule, keys, values, mask, SCALE)
-    assert output.abs().max() == 0 and keys_read.tolist() == [0, 0]
+    padding = torch.zeros(2, 1, dtype=torch.bool)
+    output, log_mass, read = cpu.attend(query, layer, rule, Suffix(keys, values, mask), padding)
+    assert output.abs().max() == 0 and read.tolist() == [0, 0]
+    assert (log_mass == -math.inf).all()
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -208,7 +211,7 @@ def test_cpu_reads_all_rows_of_a_layer_without_levels(rows, suffix):
     query, keys, values = request(layer, rows=rows, suffix=suffix)
     rule = SelectionRule.for_all_heads((), layer, None, "first_order")
     assert_close(
-        cpu.attend(query, layer, rule, keys, values, None, SCALE), query, layer, rule, keys, values
+        cpu.attend(query, layer, rule, Suffix(keys, values)), query, layer, rule, keys, values
     )
 
 
@@ -220,7 +223,7 @@ def test_cpu_reads_expanded_and_sliced_suffixes_in_place(rows):
     values = values.transpose(2, 3).contiguous().transpose(2, 3)
     rule = rule_for(layer, query, "first_order", block=20)
     assert_close(
-        cpu.attend(query, layer, rule, keys, values, None, SCALE), query, layer, rule, keys, values
+        cpu.attend(query, layer, rule, Suffix(keys, values)), query, layer, rule, keys, values
     )
 
 
@@ -235,10 +238,10 @@ def test_cpu_survives_extreme_logits(offset, spread, rows):
     query[..., 0] = 1.0
     suffix_keys[..., 0] = offset / SCALE
     rule = rule_for(layer, query, "second_order", block=16, second_order=False)
-    output, read = cpu.attend(query, layer, rule, suffix_keys, suffix_values, None, SCALE)
-    assert output.isfinite().all()
+    got = cpu.attend(query, layer, rule, Suffix(suffix_keys, suffix_values))
+    assert got.output.isfinite().all() and got.log_mass.isfinite().all()
     rounding = 1e4 * torch.finfo(torch.float32).eps  # of one logit, in nats
-    assert_close((output, read), query, layer, rule, suffix_keys, suffix_values, floor=rounding)
+    assert_close(got, query, layer, rule, suffix_keys, suffix_values, floor=rounding)
 
 
 def test_cpu_honours_the_threads_of_torch():
@@ -250,7 +253,7 @@ def test_cpu_honours_the_threads_of_torch():
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            outputs.append(cpu.attend(query, layer, rule, keys, values, None, SCALE)[0])
+            outputs.append(cpu.attend(query, layer, rule, Suffix(keys, values))[0])
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
@@ -281,7 +284,7 @@ def test_nan_shows_where_dense_attention_shows_it(place, rows, far_field):
     expected = (logits.softmax(-1) @ full_values).isnan()
     assert expected.any() and not expected.all()
     for implementation in (cpu, reference):
-        output, _ = implementation.attend(query, layer, rule, keys, values, None, SCALE)
+        output = implementation.attend(query, layer, rule, Suffix(keys, values)).output
         assert output.isnan().equal(expected), implementation.__name__
 
 
@@ -293,8 +296,8 @@ def test_query_of_nan_hides_nothing_from_its_block(rows, far_field):
     query, keys, values = request(layer, rows=rows, suffix=rows)
     rule = rule_for(layer, query, far_field, block=32)
     query[0, 2, -1] = math.nan
-    output, read = cpu.attend(query, layer, rule, keys, values, None, SCALE)
-    expected, expected_read = reference.attend(query, layer, rule, keys, values, None, SCALE)
+    output, _, read = cpu.attend(query, layer, rule, Suffix(keys, values))
+    expected, _, expected_read = reference.attend(query, layer, rule, Suffix(keys, values))
     assert output[0, 2, -1].isnan().all() and output.isnan().equal(expected.isnan())
     assert read.tolist() == expected_read.tolist()
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
@@ -307,24 +310,25 @@ def test_rows_of_padding_without_anything_to_read_are_zero():
     mask = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
     mask[0, :, 0] = False
     for implementation in (cpu, reference):
-        output, _ = implementation.attend(
-            query, layer, everything_dropped, keys, values, mask, SCALE
+        output, log_mass, _ = implementation.attend(
+            query, layer, everything_dropped, Suffix(keys, values, mask)
         )
         assert (output[0, :, 0] == 0).all() and output.isfinite().all()
+        assert (log_mass[0, :, 0] == -math.inf).all() and log_mass[1].isfinite().all()
 
 
 def test_cpu_refuses_double_precision_keys():
     layer = random_layer(dtype=torch.float64)
     query, keys, values = request(layer)
     with pytest.raises(SqueezedError, match="expected float32, bfloat16 or float16"):
-        cpu.attend(query, layer, rule_for(layer, query), keys, values, None, SCALE)
+        cpu.attend(query, layer, rule_for(layer, query), Suffix(keys, values))
 
 
 def test_cpu_of_no_queries_is_empty():
     layer = random_layer()
     query, keys, values = request(layer, rows=0)
     rule = SelectionRule.for_all_heads((-math.inf, -math.inf), layer, None, "none")
-    output, keys_read = cpu.attend(query, layer, rule, keys, values, None, SCALE)
+    output, _, keys_read = cpu.attend(query, layer, rule, Suffix(keys, values))
     assert output.shape == query.shape and keys_read.tolist() == [0, 0]
 
 
@@ -333,13 +337,13 @@ def test_cpu_leaves_the_threads_of_torch_alone():
     program = """
 import torch
 from trees import random_layer
-from squeezed.attention import cpu
+from squeezed.attention import Suffix, cpu
 from squeezed.context.rule import SelectionRule
 torch.set_num_threads(1)
 layer = random_layer()
 query, suffix = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 3, 32)
 rule = SelectionRule.for_all_heads((-9.0, -9.0), layer, None, "none")
-cpu.attend(query, layer, rule, suffix, suffix, None, 0.2)
+cpu.attend(query, layer, rule, Suffix(suffix, suffix))
 assert torch.get_num_threads() == 1, torch.get_num_threads()
 """
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}

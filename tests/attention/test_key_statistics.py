@@ -11,7 +11,7 @@ import interpreter  # before any kernel
 import pytest
 import torch
 
-from squeezed.attention import cpu, reference, triton
+from squeezed.attention import Suffix, cpu, reference, triton
 from squeezed.attention.reference.lookup import lookup
 from squeezed.attention.scores import query_blocks
 from squeezed.config import BEST, ClusteringConfig
@@ -32,8 +32,8 @@ TOKENS = 400
 def case(kind, dtype, rows=1, device="cpu", tokens=TOKENS):
     """A drawn layer, clustered and calibrated, and its twin in float64 without a centre."""
     drawn = draw(REAL_LIKE[kind], tokens, 2, 32, dtype, group=2, rows=rows, seed=5, device=device)
-    layer = cluster_layer(drawn.keys, drawn.values, CLUSTERING, drawn.probe)
-    seen = Forest.of([ObservedLayer(layer, drawn.probe, drawn.scale)])
+    layer = cluster_layer(drawn.keys, drawn.values, CLUSTERING, drawn.probe, drawn.scale)
+    seen = Forest.of([ObservedLayer(layer, drawn.probe)])
     rules = calibrate(seen, BEST, (0.02, 0.1, 0.3))
     return drawn, layer, plain_twin(layer), rules
 
@@ -53,7 +53,9 @@ def plain_twin(layer):
     )
     zero = torch.zeros_like(layer.centre).double()
     slope = layer.value_slope.double()
-    return ClusteredLayer(keys, values, layer.positions, layer.pinned, levels, slope, zero)
+    return ClusteredLayer(
+        keys, values, layer.positions, layer.pinned, levels, slope, zero, layer.scale
+    )
 
 
 def means(rows, offsets):
@@ -76,21 +78,28 @@ def check(attend, kind, dtype, budgets, block=False, rows=6, device="cpu", token
     selections agree.
     """
     drawn, layer, twin, rules = case(kind, dtype, rows, device, tokens)
-    query, values, scale = drawn.query, drawn.suffix_values, drawn.scale
+    query, values = drawn.query, drawn.suffix_values
     for budget in budgets:
         rule = rules.rule(0, budget, block)
-        output, read = attend(
-            query, layer, rule, layer.centred(drawn.suffix_keys), values, None, scale
+        output, log_mass, read = attend(
+            query, layer, rule, Suffix.of(layer, drawn.suffix_keys, values)
         )
         wide = query.double(), twin, double_rule(rule)
-        exact, expected = reference.attend(
-            *wide, drawn.suffix_keys.double(), values.double(), None, scale
-        )
-        same = alike(lookup(query, layer, rule, scale), lookup(*wide, scale), query, rule)
+        exact, exact_mass, expected = reference.attend(*wide, Suffix(drawn.suffix_keys, values))
+        same = alike(lookup(query, layer, rule), lookup(*wide), query, rule)
+        common = layer.common_logit(query.double())
+        masses = (log_mass.double() + common - exact_mass)[same]
+        reach = (layer.scale * query.double().norm(dim=-1) * widest(layer))[same]
+        assert (masses.abs() <= torch.finfo(dtype).eps * reach + 1e-4).all()
         miss = (output.double() - exact)[same].norm() / exact[same].norm()
         assert same.float().mean() > 0.25 and output.isfinite().all()
         assert miss <= torch.finfo(dtype).eps, f"budget {budget}: {miss:.5f}"
         assert abs(int(read.sum()) - int(expected.sum())) <= 0.02 * int(expected.sum()) + 20
+
+
+def widest(layer):
+    """The norm of the longest key as it is stored: its rounding is what a logit may be off."""
+    return layer.keys.double().norm(dim=-1).max()
 
 
 def alike(found, expected, query, rule):

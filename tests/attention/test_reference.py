@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from trees import far_alpha_for, random_layer
 
+from squeezed.attention.interface import Suffix
 from squeezed.attention.reference import attend
 from squeezed.attention.reference.lookup import lookup
 from squeezed.context.rule import SelectionRule
@@ -46,7 +47,7 @@ def test_attend_with_everything_kept_equals_dense(nodes, far_field):
     query, keys, values = inputs()
     far_alpha = far_alpha_for(layer, far_field, query.shape[1] // 2)
     rule = SelectionRule.for_all_heads((-INF,) * len(nodes), layer, None, far_field, 2, far_alpha)
-    output, keys_read = attend(query, layer, rule, keys, values, None, SCALE)
+    output, _, keys_read = attend(query, layer, rule, Suffix(keys, values))
     torch.testing.assert_close(output, dense(query, layer, keys, values), atol=1e-5, rtol=1e-5)
     assert keys_read.tolist() == [layer.clustered * 2 * 5] * 2
 
@@ -58,7 +59,7 @@ def test_attend_at_a_high_threshold_is_not_dense_and_far_field_comes_closer():
     errors = {}
     for far_field in ("none", "first_order"):
         rule = SelectionRule.for_all_heads((INF, INF), layer, None, far_field)
-        output, keys_read = attend(query, layer, rule, keys, values, None, SCALE)
+        output, _, keys_read = attend(query, layer, rule, Suffix(keys, values))
         assert keys_read.tolist() == [0, 0]
         errors[far_field] = (output - expected).norm() / expected.norm()
     assert errors["none"] > 0.1
@@ -83,7 +84,7 @@ def test_kept_leaves_are_those_of_the_formula():
         for i, (n, x) in enumerate(zip(sizes, logits, strict=True)):
             wanted[i] |= n > 0 and math.exp(x) / total > math.exp(threshold)
     rule = SelectionRule.for_all_heads((threshold,), layer, alpha, "none")
-    found = lookup(query, layer, rule, SCALE)
+    found = lookup(query, layer, rule)
     assert found.kept[0, 0, 0].equal(wanted) and wanted.any() and not wanted.all()
 
 
@@ -91,7 +92,7 @@ def test_every_head_selects_by_its_own_thresholds():
     layer = random_layer(kv_heads=2)
     query, _, _ = inputs(kv_heads=2)
     rule = SelectionRule(torch.tensor([[-INF, -INF], [-INF, INF]]), None, "none")
-    kept = lookup(query, layer, rule, SCALE).kept
+    kept = lookup(query, layer, rule).kept
     assert kept[:, 0].all(1).equal((layer.levels[-1].sizes[0] > 0).expand_as(kept[:, 0, 0]))
     assert not kept[:, 1].any()
 
@@ -100,7 +101,7 @@ def test_only_children_of_kept_nodes_are_kept_and_every_key_counts_once():
     layer = random_layer(nodes=(3, 9, 40))
     query, _, _ = inputs()
     rule = SelectionRule.for_all_heads((-5.8, -5.7, -5.6), layer, None, "first_order")
-    found = lookup(query, layer, rule, SCALE)
+    found = lookup(query, layer, rule)
     read = torch.einsum("bhnc,hc->bhn", found.kept.double(), layer.levels[-1].sizes.double())
     dropped = found.far_logits > -INF  # [B, Hkv, G, Q, F]
     sizes = torch.cat([level.sizes for level in layer.levels], -1).double()
@@ -137,24 +138,22 @@ def test_order_of_clusters_does_not_matter():
         ),
     )
     rule = SelectionRule.for_all_heads((-5.6,), layer, None, "first_order", 2)
-    first, second = (
-        attend(query, each, rule, keys, values, None, SCALE) for each in (layer, shuffled)
-    )
+    first, second = (attend(query, each, rule, Suffix(keys, values)) for each in (layer, shuffled))
     torch.testing.assert_close(first[0], second[0], atol=1e-6, rtol=1e-5)
-    assert first[1].equal(second[1])
+    assert first.keys_read.equal(second.keys_read)
 
 
 def test_neighbours_in_a_batch_and_padding_do_not_matter():
     layer = random_layer()
     query, keys, values = inputs(rows=6, suffix=6)
     rule = SelectionRule.for_all_heads((-5.8, -5.6), layer, None, "first_order", 4)
-    alone = attend(query[1:, :, 2:], layer, rule, keys[1:, :, 2:], values[1:, :, 2:], None, SCALE)
+    alone = attend(query[1:, :, 2:], layer, rule, Suffix(keys[1:, :, 2:], values[1:, :, 2:]))
     mask = torch.ones(6, 6, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
     mask[1, :, :, :2] = False  # the second request starts two tokens later
     mask[1, :, :2] = False
-    together = attend(query, layer, rule, keys, values, mask, SCALE)
+    together = attend(query, layer, rule, Suffix(keys, values, mask), mask.any(-1)[:, 0])
     torch.testing.assert_close(together[0][1:, :, 2:], alone[0], atol=1e-6, rtol=1e-5)
-    assert together[1][1] == alone[1][0]
+    assert together.keys_read[1] == alone.keys_read[0]
     assert not together[0].isnan().any()
 
 
@@ -172,7 +171,7 @@ def test_huge_logits_do_not_overflow(magnitude):
                 (threshold,) * 2, layer, torch.ones(2, 2), far_field, 1,
                 far_alpha_for(layer, far_field, 2),
             )  # fmt: skip
-            output, _ = attend(query, layer, rule, own, own, None, SCALE)
+            output = attend(query, layer, rule, Suffix(own, own)).output
             assert output.isfinite().all()
 
 
@@ -180,7 +179,7 @@ def test_layer_without_clusters_is_dense():
     layer = replace(random_layer(), levels=(), pinned=300)
     query, keys, values = inputs()
     rule = SelectionRule.for_all_heads((), layer, None, "first_order")
-    output, keys_read = attend(query, layer, rule, keys, values, None, SCALE)
+    output, _, keys_read = attend(query, layer, rule, Suffix(keys, values))
     torch.testing.assert_close(output, dense(query, layer, keys, values), atol=1e-5, rtol=1e-5)
     assert keys_read.tolist() == [0, 0]
 
@@ -190,7 +189,7 @@ def test_second_order_far_field_is_that_of_the_formula():
     query, keys, values = (x.double() for x in inputs(batch=1, heads=2, kv_heads=1, rows=1))
     far_alpha, level = torch.tensor([0.5, 1.5]), layer.levels[0]
     rule = SelectionRule.for_all_heads((INF,), layer, None, "second_order", 1, far_alpha)
-    output, _ = attend(query, layer, rule, keys, values, None, SCALE)
+    output = attend(query, layer, rule, Suffix(keys, values)).output
     for head in range(2):
         q = query[0, head, 0]
         exact = [

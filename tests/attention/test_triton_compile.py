@@ -14,6 +14,7 @@ from trees import random_layer
 from triton.runtime.errors import OutOfResources
 
 from squeezed import attention as ops
+from squeezed.attention.interface import Suffix
 from squeezed.attention.triton.decode import launch as decode
 from squeezed.attention.triton.prefill import launch as prefill
 from squeezed.context.rule import SelectionRule
@@ -58,7 +59,7 @@ def test_kernels_compile_and_fit(gpu):
             assert ("hopper_attention_kernel" in found["shared"]) == (gpu == "H200"), case
 
 
-@pytest.mark.parametrize("operation, rows", [(decode, 1), (prefill, 4)])
+@pytest.mark.parametrize("operation, rows", [(decode.decode_step, 1), (prefill.prefill, 4)])
 @pytest.mark.parametrize(
     "failure, refused",
     [
@@ -78,7 +79,7 @@ def test_a_failure_to_compile_is_one_line(monkeypatch, operation, rows, failure,
     query = torch.randn(1, 1, rows, 16, dtype=torch.float16)
     rule = SelectionRule(torch.zeros(2, 1), None, "none", 16)
     with pytest.raises(SqueezedError if refused else torch.OutOfMemoryError) as error:
-        operation.attend(query, layer, rule, query, query, None, 0.25)
+        operation(query, layer, rule, Suffix(query, query))
     if refused:
         assert refused in str(error.value) and "reference" in str(error.value)
         assert len(str(error.value).splitlines()) == 1

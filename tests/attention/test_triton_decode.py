@@ -8,7 +8,7 @@ import torch
 from devices import gpu
 from trees import far_alpha_for, random_layer
 
-from squeezed.attention import reference, triton
+from squeezed.attention import Suffix, reference, triton
 from squeezed.attention.reference.lookup import lookup
 from squeezed.attention.triton.decode import launch as decode
 from squeezed.attention.triton.decode import operator
@@ -69,24 +69,34 @@ def rule_of(layer, group=1, threshold=None, far_field="none", second_order=False
     return replace(rule, log_thresholds=shifted)
 
 
-def run(query, layer, rule, keys, values, mask=None, scale=None, tuning=TUNING):
-    scale = scale or query.shape[-1] ** -0.5
-    return decode.attend(
-        query, layer.to(interpreter.DEVICE), rule, keys, values, mask, scale, tuning
-    )
+def run(query, layer, rule, keys, values, mask=None, scale=None, tuning=TUNING, valid=None):
+    suffix = None if keys is None else Suffix(keys, values, mask)
+    return decode.decode_step(query, scaled(layer, query, scale), rule, suffix, valid, tuning)
 
 
-def assert_equals_reference(query, layer, rule, keys, values, mask=None, scale=None, tuning=TUNING):
+def scaled(layer, query, scale=None):
+    return replace(layer.to(interpreter.DEVICE), scale=scale or query.shape[-1] ** -0.5)
+
+
+def assert_equals_reference(
+    query, layer, rule, keys, values, mask=None, scale=None, tuning=TUNING, valid=None
+):
     """Error against float64 at most twice that of the reference in the working precision."""
-    layer, scale = layer.to(interpreter.DEVICE), scale or query.shape[-1] ** -0.5
-    output, read = run(query, layer, rule, keys, values, mask, scale, tuning)
-    arguments = (layer, rule, keys, values, mask, scale)
-    exact, expected_read = reference.attend(query.double(), *arguments)
-    rounded, _ = reference.attend(query, *arguments)
-    own = (rounded.double() - exact).norm()
+    output, log_mass, read = run(query, layer, rule, keys, values, mask, scale, tuning, valid)
+    suffix = None if keys is None else Suffix(keys, values, mask)
+    arguments = (scaled(layer, query, scale), rule, suffix, valid)
+    exact, exact_mass, expected_read = reference.attend(query.double(), *arguments)
+    rounded = reference.attend(query, *arguments)
+    own = (rounded.output.double() - exact).norm()
     epsilon = torch.finfo(query.dtype).eps
     assert (output.double() - exact).norm() <= 2 * own + epsilon / 2 * exact.norm()
     assert read.tolist() == expected_read.tolist()
+    finite = exact_mass.isfinite()
+    assert log_mass.isfinite().equal(finite) and log_mass.shape == query.shape[:3]
+    own, away = ((x.double() - exact_mass)[finite] for x in (rounded.log_mass, log_mass))
+    # Products of 16-bit numbers are exact; their sums, and those of weights, are float32.
+    rounding = 16 * torch.finfo(torch.float32).eps * (1 + exact_mass[finite].abs())
+    assert (away.abs() <= 2 * own.abs().max() + rounding).all() if len(away) else True
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +107,7 @@ def poison(monkeypatch):
     def begin_poisoned(step, *arguments):
         begin(step, *arguments)
         scratch = [part for field in vars(step.scratch).values() for part in _tensors(field)]
-        for tensor in (step.output, step.keys_read, *scratch):
+        for tensor in (step.output, step.log_mass, step.keys_read, *scratch):
             tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
 
     monkeypatch.setattr(Step, "__init__", begin_poisoned)
@@ -137,8 +147,10 @@ def test_requests_that_share_a_context_equal_reference(batch, group):
     query, keys, values = inputs(layer, batch, group)
     mask = torch.rand(batch, 1, 1, keys.shape[2], device=query.device) > 0.4
     mask[0] = False  # a request of padding
+    valid = mask.any(-1)[:, 0]
     for far_field, tuning in zip(("none", "second_order"), PATHS.values(), strict=True):
         rule = rule_of(layer, group, far_field=far_field)
+        assert_equals_reference(query, layer, rule, keys, values, mask, tuning=tuning, valid=valid)
         assert_equals_reference(query, layer, rule, keys, values, mask, tuning=tuning)
 
 
@@ -155,7 +167,7 @@ def test_requests_that_disagree_on_a_coarsest_node_equal_reference(levels, far_f
     dropped = torch.zeros(1, dtype=torch.bool)
     while not (dropped.any(0) & ~dropped.all(0)).any():
         rule.log_thresholds[0] += 0.25
-        found = lookup(query, layer, rule, query.shape[-1] ** -0.5)
+        found = lookup(query, scaled(layer, query), rule)
         dropped = (found.far_logits[..., : nodes[0]] > KEEP_ALL).any(2)[:, :, 0]  # [B, Hkv, C]
         assert not dropped.all()
     assert_equals_reference(query, layer, rule, keys, values, tuning=PATHS[path])
@@ -173,10 +185,10 @@ def test_neighbours_in_a_batch_do_not_matter():
     layer = layer_of()
     query, keys, values = inputs(layer, batch=3, group=2)
     rule = rule_of(layer, 2)
-    together, read = run(query, layer, rule, keys, values)
+    together, _, read = run(query, layer, rule, keys, values)
     for request in range(3):
         one = slice(request, request + 1)
-        alone, read_alone = run(query[one], layer, rule, keys[one], values[one])
+        alone, _, read_alone = run(query[one], layer, rule, keys[one], values[one])
         torch.testing.assert_close(together[one], alone, atol=2e-3, rtol=2e-3)
         assert read[one].tolist() == read_alone.tolist()
 
@@ -188,7 +200,7 @@ def test_children_of_dropped_nodes_are_dropped_whatever_their_score(path):
     middle = rule_of(layer).log_thresholds[0]
     everything = torch.full_like(middle, KEEP_ALL)
     rule = SelectionRule(torch.stack([middle + 0.5, everything]), None, "first_order")
-    read = run(query, layer, rule, keys, values, tuning=PATHS[path])[1]
+    read = run(query, layer, rule, keys, values, tuning=PATHS[path]).keys_read
     assert int(read.min()) > 0 and int(read.max()) < layer.clustered * layer.keys.shape[0]
     assert_equals_reference(query, layer, rule, keys, values, tuning=PATHS[path])
 
@@ -200,15 +212,16 @@ def test_requests_over_different_contexts_each_read_their_own():
     mask = torch.ones(3, 1, 1, keys.shape[2], dtype=torch.bool, device=query.device)
     mask[1, ..., :2] = False
     order = [0, 1, 0]
-    together, read = decode.attend_many(
-        query, [layers[i] for i in order], [rules[i] for i in order], keys, values, mask, 0.2
+    together, masses, read = decode.decode_many(
+        query, [layers[i] for i in order], [rules[i] for i in order], Suffix(keys, values, mask)
     )
     for request, i in enumerate(order):
         one = slice(request, request + 1)
-        alone, read_alone = run(
+        alone, alone_mass, read_alone = run(
             query[one], layers[i], rules[i], keys[one], values[one], mask[one], 0.2
         )
         torch.testing.assert_close(together[one], alone, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(masses[one], alone_mass, atol=1e-5, rtol=1e-5)
         assert read[one].tolist() == read_alone.tolist()
 
 
@@ -216,7 +229,7 @@ def test_everything_kept_equals_dense():
     layer = layer_of()
     query, keys, values = inputs(layer)
     rule = rule_of(layer, threshold=KEEP_ALL, far_field="first_order")
-    output, read = run(query, layer, rule, keys, values)
+    output, _, read = run(query, layer, rule, keys, values)
     context = [t.to(query.device)[None] for t in (layer.keys, layer.values)]
     dense = torch.nn.functional.scaled_dot_product_attention(
         query.float(), torch.cat([context[0], keys], 2).float(),
@@ -232,8 +245,8 @@ def test_nothing_selected_equals_reference_and_not_dense(far_field):
     query, keys, values = inputs(layer)
     rule = rule_of(layer, threshold=KEEP_NONE, far_field=far_field)
     assert_equals_reference(query, layer, rule, keys, values)
-    nothing, read = run(query, layer, rule, keys, values)
-    everything, _ = run(query, layer, rule_of(layer, threshold=KEEP_ALL), keys, values)
+    nothing, _, read = run(query, layer, rule, keys, values)
+    everything, _, _ = run(query, layer, rule_of(layer, threshold=KEEP_ALL), keys, values)
     assert read.tolist() == [0]
     assert (nothing - everything).norm() > 0.02 * everything.norm()
 
@@ -276,8 +289,8 @@ def test_cluster_order_does_not_matter():
     query, keys, values = inputs(layer)
     rule = rule_of(layer, far_field="first_order")
     flipped = _reversed(layer)
-    output, read = run(query, layer, rule, keys, values)
-    other, other_read = run(query, flipped, rule, keys, values)
+    output, _, read = run(query, layer, rule, keys, values)
+    other, _, other_read = run(query, flipped, rule, keys, values)
     torch.testing.assert_close(output, other, atol=2e-3, rtol=2e-3)
     assert read.tolist() == other_read.tolist()
 
@@ -304,7 +317,7 @@ def test_every_head_selects_by_its_own_thresholds(path):
     rule = rule_of(layer, far_field="first_order")
     rule.log_thresholds[:, 0], rule.log_thresholds[:, 1:] = KEEP_ALL, KEEP_NONE
     arguments = _around(layer, rule, inputs(layer, batch=2, group=2))
-    assert run(*arguments, tuning=PATHS[path])[1].tolist() == [layer.clustered] * 2
+    assert run(*arguments, tuning=PATHS[path]).keys_read.tolist() == [layer.clustered] * 2
     assert_equals_reference(*arguments, tuning=PATHS[path])
 
 
@@ -320,8 +333,10 @@ def test_padding_over_no_pinned_rows_gives_zero():
     query, keys, values = inputs(layer, batch=2)
     mask = torch.ones(2, 1, 1, keys.shape[2], dtype=torch.bool, device=query.device)
     mask[1] = False
-    output, read = run(query, layer, rule_of(layer), keys, values, mask)
+    valid = mask.any(-1)[:, 0]
+    output, log_mass, read = run(query, layer, rule_of(layer), keys, values, mask, valid=valid)
     assert output[1].abs().max() == 0 and read[1] == 0
+    assert (log_mass[1] == -torch.inf).all() and log_mass[0].isfinite().all()
     assert torch.isfinite(output).all() and output[0].abs().max() > 0
 
 
@@ -345,11 +360,11 @@ def test_offsets_beyond_31_bits_equal_reference():
     level = Level(centroids.bfloat16(), centroids.bfloat16(), torch.zeros(1, 3), ends).to("cuda")
     slope = keys.new_zeros(1, keys.shape[2], keys.shape[2])
     centre = keys.new_zeros(1, 128)
-    layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,), slope, centre)
+    layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,), slope, centre, 1.0)
     query, recent, values = inputs(layer_of(kv_heads=1, dim=128, dtype=torch.bfloat16))
     query[0, 0, 0] = 2000 * centroids[0, 2]  # only the last cluster, far beyond 2^31 elements
     rule = SelectionRule.for_all_heads((-8.0,), layer, None, "none")
-    output, read = run(query, layer, rule, recent, values)
+    output, _, read = run(query, layer, rule, recent, values)
     rows = torch.cat([keys[:, :16], keys[:, tokens - 1000 :]], 1)[None].float()
     dense = torch.nn.functional.scaled_dot_product_attention(
         query.float(), torch.cat([rows, recent.float()], 2), torch.cat([rows, values.float()], 2)
@@ -363,10 +378,10 @@ def test_decode_replays_from_a_graph():
     layer = layer_of().to("cuda")
     query, keys, values = inputs(layer, batch=2, group=2)
     rule = rule_of(layer, 2, far_field="first_order")
-    eager, _ = run(query, layer, rule, keys, values)
+    eager, _, _ = run(query, layer, rule, keys, values)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured, _ = run(query, layer, rule, keys, values)
+        captured, _, _ = run(query, layer, rule, keys, values)
     for _ in range(3):
         captured.fill_(float("nan"))
         graph.replay()
@@ -401,12 +416,15 @@ def test_operator_is_traced_without_a_graph_break(levels):
     rule = rule_of(layer)
 
     def step(query):
-        return operator.attend(2 * query, layer, rule, keys, values, None, 0.1)
+        return operator.decode_step(2 * query, layer, rule, Suffix(keys, values))
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    output, read = compiled(query)
-    expected, expected_read = run(2 * query, layer, rule, keys, values, scale=0.1, tuning=None)
+    output, log_mass, read = compiled(query)
+    expected, mass, expected_read = run(
+        2 * query, layer, rule, keys, values, scale=layer.scale, tuning=None
+    )
     torch.testing.assert_close(output, expected, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(log_mass, mass, atol=1e-5, rtol=1e-5)
     assert read.tolist() == expected_read.tolist()
 
 
@@ -416,11 +434,11 @@ def test_operator_promises_the_shapes_it_returns():
     tensors = [[getattr(level, name) for level in layer.levels] for name in LEVEL_TENSORS]
     arguments = (
         query, layer.keys, layer.values, layer.positions, layer.value_slope, layer.centre,
-        *tensors[:4], tensors[4][:-1], keys, values, None, None, None,
+        *tensors[:4], tensors[4][:-1], keys, values, None, None, None, None,
         rule_of(layer).log_thresholds, "none", layer.pinned, 0.1,
     )  # fmt: skip
     torch.library.opcheck(
-        operator.decode_step, arguments, test_utils=("test_schema", "test_faketensor")
+        operator.step_of_parts, arguments, test_utils=("test_schema", "test_faketensor")
     )
 
 
@@ -432,18 +450,19 @@ def test_tokens_that_select_alone_equal_reference_in_tiles_of_few_sizes(rows, mo
     mask = torch.rand(2, 1, rows, rows + 3, device=query.device) > 0.3
     mask[0, :, 0] = False  # padding
     rule = rule_of(layer, 2, far_field="second_order", second_order=True)
-    sizes, launch = set(), decode.attend
+    sizes, launch = set(), decode.decode_step
     monkeypatch.setattr(triton, "MAX_ROWS", 8)  # four tokens of two heads
 
-    def attend(part, *arguments):
+    def decode_step(part, *arguments):
         sizes.add(len(part))
         return launch(part, *arguments, TUNING)
 
-    monkeypatch.setattr(decode, "attend", attend)
-    operands = (layer, rule, keys, values, mask, 32**-0.5)
-    output, read = triton.attend_tokens(query, *operands)
-    exact, expected = reference.attend(query.double(), *operands)
-    rounded, _ = reference.attend(query, *operands)
+    monkeypatch.setattr(decode, "decode_step", decode_step)
+    operands = (layer, rule, Suffix(keys, values, mask), mask.any(-1)[:, 0])
+    output, log_mass, read = triton.decode_tokens(query, *operands)
+    exact, exact_mass, expected = reference.attend(query.double(), *operands)
+    rounded = reference.attend(query, *operands).output
+    torch.testing.assert_close(log_mass.double(), exact_mass, atol=1e-5, rtol=1e-5)
     epsilon = torch.finfo(query.dtype).eps
     allowed = 2 * (rounded.double() - exact).norm() + epsilon / 2 * exact.norm()
     assert (output.double() - exact).norm() <= allowed
@@ -462,7 +481,7 @@ def test_nan_shows_where_dense_attention_shows_it(where):
     else:
         layer.keys[0, 2, 3] = float("nan")
     rule = rule_of(layer, 2, far_field="second_order", second_order=True)
-    output, _ = run(query, layer, rule, keys, values)
+    output, _, _ = run(query, layer, rule, keys, values)
     lost = output.isnan().any(-1).flatten().tolist()
     expected = [True, where != "query", *[False] * (len(lost) - 2)]
     assert lost == expected

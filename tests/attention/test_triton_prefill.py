@@ -9,12 +9,13 @@ import torch
 from devices import gpu
 from trees import far_alpha_for, random_layer
 
+from squeezed.attention import Suffix
 from squeezed.attention.reference import attend as reference
 from squeezed.attention.scores import NEG_INF
 from squeezed.attention.triton import gpus
-from squeezed.attention.triton.prefill import launch as prefill
+from squeezed.attention.triton.prefill import launch
 from squeezed.attention.triton.prefill.hopper import kernel as prefill_hopper
-from squeezed.attention.triton.prefill.launch import attend
+from squeezed.attention.triton.prefill.launch import prefill
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
 
@@ -39,6 +40,10 @@ def layer_of(**settings):
         "nodes": (6, 24),
     } | settings
     return random_layer(**settings).to(DEVICE)
+
+
+def quarter(layer):
+    return replace(layer, scale=0.25)
 
 
 def rule_of(thresholds, far_field="none", block=8, heads=None):
@@ -75,7 +80,8 @@ def threshold_keeping(layer, query, share, block):
         suffix = query.new_zeros(
             query.shape[0], layer.keys.shape[0], query.shape[2], query.shape[3]
         )
-        read = reference(query, layer, rule, suffix, suffix, None, query.shape[3] ** -0.5)[1].sum()
+        own = replace(layer, scale=query.shape[3] ** -0.5)
+        read = reference(query, own, rule, Suffix(suffix, suffix)).keys_read.sum()
         cells = query.shape[0] * query.shape[2] * layer.keys.shape[0] * layer.clustered
         low, high = (middle, high) if int(read) > share * cells else (low, middle)
     return high
@@ -83,19 +89,31 @@ def threshold_keeping(layer, query, share, block):
 
 def check(layer, rule, query, keys, values, mask=None, scale=None):
     """Output within twice the reference's own error, equal counts; returns both."""
-    scale = scale or query.shape[-1] ** -0.5
+    layer = replace(layer, scale=scale or query.shape[-1] ** -0.5)
     group = query.shape[1] // layer.keys.shape[0]
     rule = replace(rule, far_alpha=far_alpha_for(layer, rule.far_field, group))
-    exact, _ = reference(query.double(), layer, rule, keys.double(), values.double(), mask, scale)
-    rounded, expected = reference(query, layer, rule, keys, values, mask, scale)
-    output, keys_read = attend(query, layer, rule, keys, values, mask, scale)
+    valid = None if mask is None else mask.any(-1)[:, 0]
+    operands = layer, rule, Suffix(keys, values, mask), valid
+    exact, exact_mass, _ = reference(query.double(), *operands)
+    rounded, rounded_mass, expected = reference(query, *operands)
+    output, log_mass, keys_read = prefill(query, *operands)
     own = (rounded.double() - exact).norm()
+    assert log_mass.isfinite().equal(exact_mass.isfinite())
+    assert close_masses(log_mass, exact_mass, rounded_mass)
     floor = 8 * torch.finfo(query.dtype).eps * exact.norm()
     if query.dtype != torch.float32:
         floor /= 8  # one rounding of the weights, as the tensor cores take them
     assert (output.double() - exact).norm() <= 2 * own + floor
     assert keys_read.tolist() == expected.tolist()
     return output, keys_read
+
+
+def close_masses(found, exact, rounded):
+    """Within twice the reference's own error, and the rounding of sums in float32."""
+    finite = exact.isfinite()
+    own, away = ((x.double() - exact)[finite].abs() for x in (rounded, found))
+    rounding = 16 * torch.finfo(torch.float32).eps * (1 + exact[finite].abs())
+    return bool((away <= 2 * own.max() + rounding).all())
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +168,8 @@ def test_prefill_padding_moves_no_neighbour(far_field):
     output, keys_read = check(layer, rule, query, keys, values, mask)
     for request in range(2):
         one = slice(request, request + 1)
-        alone, read = attend(query[one], layer, rule, keys[one], values[one], mask[one], 0.25)
+        own = Suffix(keys[one], values[one], mask[one])
+        alone, _, read = prefill(query[one], quarter(layer), rule, own, mask[one].any(-1)[:, 0])
         torch.testing.assert_close(output[one], alone, rtol=2e-5, atol=2e-5)
         assert keys_read[one].tolist() == read.tolist()
 
@@ -160,7 +179,7 @@ def test_prefill_everything_kept_equals_dense():
     query, keys, values = inputs()
     for far_field in FAR_FIELDS:
         rule = rule_of((NEG_INF, NEG_INF), far_field)
-        output, keys_read = attend(query, layer, rule, keys, values, None, 0.25)
+        output, _, keys_read = prefill(query, quarter(layer), rule, Suffix(keys, values))
         all_keys = torch.cat([layer.keys[None], keys], 2)
         all_values = torch.cat([layer.values[None], values], 2)
         rows = query.shape[2]
@@ -178,7 +197,9 @@ def test_prefill_nothing_kept_reads_pinned_and_suffix_alone():
     query, keys, values = inputs()
     output, keys_read = check(layer, rule_of((1e4, 1e4)), query, keys, values)
     assert int(keys_read) == 0
-    everything, _ = attend(query, layer, rule_of((NEG_INF, NEG_INF)), keys, values, None, 0.25)
+    everything, _, _ = prefill(
+        query, quarter(layer), rule_of((NEG_INF, NEG_INF)), Suffix(keys, values)
+    )
     assert (output - everything).norm() > 1e-2 * everything.norm()
 
 
@@ -192,16 +213,9 @@ def test_prefill_survives_extreme_logits(far_field, offset):
     query, keys, values = inputs(rows=9, suffix=9)
     query[..., 0] = 16.0
     keys[..., 0] = offset / 4
-    output, _ = attend(query, layer, rule_of((-6.0, -5.0), far_field), keys, values, None, 0.25)
-    expected, _ = reference(
-        query.double(),
-        layer,
-        rule_of((-6.0, -5.0), far_field),
-        keys.double(),
-        values.double(),
-        None,
-        0.25,
-    )
+    operands = quarter(layer), rule_of((-6.0, -5.0), far_field), Suffix(keys, values)
+    output = prefill(query, *operands).output
+    expected = reference(query.double(), *operands).output
     assert output.isfinite().all()
     # logits of 1e4 keep 2^-10 of absolute precision in float32
     torch.testing.assert_close(output.double(), expected, rtol=5e-3, atol=5e-3)
@@ -211,8 +225,9 @@ def test_prefill_rows_of_padding_alone_are_zero():
     layer = layer_of(pinned=0)
     query, keys, values = inputs(rows=10, suffix=10)
     mask = mask_of(10, 10, [10])
-    output, keys_read = attend(query, layer, rule_of((-7.0, -5.5)), keys, values, mask, 0.25)
-    assert (output == 0).all() and int(keys_read) == 0
+    operands = quarter(layer), rule_of((-7.0, -5.5)), Suffix(keys, values, mask)
+    output, log_mass, keys_read = prefill(query, *operands, mask.any(-1)[:, 0])
+    assert (output == 0).all() and int(keys_read) == 0 and (log_mass == NEG_INF).all()
 
 
 @pytest.mark.parametrize("far_field", FAR_FIELDS)
@@ -235,9 +250,9 @@ def test_prefill_cut_into_pieces_changes_nothing(monkeypatch):
     layer = layer_of()
     query, keys, values = inputs(rows=19)
     rule = rule_of((-7.0, -5.5), "first_order")
-    whole, read = attend(query, layer, rule, keys, values, None, 0.25)
-    monkeypatch.setattr(prefill, "WORK_BYTES", 1)
-    cut, cut_read = attend(query, layer, rule, keys, values, None, 0.25)
+    whole, _, read = prefill(query, quarter(layer), rule, Suffix(keys, values))
+    monkeypatch.setattr(launch, "WORK_BYTES", 1)
+    cut, _, cut_read = prefill(query, quarter(layer), rule, Suffix(keys, values))
     torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
     assert cut_read.tolist() == read.tolist()
 
@@ -246,10 +261,10 @@ def test_prefill_accepts_strided_queries_and_suffixes():
     layer = layer_of()
     query, keys, values = inputs()
     rule = rule_of((-7.0, -5.5))
-    expected, _ = attend(query, layer, rule, keys, values, None, 0.25)
+    expected, _, _ = prefill(query, quarter(layer), rule, Suffix(keys, values))
     strided = query.transpose(1, 2).contiguous().transpose(1, 2)
     longer = torch.cat([keys, keys.new_full((1, 2, 5, 16), float("nan"))], 2)[:, :, :-5]
-    output, _ = attend(strided, layer, rule, longer, values, None, 0.25)
+    output, _, _ = prefill(strided, quarter(layer), rule, Suffix(longer, values))
     assert torch.equal(output, expected)
 
 
@@ -316,9 +331,9 @@ def test_prefill_half_precision_is_the_same_every_time(kernel):
     layer, *operands = half_inputs()
     rule = half_rule(layer, "second_order")
     rule = replace(rule, far_alpha=far_alpha_for(layer, rule.far_field, 1))
-    first, _ = attend(operands[0], layer, rule, *operands[1:], None, 0.1)
+    first, _, _ = prefill(operands[0], layer, rule, Suffix(*operands[1:]))
     for _ in range(50):  # a race would show in one of them
-        again, _ = attend(operands[0], layer, rule, *operands[1:], None, 0.1)
+        again, _, _ = prefill(operands[0], layer, rule, Suffix(*operands[1:]))
         assert torch.equal(again, first)
 
 
@@ -332,9 +347,8 @@ def test_prefill_half_precision_survives_extreme_logits(kernel, far_field, offse
     query, keys, values = inputs(rows=200, suffix=200, dim=128, dtype=torch.float16)
     query[..., 0], keys[..., 0] = 16.0, offset / 4
     rule = rule_of((-9.0, -8.0), far_field, 128)
-    output, _ = attend(query, layer, rule, keys, values, None, 0.25)
-    wide = (query.double(), layer, rule, keys.double(), values.double(), None, 0.25)
-    expected, _ = reference(*wide)
+    output, _, _ = prefill(query, quarter(layer), rule, Suffix(keys, values))
+    expected = reference(query.double(), quarter(layer), rule, Suffix(keys, values)).output
     # logits of 1e4 keep 2^-10 of absolute precision in float32, weights and output 2^-11
     torch.testing.assert_close(output.double(), expected, rtol=1e-2, atol=2e-2)
 
@@ -348,11 +362,11 @@ def test_prefill_offsets_beyond_31_bits_equal_reference(kernel):
     level = Level(centroids.bfloat16(), centroids.bfloat16(), torch.zeros(1, 3), ends).to("cuda")
     slope = keys.new_zeros(1, 128, 128)
     centre = keys.new_zeros(1, 128)
-    layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,), slope, centre)
+    layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,), slope, centre, 0.1)
     query, recent, values = inputs(kv_heads=1, rows=128, suffix=128, dim=128, dtype=keys.dtype)
     query[:] = 2000 * centroids[0, 2]  # only the last cluster, far beyond 2^31 elements
     rule = SelectionRule.for_all_heads((-8.0,), layer, None, "none", 128)
-    output, read = attend(query, layer, rule, recent, values, None, 0.1)
+    output, _, read = prefill(query, layer, rule, Suffix(recent, values))
     rows = torch.cat([keys[:, :16], keys[:, tokens - 1000 :]], 1)[None]
     mask = torch.ones(128, 1144, dtype=torch.bool, device="cuda").tril(1016)
     dense = torch.nn.functional.scaled_dot_product_attention(

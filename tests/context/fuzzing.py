@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from squeezed import methods
+from squeezed.attention import Suffix
 from squeezed.context.storage import directory
 from squeezed.context.storage.manifest import _checksum
 from squeezed.errors import SqueezedError
@@ -123,7 +124,7 @@ class Fuzzer:
         self.files = sorted(file.name for file in source.glob("*.safetensors"))
         torch.manual_seed(0)
         self.query = torch.randn(1, 4, 3, 16)
-        self.suffix = torch.randn(2, 1, 2, 3, 16)
+        self.suffix = Suffix(*torch.randn(2, 1, 2, 3, 16))
         self.expected = self.answer(source)
 
     def answer(self, path: Path) -> list[torch.Tensor]:
@@ -135,11 +136,10 @@ class Fuzzer:
         for preset in sorted(context.calibrations):
             chosen = methods.create("squeezed", preset=preset, implementation="cpu")
             attentions = chosen.prepare(context, 0.2)
-            for attention, scale in zip(attentions, context.scales, strict=True):
+            for attention in attentions:
                 for single in (True, False):
-                    outputs.append(
-                        attention.attend(self.query, *self.suffix, None, scale, single)[0]
-                    )
+                    found = attention.attend(self.query, self.suffix, per_token=single)
+                    outputs += [found.output, found.log_mass]
         return outputs
 
     def write(self, rng: random.Random) -> bool:

@@ -22,6 +22,7 @@ from made import (
 )
 
 from squeezed import methods
+from squeezed.attention import Suffix
 from squeezed.context.storage import directory, held, saving
 from squeezed.context.storage.strict import Malformed, conformed
 from squeezed.context.storage.structure import CLUSTERED, LEVEL, Outline, check_layer, tensors_of
@@ -438,7 +439,8 @@ def test_a_layer_that_could_not_be_loaded_is_not_saved(tmp_path):
 def test_every_field_of_a_layer_is_in_the_table():
     layer = CONTEXT.layers[0]
     tensors = tensors_of(layer)
-    assert set(vars(layer)) - {"levels"} == {field.name for field in CLUSTERED}
+    in_description = {"levels", "scale"}
+    assert set(vars(layer)) - in_description == {field.name for field in CLUSTERED}
     assert set(vars(layer.levels[0])) == {field.name for field in LEVEL}
     check_layer(tensors, Outline.of(layer), TOKENS)
 
@@ -467,5 +469,6 @@ def test_a_model_of_another_shape_is_refused_before_a_kernel_runs(heads, kv_head
         directory.load(saved), 0.2
     )[0]
     keys = torch.randn(1, kv_heads, 3, dim)
+    query, suffix = torch.randn(1, heads, 1, dim), Suffix(keys, keys)
     with pytest.raises(SqueezedError, match="the model"):
-        attention.attend(torch.randn(1, heads, 1, dim), keys, keys, None, 0.3, True)
+        attention.attend(query, suffix, per_token=True)

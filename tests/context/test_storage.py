@@ -55,6 +55,13 @@ def test_layers_are_opened_when_first_used(saved):
     assert layers[1].tokens == layers[-2].tokens and len(layers.opened) == 1
 
 
+def test_every_layer_has_its_softmax_scale_again_past_sliding_windows(context, saved):
+    config = tiny_model("gemma3").config
+    scales = [layer.scale for layer in squeezed.load(saved).clustered_layers]
+    assert scales == list(context.scales) and len(scales) < config.num_hidden_layers
+    assert set(scales) == {config.query_pre_attn_scalar**-0.5}
+
+
 def test_another_model_is_refused(saved):
     with pytest.raises(ContextFileError, match="another model"):
         squeezed.load(saved, tiny_model("gemma3", seed=1))

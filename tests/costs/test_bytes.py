@@ -6,6 +6,7 @@ from tiny import document, tiny_model, tiny_tokenizer
 
 import squeezed
 from squeezed.answers.reading import answer_queries, traffic
+from squeezed.attention.interface import Suffix
 from squeezed.attention.reference.lookup import lookup
 from squeezed.config import BEST, PAPER, ClusteringConfig, IndexConfig
 from squeezed.context.bytes import LayerBytes
@@ -59,14 +60,12 @@ def test_an_answers_bytes_are_those_of_the_meter_and_of_the_benches(model, conte
     meter = Meter()
     layers = create("squeezed", preset=preset, implementation="reference").prepare(context, BUDGET)
     stepped = 0
-    for entry, metered, scale in zip(
-        cache.context_layers, meter.wrap(layers), context.scales, strict=True
-    ):
+    for entry, metered in zip(cache.context_layers, meter.wrap(layers), strict=True):
         query = answer_queries(entry)
         assert query.shape[2] == 1
         nothing = query.new_zeros(1, metered.layer.keys.shape[0], 1, query.shape[3])
-        metered.attend(query, nothing, nothing, None, scale, True)
-        found = lookup(query, metered.layer, metered.rule, scale)
+        metered.attend(query, Suffix(nothing, nothing), per_token=True)
+        found = lookup(query, metered.layer, metered.rule)
         stepped += step_bytes(metered.layer, found, metered.rule)
     assert counted.total == pytest.approx(float(meter.bytes_read), rel=1e-9)
     assert counted.total == stepped
@@ -80,17 +79,15 @@ def test_requests_that_want_the_same_are_counted_once_in_a_step_and_each_by_itse
     heads, dim = layer.layer.keys.shape[0], layer.layer.keys.shape[2]
     query = torch.randn(1, 4, 1, dim, generator=torch.Generator().manual_seed(1))
     one, many = query, query.repeat(3, 1, 1, 1)
-    scale = context.scales[1]
     alone, together = (
-        step_bytes(layer.layer, lookup(q, layer.layer, layer.rule, scale), layer.rule)
-        for q in (one, many)
+        step_bytes(layer.layer, lookup(q, layer.layer, layer.rule), layer.rule) for q in (one, many)
     )
     assert alone == together
-    assert float(layer.index_bytes(many, scale)) == 3 * float(layer.index_bytes(one, scale))
-    kept = lookup(one, layer.layer, layer.rule, scale).kept[0, :, 0]
+    assert float(layer.index_bytes(many)) == 3 * float(layer.index_bytes(one))
+    kept = lookup(one, layer.layer, layer.rule).kept[0, :, 0]
     exact = heads * layer.layer.pinned + int((kept * layer.layer.levels[-1].sizes).sum())
-    assert alone == 2 * 4 * dim * exact + float(layer.index_bytes(one, scale))
-    lean = physical_bytes(one, layer.layer, layer.rule, scale)
+    assert alone == 2 * 4 * dim * exact + float(layer.index_bytes(one))
+    lean = physical_bytes(one, layer.layer, layer.rule)
     assert 2 * 4 * dim * exact < lean < alone  # a far field reads mean values besides
 
 
@@ -98,12 +95,10 @@ def test_requests_that_want_the_same_are_counted_once_in_a_step_and_each_by_itse
 def test_a_plan_is_near_what_the_calibrating_queries_read(model, context, preset):
     method = create("squeezed", preset=preset.name, implementation="reference")
     read = 0.0
-    for layer, queries, scale in zip(
-        method.prepare(context, BUDGET), context.observed, context.scales, strict=True
-    ):
+    for layer, queries in zip(method.prepare(context, BUDGET), context.observed, strict=True):
         query, tree = queries[None], layer.layer
-        kept = lookup(query, tree, layer.rule, scale).kept
+        kept = lookup(query, tree, layer.rule).kept
         keys = float((kept * tree.levels[-1].sizes[:, None]).sum()) / query.shape[2]
         keys += tree.pinned * tree.keys.shape[0]
-        read += 2 * 4 * 16 * keys + float(layer.index_bytes(query, scale)) / query.shape[2]
+        read += 2 * 4 * 16 * keys + float(layer.index_bytes(query)) / query.shape[2]
     assert read == pytest.approx(planned(model, context, preset).squeezed_bytes_per_token, rel=0.1)

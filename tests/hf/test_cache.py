@@ -9,6 +9,7 @@ from tiny import document, tiny_model, tiny_tokenizer
 import squeezed
 from squeezed.context.prompt import PromptTemplate
 from squeezed.errors import SqueezedError
+from squeezed.hf import cache as cache_module
 from squeezed.hf.cache import suffix_mask
 from squeezed.hf.switch import using_attention
 
@@ -229,3 +230,37 @@ def test_rewind_keeps_what_is_alike_and_feeds_at_least_one_token(model, cache):
     forward(model, cache, ids_of("!!"))  # not told
     cache.rewind(ids_of("what!!")[0])
     assert held(cache) == len("what")
+
+
+def test_another_softmax_scale_than_the_contexts_is_refused(context):
+    layer = context.cache(0.3, implementation="reference").context_layers[0]
+    tree = layer.context.layer
+    heads, _, dim = tree.keys.shape
+    rows = torch.zeros(1, heads, 1, dim)
+    layer.update(rows, rows)
+    query = torch.zeros(1, 2 * heads, 1, dim)
+    assert layer.answer(query, None, tree.scale).shape == query.shape
+    with pytest.raises(SqueezedError, match="softmax scale"):
+        layer.answer(query, None, 2 * tree.scale)
+
+
+def places(mask, ids):
+    return (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
+
+
+def test_padding_is_looked_up_once_for_all_layers_of_a_pass(model, cache, monkeypatch):
+    looked = []
+
+    def real_tokens(mask, requests, found=cache_module.real_tokens):
+        looked.append(found(mask, requests))
+        return looked[-1]
+
+    monkeypatch.setattr(cache_module, "real_tokens", real_tokens)
+    ids = ids_of("mu?", "what is alpha?")
+    mask = suffix_mask(len(cache.document), (ids != 258).long())
+    forward(model, cache, ids, attention_mask=mask, position_ids=places(mask, ids))
+    assert len(looked) == 1
+    assert looked[0].equal(ids != 258)
+    mask, last = torch.cat([mask, torch.ones_like(mask[:, :1])], 1), ids[:, :1] * 0 + 5
+    forward(model, cache, last, attention_mask=mask, position_ids=places(mask, last))
+    assert len(looked) == 2 and looked[1].shape == (2, 1)

@@ -22,8 +22,8 @@ def test_decode_step_is_one_graph_and_equals_the_eager_step(family, monkeypatch)
     from squeezed.attention import triton as kernels
 
     # Without a GPU the reference stands in for the kernel behind the operator.
-    monkeypatch.setattr(kernels.decoding, "attend", reference.attend)
-    monkeypatch.setattr(kernels.prefilling, "attend", reference.attend)
+    monkeypatch.setattr(kernels.decoding, "decode_step", reference.attend)
+    monkeypatch.setattr(kernels.prefilling, "prefill", reference.attend)
     monkeypatch.setattr(ops, "implementation", lambda name, device: kernels.attend)
     model = tiny_model(family)
     context = squeezed.index(model, tiny_tokenizer(), document(), CONFIG, PromptTemplate.plain())

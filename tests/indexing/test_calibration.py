@@ -26,9 +26,8 @@ def observed(layers=3, tokens=1500, heads=4, nodes=(20, 100), seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
         ObservedLayer(
-            random_layer(tokens=tokens, nodes=nodes, seed=seed + i),
+            random_layer(tokens=tokens, nodes=nodes, seed=seed + i, scale=SCALE),
             torch.randn(heads, 100, 32, generator=generator) * (1 + i),
-            SCALE,
         )
         for i in range(layers)
     ]
@@ -38,7 +37,7 @@ def spent(seen, calibration, budget, block):
     read = total = 0
     for index, layer in enumerate(seen):
         rule = calibration.rule(index, budget, block)
-        found = lookup(layer.queries[None], layer.layer, rule, layer.scale)
+        found = lookup(layer.queries[None], layer.layer, rule)
         sizes = layer.layer.levels[-1].sizes
         read += float(torch.einsum("bhnc,hc->", found.kept.double(), sizes.double()))
         total += found.kept.shape[2] * layer.layer.clustered * sizes.shape[0]
@@ -86,7 +85,7 @@ def test_a_head_that_errs_more_gets_more_of_the_keys():
     shares = []
     for index, layer in enumerate([calm, seen[2]]):
         rule = calibration.rule(index, 0.1, False)
-        shares.append(shares_kept(lookup(layer.queries[None], layer.layer, rule, SCALE), layer))
+        shares.append(shares_kept(lookup(layer.queries[None], layer.layer, rule), layer))
     assert shares[0].max() < 0.5 * shares[1].min()
 
 
@@ -95,7 +94,7 @@ def test_a_head_without_a_share_still_reads_what_beats_all_it_was_asked():
     quiet = replace(seen[0], queries=seen[0].queries * 0)  # all its clusters score alike
     calibration = calibrate(Forest.of([quiet, seen[1]]), BEST, BUDGETS)
     rule = calibration.rule(0, BUDGETS[0], False)
-    found = lookup(10 * seen[0].queries[None], quiet.layer, rule, SCALE)
+    found = lookup(10 * seen[0].queries[None], quiet.layer, rule)
     assert found.kept.any()
 
 
@@ -151,9 +150,10 @@ def test_alpha_is_one_for_gaussian_clusters():
     level = level_of(keys, keys, offsets, None)
     slope = keys.new_zeros(1, keys.shape[2], keys.shape[2])
     positions = torch.zeros(1, 4000, dtype=torch.int32)
-    layer = ClusteredLayer(keys, keys, positions, 0, (level,), slope, keys.new_zeros(1, 32))
+    centre = keys.new_zeros(1, 32)
+    layer = ClusteredLayer(keys, keys, positions, 0, (level,), slope, centre, SCALE)
     queries = torch.randn(2, 100, 32, generator=generator)
-    alpha = fit_alpha(ObservedLayer(layer, queries, SCALE), 24)
+    alpha = fit_alpha(ObservedLayer(layer, queries), 24)
     torch.testing.assert_close(alpha, torch.ones(1, 2), atol=0.15, rtol=0)
 
 

@@ -36,8 +36,8 @@ def forest(layers_in=(5,), of=None):
     joined, first = [], 0
     for count in layers_in:
         own = slice(first, first + count)
-        tree = cluster_layers(keys[own], values[own], ClusteringConfig(), queries[own])
-        joined.append(ObservedLayer(tree, torch.cat(queries[own]), 0.25))
+        tree = cluster_layers(keys[own], values[own], ClusteringConfig(), queries[own], 0.25)
+        joined.append(ObservedLayer(tree, torch.cat(queries[own])))
         first += count
     return Forest(tuple(joined), tuple(layers_in))
 

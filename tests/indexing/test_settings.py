@@ -40,8 +40,8 @@ def tree(config):
 
 def fitted(config):
     keys, values, queries = drawn()
-    layer = cluster_layer(keys, values, ClusteringConfig(), queries)
-    seen = [ObservedLayer(layer, scale * queries, 0.25) for scale in (1.0, 3.0)]
+    layer = cluster_layer(keys, values, ClusteringConfig(), queries, 0.25)
+    seen = [ObservedLayer(layer, scale * queries) for scale in (1.0, 3.0)]
     found = calibrate(Forest.of(seen), BEST, BUDGETS, config)
     return [*found.per_token, *found.per_block, *found.alpha, *found.far_alpha]
 

@@ -12,14 +12,14 @@ from squeezed.context.captured import ObservedLayer
 from squeezed.context.rule import SelectionRule
 from squeezed.indexing import trials as trial
 
-SCALE, GROUP = 0.2, 2
+GROUP = 2
 TRIALS = TrialConfig(far_fitted_at=1, far_parts=(0.0, 0.3, 0.6, 1.0))
 
 
 def observed(tokens=900, nodes=(12, 60)):
     layer = random_layer(tokens=tokens, nodes=nodes)
     queries = 2 * torch.randn(2 * GROUP, 72, 32, generator=torch.Generator().manual_seed(3))
-    return ObservedLayer(layer, queries, SCALE)
+    return ObservedLayer(layer, queries)
 
 
 def rules(far_field, thresholds=(-7.5, -6.8, -6.0)):
@@ -39,30 +39,11 @@ def tried_out(seen, tried):
 def errors_by_attention(seen, rule):
     """Mean squared error of the output by group, `[Hkv]`, and mean square of dense, `[Hq]`."""
     query = seen.queries[None, :, ::3]
-    nothing = query.new_zeros(1, 2, 0, 32)
-    dense, _ = attend(
-        query, replace(seen.layer, levels=()), rule, nothing, nothing, everything(query), SCALE
+    dense, output = (
+        attend(query, layer, rule).output for layer in (replace(seen.layer, levels=()), seen.layer)
     )
-    output, _ = attend(query, seen.layer, rule, nothing, nothing, everything(query), SCALE)
     away, norm = (x.square().sum(-1).mean((0, 2)) for x in (output - dense, dense))
     return away.unflatten(0, (2, GROUP)).sum(1), norm
-
-
-def everything(query):
-    return torch.ones(1, 1, query.shape[2], 0, dtype=torch.bool)
-
-
-@pytest.fixture(autouse=True)
-def no_padding(monkeypatch):
-    """Queries with no recent token count as padding in `attend`; here they are all real."""
-    from squeezed.attention.reference import attention
-
-    found = attention.lookup
-
-    def lookup(query, layer, rule, scale, valid=None):
-        return found(query, layer, rule, scale)
-
-    monkeypatch.setattr(attention, "lookup", lookup)
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 25])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from trees import random_layer
 
+from squeezed.attention.interface import Suffix
 from squeezed.config import BEST, PAPER
 from squeezed.context.captured import ObservedLayer
 from squeezed.indexing.calibrate import calibrate
@@ -21,7 +22,6 @@ class RandomContext:
 
     clustered_layers: list
     observed: list
-    scales: list
     calibrations: dict
 
     def calibration(self, preset):
@@ -31,13 +31,13 @@ class RandomContext:
 def random_context(layers=2, tokens=300, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     trees = [
-        random_layer(KV_HEADS, tokens, DIM, pinned=PINNED, seed=seed + i, dtype=dtype)
+        random_layer(KV_HEADS, tokens, DIM, pinned=PINNED, seed=seed + i, dtype=dtype, scale=SCALE)
         for i in range(layers)
     ]
     queries = [torch.randn(KV_HEADS * GROUP, 12, DIM, generator=generator).to(dtype) for _ in trees]
-    seen = Forest.of([ObservedLayer(*pair, SCALE) for pair in zip(trees, queries, strict=True)])
+    seen = Forest.of([ObservedLayer(*pair) for pair in zip(trees, queries, strict=True)])
     calibrations = {preset.name: calibrate(seen, preset, BUDGETS) for preset in (PAPER, BEST)}
-    return RandomContext(trees, queries, [SCALE] * layers, calibrations)
+    return RandomContext(trees, queries, calibrations)
 
 
 @dataclass
@@ -50,7 +50,10 @@ class Call:
     mask: torch.Tensor | None = None
 
     def attend(self, layer, per_token=True):
-        return layer.attend(self.query, self.keys, self.values, self.mask, SCALE, per_token)
+        suffix, valid = Suffix(self.keys, self.values, self.mask), None
+        if self.mask is not None:
+            valid = self.mask.any(-1)[:, 0].expand(len(self.query), -1)
+        return layer.attend(self.query, suffix, valid, per_token)
 
     def of(self, request):
         mask = None if self.mask is None else self.mask[request : request + 1]

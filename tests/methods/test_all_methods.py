@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from methods.contexts import BUDGETS, Call, random_call, random_context
+from squeezed.attention import Suffix, merge
+from squeezed.attention.reference import attend_suffix
 from squeezed.errors import SqueezedError
 from squeezed.methods import ALIASES, METHODS, create
 
@@ -29,18 +31,33 @@ def test_method_with_everything_kept_equals_dense(name, per_token):
     context, call = random_context(), random_call()
     dense = outputs(prepared("dense", 1.0, context), call)
     found = outputs(prepared(name, 1.0, context), call, per_token)
-    for (output, read), (expected, all_read) in zip(found, dense, strict=True):
+    for (output, mass, read), (expected, all_mass, all_read) in zip(found, dense, strict=True):
         torch.testing.assert_close(output, expected, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(mass, all_mass, rtol=2e-5, atol=2e-5)
         assert torch.equal(read, all_read)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_context_alone_merged_with_the_suffix_equals_the_whole(name, per_token):
+    call = random_call(rows=140, suffix=145)
+    wholes = outputs(prepared(name, 0.1), call, per_token)
+    for layer, whole in zip(prepared(name, 0.1), wholes, strict=True):
+        alone = layer.attend(call.query, per_token=per_token)
+        recent = attend_suffix(call.query, Suffix(call.keys, call.values), layer.layer.scale)
+        merged = merge(alone, recent)
+        torch.testing.assert_close(merged.output, whole.output, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(merged.log_mass, whole.log_mass, rtol=2e-5, atol=2e-5)
+        assert torch.equal(merged.keys_read, whole.keys_read)
 
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_method_at_a_small_budget_differs_from_dense_and_reads_less(name):
     context, call = random_context(), random_call()
     dense = outputs(prepared("dense", 1.0, context), call)[-1]
-    output, read = outputs(prepared(name, 0.1, context), call)[-1]
+    output, _, read = outputs(prepared(name, 0.1, context), call)[-1]
     assert (output - dense[0]).abs().max() > 1e-3
-    assert (read < 0.4 * dense[1]).all()
+    assert (read < 0.4 * dense.keys_read).all()
 
 
 @pytest.mark.parametrize("per_token", [True, False])
@@ -50,8 +67,9 @@ def test_method_is_unmoved_by_neighbours_in_the_batch(name, per_token):
     together = outputs(layers, call, per_token)
     for request in range(3):
         alone = outputs(layers, call.of(request), per_token)
-        for (output, read), (one, one_read) in zip(together, alone, strict=True):
+        for (output, mass, read), (one, one_mass, one_read) in zip(together, alone, strict=True):
             torch.testing.assert_close(output[request], one[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mass[request], one_mass[0], rtol=1e-4, atol=1e-5)
             assert read[request] == one_read[0]
 
 
@@ -65,9 +83,11 @@ def test_method_ignores_padding(name):
     for field in (call.query, call.keys, call.values):
         field[0, :, :2] = 1e4
     poisoned = outputs(layers, call, per_token=False)
-    for (output, read), (other, other_read) in zip(padded, poisoned, strict=True):
+    for (output, mass, read), (other, other_mass, other_read) in zip(padded, poisoned, strict=True):
         assert torch.isfinite(output).all() and torch.isfinite(other).all()
         torch.testing.assert_close(output[0, :, 2:], other[0, :, 2:])
+        torch.testing.assert_close(mass, other_mass)
+        assert (output[0, :, :2] == 0).all() and (mass[0, :, :2] == -torch.inf).all()
         assert torch.equal(read, other_read)
 
 
@@ -76,8 +96,8 @@ def test_method_ignores_padding(name):
 def test_method_stays_finite_for_extreme_logits(name, size):
     call = random_call()
     call.query *= size
-    for output, _ in outputs(prepared(name, 0.05), call):
-        assert torch.isfinite(output).all()
+    for output, mass, _ in outputs(prepared(name, 0.05), call):
+        assert torch.isfinite(output).all() and torch.isfinite(mass).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,10 +106,11 @@ def test_method_attends_densely_to_a_context_too_short_to_cluster(name):
     for i, layer in enumerate(context.clustered_layers):
         context.clustered_layers[i] = replace(layer, pinned=layer.tokens, levels=())
     dense = outputs(prepared("dense", 0.1, context), call)
-    for layer, (expected, _) in zip(prepared(name, 0.1, context), dense, strict=True):
-        output, read = call.attend(layer)
+    for layer, (expected, all_mass, _) in zip(prepared(name, 0.1, context), dense, strict=True):
+        output, mass, read = call.attend(layer)
         torch.testing.assert_close(output, expected, rtol=2e-5, atol=2e-5)
-        assert (read == 0).all() and layer.index_bytes(call.query, 0.3) == 0
+        torch.testing.assert_close(mass, all_mass, rtol=2e-5, atol=2e-5)
+        assert (read == 0).all() and layer.index_bytes(call.query) == 0
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -97,7 +118,12 @@ def test_method_reads_more_at_a_larger_budget(name):
     context, call = random_context(layers=5), random_call(rows=1)
     read = []
     for budget in BUDGETS:
-        read.append(sum(int(r.sum()) for _, r in outputs(prepared(name, budget, context), call)))
+        read.append(
+            sum(
+                int(found.keys_read.sum())
+                for found in outputs(prepared(name, budget, context), call)
+            )
+        )
     assert read[0] < read[-1]
 
 
@@ -130,6 +156,6 @@ def test_method_stays_on_its_device_and_never_waits_for_it(name, per_token):
     }
     call = Call(*(x.to("meta") for x in (call.query, call.keys, call.values)))
     for layer in create(name, implementation="reference").prepare(context, 0.1):
-        output, read = call.attend(layer, per_token)
-        assert output.device.type == read.device.type == "meta"
-        layer.index_bytes(call.query, 0.3)
+        output, mass, read = call.attend(layer, per_token)
+        assert output.device.type == mass.device.type == read.device.type == "meta"
+        layer.index_bytes(call.query)

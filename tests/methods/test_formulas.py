@@ -60,7 +60,7 @@ def test_quest_keeps_whole_pages_with_the_highest_bounds():
 def test_snapkv_votes_are_the_pooled_mass_of_the_window():
     context = random_context(layers=1)
     layer, observed = context.clustered_layers[0], context.observed[0]
-    found = votes(layer, observed, SCALE, 3)
+    found = votes(layer, observed, 3)
     window, positions = observed.shape[1], layer.positions
     for head in range(KV_HEADS):
         mass = torch.zeros(layer.tokens)
@@ -156,7 +156,7 @@ def test_multipole_adds_dropped_nodes_by_size_centroid_and_mean_value():
     call = random_call(batch=1, rows=1)
     layers, masks = kept("multipole", 0.1, call)
     layer, mask = layers[0], masks[0][0, :, 0]
-    output, _ = call.attend(layer)
+    output, log_mass, _ = call.attend(layer)
     found = layer.descend(queries_of(call.query))
     tree = layer.layer
     for head in range(KV_HEADS):
@@ -177,6 +177,8 @@ def test_multipole_adds_dropped_nodes_by_size_centroid_and_mean_value():
         assert represented == tree.clustered  # every key is near or stands in one far node
         expected = torch.cat(logits).softmax(0) @ torch.cat(values)
         torch.testing.assert_close(output[0, head * GROUP, 0], expected, rtol=1e-4, atol=1e-5)
+        total = torch.cat(logits).logsumexp(0)
+        torch.testing.assert_close(log_mass[0, head * GROUP, 0], total, rtol=1e-5, atol=1e-5)
 
 
 def test_lazyllm_reads_fewer_tokens_in_every_layer_and_only_survivors():

@@ -10,7 +10,7 @@ PROGRAM = """
 import os, sys, threading, time
 import torch
 import squeezed
-from squeezed.attention import implementation
+from squeezed.attention import Suffix, implementation
 from squeezed.context.rule import SelectionRule
 from trees import random_layer
 
@@ -24,7 +24,7 @@ query, suffix, large = (
 rule = SelectionRule.for_all_heads((-9.0, -9.0), layer, None, "none")
 
 def work():
-    found = attend(query, layer, rule, suffix, suffix, None, 0.2)[0]
+    found = attend(query, layer, rule, Suffix(suffix, suffix)).output
     return found, (large @ large).softmax(-1).sum(-1)  # split among torch's threads
 
 expected = work()

@@ -6,6 +6,7 @@ import torch
 from saved import BLOCK, made
 
 import squeezed
+from squeezed.attention.interface import Suffix
 from squeezed.attention.reference import attend
 from squeezed.context.layers import WindowLayer
 from squeezed.context.storage.structure import Outline
@@ -17,8 +18,6 @@ from squeezed.vllm.cutting import (
     whole_blocks,
     without_last,
 )
-
-SCALE = 0.25
 
 
 @pytest.mark.parametrize("block", [1, 16, 32, 64])
@@ -51,14 +50,15 @@ def test_a_cut_layer_and_its_tail_as_suffix_are_the_whole_layer(dropped, budget)
     for number, layer in enumerate(context.clustered_layers):
         rule = context.calibration("best").rule(number, budget, block=False)
         query, keys, values = asked(layer, 4, 3, 5)
-        wanted, read = attend(query, layer, rule, keys, values, None, SCALE)
+        wanted, mass, read = attend(query, layer, rule, Suffix(keys, values))
         cut = without_last(layer, dropped)
         last = [x.expand(2, -1, -1, -1) for x in tail_of(layer, dropped)]
         joined = [torch.cat(pair, 2) for pair in zip(last, (keys, values), strict=True)]
         mask = torch.ones(3, dropped + 5, dtype=torch.bool).tril(dropped + 2)[None, None]
-        got, read_of_cut = attend(query, cut, rule, *joined, mask, SCALE)
+        got, mass_of_cut, read_of_cut = attend(query, cut, rule, Suffix(*joined, mask))
         assert cut.tokens == layer.tokens - dropped
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mass_of_cut, mass, atol=1e-5, rtol=1e-5)
         assert torch.equal(read, read_of_cut)
 
 
@@ -70,16 +70,14 @@ def test_ranks_answer_together_as_one(ranks, preset):
     layer = context.clustered_layers[0]
     rule = context.calibration(preset).rule(0, 1.0, block=False)
     query, keys, values = asked(layer, 4, 2, 3)
-    wanted, _ = attend(query, layer, rule, keys, values, None, SCALE)
+    wanted = attend(query, layer, rule, Suffix(keys, values)).output
     parts = []
     for rank in range(ranks):
         share = Share(rank, ranks)
         kv, own = share.heads(2), share.heads(4)
         cut = in_place(share.layer(layer), torch.device("cpu"))
-        part, _ = attend(
-            query[:, own], cut, share.rule(rule), keys[:, kv], values[:, kv], None, SCALE
-        )
-        parts.append(part)
+        suffix = Suffix(keys[:, kv], values[:, kv])
+        parts.append(attend(query[:, own], cut, share.rule(rule), suffix).output)
     torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-5, rtol=1e-5)
 
 

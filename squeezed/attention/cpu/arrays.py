@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from squeezed.attention.interface import Suffix
+from squeezed.context.layers import ClusteredLayer
 from squeezed.errors import SqueezedError
 
 Array = np.ndarray
@@ -29,7 +31,7 @@ def _bits(tensor: Tensor) -> Array:
 
 
 @dataclass(frozen=True)
-class Suffix:
+class SuffixRows:
     """Suffix keys and values: as given, `[B, Hkv, S, D]`, and flat, for Numba.
 
     `strides [2, 3]` of keys and values (batch, head, token), in elements.
@@ -42,9 +44,13 @@ class Suffix:
     strides: Array
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor) -> Suffix:
-        """Views of `[B, Hkv, S, D]`, expanded and sliced tensors included."""
-        keys, values = _dense_rows(keys), _dense_rows(values)
+    def of(cls, suffix: Suffix | None, layer: ClusteredLayer, requests: int) -> SuffixRows:
+        """Views of a suffix, expanded and sliced tensors included; of no rows if there is none."""
+        if suffix is None:
+            heads, _, dim = layer.keys.shape
+            keys = values = layer.keys.new_empty(requests, heads, 0, dim)
+        else:
+            keys, values = _dense_rows(suffix.keys), _dense_rows(suffix.values)
         strides = np.array([keys.stride()[:3], values.stride()[:3]], np.int64)
         return cls(keys, values, _span(keys), _span(values), strides)
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from squeezed.attention.cpu import decode, prefill
-from squeezed.attention.cpu.arrays import Suffix
+from squeezed.attention.cpu.arrays import SuffixRows
 from squeezed.attention.cpu.rows import QueryRows, from_rows, to_rows
 from squeezed.attention.cpu.threads import threads
+from squeezed.attention.interface import Attended, Suffix
+from squeezed.attention.scores import NEG_INF
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
 
@@ -25,11 +27,9 @@ def attend(
     query: Tensor,
     layer: ClusteredLayer,
     rule: SelectionRule,
-    suffix_keys: Tensor,
-    suffix_values: Tensor,
-    suffix_mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    suffix: Suffix | None = None,
+    valid: Tensor | None = None,
+) -> Attended:
     """Squeezed attention, as `squeezed.attention.reference.attend` defines it.
 
     Keys, values and suffix are float32, bfloat16 or float16; sums are float32. Uses as many threads
@@ -38,22 +38,28 @@ def attend(
     Raises:
         SqueezedError: keys or values of another dtype.
     """
-    if query.shape[2] == 0:
-        return torch.empty_like(query), torch.zeros(query.shape[0], dtype=torch.int64)
-    rows = to_rows(
-        query, layer.keys.shape[0], suffix_mask, suffix_keys.shape[2], rule.query_block, scale
-    )
-    suffix = Suffix.of(suffix_keys, suffix_values)
+    batch, heads, tokens, _ = query.shape
+    keys_read = torch.zeros(batch, dtype=torch.int64)
+    if tokens == 0:
+        return Attended(torch.empty_like(query), torch.empty(batch, heads, 0), keys_read)
+    rows = to_rows(query, layer.keys.shape[0], suffix, valid, rule.query_block, layer.scale)
+    recent = SuffixRows.of(suffix, layer, batch)
     path = decode if rows.rows < PREFILL_ROWS else prefill
-    outputs, reads = [], []
+    outputs, masses, reads = [], [], []
     with threads():
         for slab in _slabs(rows, SLAB_ROWS[path]):
-            output, keys_read = path.attend_units(slab, layer, rule, suffix)
+            output, log_mass, read = path.attend_units(slab, layer, rule, recent)
             outputs.append(output)
-            reads.append(keys_read * slab.valid.sum(-1))
-    keys_read = torch.zeros(query.shape[0], dtype=torch.int64)
+            masses.append(log_mass)
+            reads.append(read * slab.valid.sum(-1))
     keys_read.index_add_(0, rows.batch, torch.cat(reads))
-    return from_rows(torch.cat(outputs, 1), query), keys_read
+    output = from_rows(torch.cat(outputs, 1), query).to(query.dtype)
+    log_mass = from_rows(torch.cat(masses, 1)[..., None], query)[..., 0]
+    if valid is not None:
+        padding = ~valid[:, None]
+        output = output.masked_fill(padding[..., None], 0.0)
+        log_mass = log_mass.masked_fill(padding, NEG_INF)
+    return Attended(output, log_mass, keys_read)
 
 
 def _slabs(rows: QueryRows, most_rows: int) -> Iterator[QueryRows]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from squeezed.attention.cpu import exact, tasks
-from squeezed.attention.cpu.arrays import Suffix, flat
+from squeezed.attention.cpu.arrays import SuffixRows, flat
 from squeezed.attention.cpu.rows import QueryRows
 from squeezed.attention.cpu.walk import walk
 from squeezed.context.layers import ClusteredLayer
@@ -18,9 +18,9 @@ TASKS_PER_THREAD = 16  # evens out what a thread gets
 
 
 def attend_units(
-    rows: QueryRows, layer: ClusteredLayer, rule: SelectionRule, suffix: Suffix
-) -> tuple[Tensor, Tensor]:
-    """Output `[H, U, R, D]` float32, and the clustered keys that every unit reads, `[U]` int64.
+    rows: QueryRows, layer: ClusteredLayer, rule: SelectionRule, suffix: SuffixRows
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[H, U, R, D]` and log mass `[H, U, R]` float32, and the keys read, `[U]` int64.
 
     The tree, coarse to fine; then pinned keys, keys of kept leaves and the suffix, cut into even
     tasks; then one merge with the far field.
@@ -43,6 +43,9 @@ def attend_units(
     if rule.far_field == "second_order" and layer.levels:
         moved = torch.bmm(torch.from_numpy(q), layer.value_slope.float().mT).numpy()
         found.acc += found.spread[..., None] * moved
-    output = np.empty(q.shape, np.float32)
-    tasks.combine(pieces, bounds, top, mass, acc, found.top, found.mass, found.acc, output)
-    return torch.from_numpy(output).view_as(rows.queries), torch.from_numpy(found.keys_read.sum(0))
+    output, log_mass = np.empty(q.shape, np.float32), np.empty(q.shape[:2], np.float32)
+    far = found.top, found.mass, found.acc
+    tasks.combine(pieces, bounds, top, mass, acc, *far, output, log_mass)
+    output = torch.from_numpy(output).view_as(rows.queries)
+    log_mass = torch.from_numpy(log_mass).view(output.shape[:3])
+    return output, log_mass, torch.from_numpy(found.keys_read.sum(0))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squeezed.attention.cpu.arrays import Suffix
+from squeezed.attention.cpu.arrays import SuffixRows
 from squeezed.attention.cpu.lookup import DROPPED, KEPT
 from squeezed.attention.cpu.rows import QueryRows
 from squeezed.attention.cpu.walk import Walk, walk
@@ -42,24 +42,24 @@ class Gathered:
 
 
 def attend_units(
-    rows: QueryRows, layer: ClusteredLayer, rule: SelectionRule, suffix: Suffix
-) -> tuple[Tensor, Tensor]:
-    """Output `[H, U, R, D]` float32, and the clustered keys that every unit reads, `[U]` int64."""
+    rows: QueryRows, layer: ClusteredLayer, rule: SelectionRule, suffix: SuffixRows
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[H, U, R, D]` and log mass `[H, U, R]` float32, and the keys read, `[U]` int64."""
     found = walk(rows, layer, rule, in_kernel=False)
-    output = torch.empty_like(rows.queries)
+    output, log_mass = torch.empty_like(rows.queries), torch.empty(rows.queries.shape[:3])
     for head in range(output.shape[0]):
         for unit in range(rows.units):
             read = gather(head, unit, rows, layer, found, suffix, rule)
             mask = rows.mask[unit].repeat(rows.rows // rows.mask.shape[1], 1)
             for own in _turns(rows.rows, read):
-                output[head, unit, own] = _attend(
+                output[head, unit, own], log_mass[head, unit, own] = _attend(
                     rows.queries[head, unit, own], read, mask[own], read.far_logits[own]
                 )
-    return output, torch.from_numpy(found.keys_read.sum(0))
+    return output, log_mass, torch.from_numpy(found.keys_read.sum(0))
 
 
 def gather(
-    head: int, unit: int, rows: QueryRows, layer: ClusteredLayer, found: Walk, suffix: Suffix,
+    head: int, unit: int, rows: QueryRows, layer: ClusteredLayer, found: Walk, suffix: SuffixRows,
     rule: SelectionRule,
 ) -> Gathered:  # fmt: skip
     """Copy what the unit reads, widened to float32."""
@@ -100,24 +100,25 @@ def _turns(rows: int, read: Gathered) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _attend(q: Tensor, read: Gathered, mask: Tensor, far_logits: Tensor) -> Tensor:
-    """`q [rows, D]`, already scaled. Overwrites the logits of the far field."""
+def _attend(q: Tensor, read: Gathered, mask: Tensor, far_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log mass of `q [rows, D]`, already scaled. Overwrites the far field's logits."""
     parts = [(q @ keys.T, values) for keys, values in (read.kept, read.pinned)]
     recent = (q @ read.suffix[0].T).masked_fill_(~mask, -torch.inf)
     parts += [(recent, read.suffix[1]), (far_logits, read.far_values)]
-    output, mass = _softmax_sum(parts)
+    output, mass, top = _softmax_sum(parts)
     if read.slope is not None:
         output += (far_logits @ read.far_variance)[:, None] * (q @ read.slope.T)
-    return output / mass.masked_fill(mass == 0, 1.0)
+    return output / mass.masked_fill(mass == 0, 1.0), (top + mass.log())[:, 0]
 
 
-def _softmax_sum(parts: list[Part]) -> tuple[Tensor, Tensor]:
-    """Weighted values of all parts and the sum of weights. Logits become weights."""
-    parts = [part for part in parts if part[0].shape[1]]
-    if not parts:
-        raise AssertionError("a context holds at least one key")
-    top = torch.stack([logits.amax(-1) for logits, _ in parts]).amax(0)
+def _softmax_sum(parts: list[Part]) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted values of all parts, the sum of weights, and its unit: the largest logit.
+
+    Logits become weights.
+    """
+    tops = [logits.amax(-1) for logits, _ in parts if logits.shape[1]]
+    top = torch.stack(tops).amax(0) if tops else parts[0][0].new_zeros(len(parts[0][0]))
     top = top.masked_fill(top == -torch.inf, 0.0)[:, None]
     weights = [(logits.sub_(top).exp_(), values) for logits, values in parts]
     mass = sum(w.sum(-1, keepdim=True) for w, _ in weights)
-    return sum(w @ values for w, values in weights), mass
+    return sum(w @ values for w, values in weights), mass, top

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from squeezed.attention.cpu.arrays import Array
-from squeezed.attention.interface import causal_mask
+from squeezed.attention.interface import Suffix
 
 
 @dataclass(frozen=True)
@@ -53,32 +53,38 @@ class QueryRows:
 
 
 def to_rows(
-    query: Tensor, kv_heads: int, mask: Tensor | None, suffix: int, block: int, scale: float
+    query: Tensor,
+    kv_heads: int,
+    suffix: Suffix | None,
+    valid: Tensor | None,
+    block: int,
+    scale: float,
 ) -> QueryRows:
     """Lay out `query [B, Hq, Q, D]` and its mask. Blocks end at the last row; pads the first."""
     batch, heads, rows, dim = query.shape
     block = min(block, rows)
     blocks = -(-rows // block)
     missing = blocks * block - rows
-    if mask is None:
-        mask = causal_mask(rows, suffix, query.device)
-    mask, q = mask[:, 0].expand(batch, rows, suffix), query.detach().float() * scale
+    seen = torch.ones(1, 1, rows, 0, dtype=torch.bool) if suffix is None else suffix.seen(rows)
+    mask, q = seen[:, 0].expand(batch, -1, -1), query.detach().float() * scale
+    valid = torch.ones(batch, rows, dtype=torch.bool) if valid is None else valid
     if missing:
         mask, q = pad(mask, (0, 0, missing, 0)), pad(q, (0, 0, missing, 0))
+        valid = pad(valid, (missing, 0))
     q = q.reshape(batch, kv_heads, heads // kv_heads, blocks, block, dim)
     return QueryRows(
         queries=q.permute(1, 0, 3, 2, 4, 5).reshape(kv_heads, batch * blocks, -1, dim).contiguous(),
-        mask=mask.reshape(batch * blocks, block, suffix).contiguous(),
-        valid=mask.any(-1).reshape(batch * blocks, block).contiguous(),
+        mask=mask.reshape(batch * blocks, block, mask.shape[2]).contiguous(),
+        valid=valid.reshape(batch * blocks, block).contiguous(),
         batch=torch.arange(batch).repeat_interleave(blocks),
     )
 
 
 def from_rows(output: Tensor, query: Tensor) -> Tensor:
-    """`[H, U, R, D]` back to the shape and dtype of `query [B, Hq, Q, D]`."""
-    batch, heads, rows, dim = query.shape
-    kv_heads, units = output.shape[:2]
+    """`[H, U, R, n]` as `[B, Hq, Q, n]`, the rows of `query [B, Hq, Q, D]`."""
+    batch, heads, rows, _ = query.shape
+    kv_heads, units, _, width = output.shape
     group, blocks = heads // kv_heads, units // batch
-    out = output.view(kv_heads, batch, blocks, group, -1, dim).permute(1, 0, 3, 2, 4, 5)
-    out = out.reshape(batch, heads, -1, dim)
-    return out[:, :, out.shape[2] - rows :].to(query.dtype)
+    out = output.view(kv_heads, batch, blocks, group, -1, width).permute(1, 0, 3, 2, 4, 5)
+    out = out.reshape(batch, heads, -1, width)
+    return out[:, :, out.shape[2] - rows :]

@@ -77,7 +77,10 @@ def group_pieces(pieces, tasks):
 
 @compiled
 def _merge_row(tasks, w, top, mass, acc, far_top, far_mass, far_acc, out):
-    """Softmax over all tasks and the far field of one query row. NaN is no mass of 0: it shows."""
+    """Softmax over all tasks and the far field of one query row; returns its log mass.
+
+    NaN is no mass of 0: it shows.
+    """
     highest = far_top if far_mass != 0 else np.float32(-np.inf)
     for task in tasks:
         if mass[task, w] != 0:
@@ -95,14 +98,18 @@ def _merge_row(tasks, w, top, mass, acc, far_top, far_mass, far_acc, out):
             weights += factor * mass[task, w]
             for d in range(out.shape[0]):
                 out[d] += factor * acc[task, w, d]
-    if weights != 0:
-        for d in range(out.shape[0]):
-            out[d] /= weights
+    if weights == 0:
+        return np.float32(-np.inf)
+    for d in range(out.shape[0]):
+        out[d] /= weights
+    return np.float32(highest + math.log(weights))
 
 
 @compiled
-def combine(pieces, bounds, top, mass, acc, far_top, far_mass, far_acc, out):
-    """Merge the tasks of every head into `out [H, W, D]`; rows that attend to nothing become 0.
+def combine(pieces, bounds, top, mass, acc, far_top, far_mass, far_acc, out, log_mass):
+    """Merge the tasks of every head into `out [H, W, D]` and `log_mass [H, W]`.
+
+    Rows that attend to nothing become 0 and minus infinity.
 
     Not parallel: waking threads would take longer.
     """
@@ -111,6 +118,6 @@ def combine(pieces, bounds, top, mass, acc, far_top, far_mass, far_acc, out):
     for h in range(heads):
         tasks = np.nonzero(owner == h)[0]
         for w in range(width):
-            _merge_row(
+            log_mass[h, w] = _merge_row(
                 tasks, w, top, mass, acc, far_top[h, w], far_mass[h, w], far_acc[h, w], out[h, w]
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from squeezed.attention.interface import causal_mask
+from squeezed.attention.interface import Attended, Suffix
 from squeezed.attention.reference.lookup import Lookup, lookup
 from squeezed.attention.scores import NEG_INF, grouped, owners, query_blocks
 from squeezed.context.layers import ClusteredLayer
@@ -16,68 +16,92 @@ def attend(
     query: Tensor,
     layer: ClusteredLayer,
     rule: SelectionRule,
-    suffix_keys: Tensor,
-    suffix_values: Tensor,
-    suffix_mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    suffix: Suffix | None = None,
+    valid: Tensor | None = None,
+) -> Attended:
     """Squeezed attention of `Q` new tokens over a fixed context and the tokens after it.
 
     Args:
         query: `[B, Hq, Q, D]`.
-        layer: the context's clustered keys and values.
+        layer: the context's clustered keys and values, and the softmax scale.
         rule: thresholds, score and far field.
-        suffix_keys, suffix_values: `[B, Hkv, S, D]`, user and generated tokens, the queries' own
-            included; always attended densely.
-        suffix_mask: `[B, 1, Q, S]` bool, True where attended; `None` is causal without padding.
-        scale: softmax scale.
+        suffix: each request's own tokens; `None` attends to the context alone.
+        valid: `[B, Q]` bool, False for padding, which selects nothing, moves no mean of its block
+            and attends to nothing; `None` if no query is padding.
 
     Returns:
-        Output `[B, Hq, Q, D]` in the dtype of `query`, and the number of clustered keys that every
-        request reads, `[B]` int64, summed over KV heads and query tokens.
+        Output, log mass and keys read; padding has 0, `-inf` and none.
     """
     q = grouped(query, layer.keys.shape[0])
-    rows, suffix = q.shape[3], suffix_keys.shape[2]
-    if suffix_mask is None:
-        suffix_mask = causal_mask(rows, suffix, q.device)
-    valid = suffix_mask.any(-1)[:, 0].expand(q.shape[0], rows)  # padding attends to nothing
-
-    recent = scale * torch.einsum("bhgqd,bhsd->bhgqs", q, suffix_keys.to(q.dtype))
-    recent = recent.masked_fill(~suffix_mask[:, :, None], NEG_INF)
-    context = scale * torch.einsum("bhgqd,hpd->bhgqp", q, layer.keys.to(q.dtype))
-    parts = [(recent, suffix_values.to(q.dtype))]
-    keys_read, far_variance = torch.zeros(q.shape[0], device=q.device), None
+    batch, rows = q.shape[0], q.shape[3]
+    context = layer.scale * torch.einsum("bhgqd,hpd->bhgqp", q, layer.keys.to(q.dtype))
+    parts, far_variance = [], None
+    keys_read = torch.zeros(batch, dtype=torch.int64, device=q.device)
     if layer.levels:
-        found = lookup(query, layer, rule, scale, valid)
+        found = lookup(query, layer, rule, valid)
         context = context.masked_fill(~_rows_read(found, layer, rule, rows), NEG_INF)
         if rule.far_field != "none":
-            parts.append((found.far_logits, found.far_values.expand(q.shape[0], -1, -1, -1)))
+            parts.append((found.far_logits, found.far_values))
         if rule.far_field == "second_order":
             far_variance = found.far_variance
-        keys_read = _keys_read(found, layer, rule, valid)
-    parts.append((context, layer.values.to(q.dtype).expand(q.shape[0], -1, -1, -1)))
-    weights = softmax_or_nothing(torch.cat([logits for logits, _ in parts], -1))
-    output = torch.einsum("bhgqk,bhkd->bhgqd", weights, torch.cat([v for _, v in parts], 2))
+        keys_read = _keys_read(found, layer, rule, valid, rows)
+    parts.append((context, layer.values.to(q.dtype)))
+    if suffix is not None:
+        parts.append((suffix.logits(q, layer.scale), suffix.values.to(q.dtype)))
+    output, log_mass, weights = softmax_over(parts, valid)
     if far_variance is not None:
-        of_far = weights[..., suffix : suffix + far_variance.shape[-1]]
-        output = output + _tilt(of_far, far_variance, q, layer, scale)
-    return output.reshape(query.shape).to(query.dtype), keys_read.to(torch.int64)
+        of_far = weights[..., : far_variance.shape[-1]]
+        output = output + _tilt(of_far, far_variance, q, layer)
+    output = output.reshape(query.shape).to(query.dtype)
+    return Attended(output, log_mass.flatten(1, 2), keys_read)
 
 
-def softmax_or_nothing(logits: Tensor) -> Tensor:
-    """Softmax over the last dimension; 0 in rows that attend to nothing. NaN stays NaN."""
-    return torch.softmax(logits, -1).masked_fill((logits == NEG_INF).all(-1, keepdim=True), 0.0)
+def attend_suffix(
+    query: Tensor, suffix: Suffix, scale: float, valid: Tensor | None = None
+) -> Attended:
+    """Dense attention to the suffix alone: what an engine's own kernel does with recent tokens."""
+    q = grouped(query, suffix.keys.shape[1])
+    parts = [(suffix.logits(q, scale), suffix.values.to(q.dtype))]
+    output, log_mass, _ = softmax_over(parts, valid)
+    nothing = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+    output = output.reshape(query.shape).to(query.dtype)
+    return Attended(output, log_mass.flatten(1, 2), nothing)
 
 
-def _tilt(
-    weights: Tensor, variance: Tensor, q: Tensor, layer: ClusteredLayer, scale: float
-) -> Tensor:
+def softmax_over(
+    parts: list[tuple[Tensor, Tensor]], valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One softmax over the keys of all parts.
+
+    Args:
+        parts: logits `[B, Hkv, G, Q, K]` and values `[B, Hkv, K, D]`, or `[Hkv, K, D]` for all
+            requests, of each.
+        valid: `[B, Q]` bool, rows that attend to anything; `None` for all of them.
+
+    Returns:
+        Output `[B, Hkv, G, Q, D]`, log mass `[B, Hkv, G, Q]` and weights of all keys; 0 and `-inf`
+        in rows that attend to nothing. NaN stays NaN.
+    """
+    logits = torch.cat([logits for logits, _ in parts], -1)
+    if valid is not None:
+        logits = logits.masked_fill(~valid[:, None, None, :, None], NEG_INF)
+    nothing = (logits == NEG_INF).all(-1, keepdim=True)
+    weights = torch.softmax(logits, -1).masked_fill(nothing, 0.0)
+    sizes = [part.shape[-1] for part, _ in parts]
+    output = sum(
+        torch.einsum("bhgqk,bhkd->bhgqd", share, values.expand(len(share), -1, -1, -1))
+        for share, (_, values) in zip(weights.split(sizes, -1), parts, strict=True)
+    )
+    return output, logits.logsumexp(-1), weights
+
+
+def _tilt(weights: Tensor, variance: Tensor, q: Tensor, layer: ClusteredLayer) -> Tensor:
     """How far queries move the values that stand for dropped nodes, `[B, Hkv, G, Q, D]`.
 
     Args:
         weights: `[B, Hkv, G, Q, F]`, of the nodes; variance: `[Hkv, F]`; q: `[B, Hkv, G, Q, D]`.
     """
-    moved = scale * torch.einsum("bhgqe,hde->bhgqd", q, layer.value_slope.to(q.dtype))
+    moved = layer.scale * torch.einsum("bhgqe,hde->bhgqd", q, layer.value_slope.to(q.dtype))
     return torch.einsum("bhgqf,hf->bhgq", weights, variance)[..., None] * moved
 
 
@@ -91,7 +115,9 @@ def _rows_read(found: Lookup, layer: ClusteredLayer, rule: SelectionRule, rows: 
     return torch.cat([pinned, read], -1)[:, :, block_of].unsqueeze(2)
 
 
-def _keys_read(found: Lookup, layer: ClusteredLayer, rule: SelectionRule, valid: Tensor) -> Tensor:
+def _keys_read(
+    found: Lookup, layer: ClusteredLayer, rule: SelectionRule, valid: Tensor | None, rows: int
+) -> Tensor:
     read = torch.einsum("bhnc,hc->bn", found.kept.double(), layer.levels[-1].sizes.double())
-    block_of = query_blocks(valid.shape[1], rule.query_block, valid.device)
-    return (read[:, block_of] * valid).sum(-1)
+    of_rows = read[:, query_blocks(rows, rule.query_block, read.device)]
+    return (of_rows if valid is None else of_rows * valid).sum(-1).long()

@@ -57,14 +57,12 @@ def lookup(
     query: Tensor,
     layer: ClusteredLayer,
     rule: SelectionRule,
-    scale: float,
     valid: Tensor | None = None,
 ) -> Lookup:
     """Walk the tree from the coarsest level down.
 
     Args:
         query: `[B, Hq, Q, D]`, after rotary embedding.
-        scale: softmax scale `s`.
         valid: `[B, Q]` bool; padded rows select nothing and move no mean.
     """
     q = grouped(query, layer.keys.shape[0])
@@ -72,9 +70,9 @@ def lookup(
     alive = normaliser = None
     far_logits = []
     for depth, level in enumerate(layer.levels):
-        first = node_logits(q, level, scale)
+        first = node_logits(q, level, layer.scale)
         alpha = None if rule.alpha is None else rule.alpha[depth]
-        selecting = second_order(first, q, level, alpha, scale)
+        selecting = second_order(first, q, level, alpha, layer.scale)
         if normaliser is None:
             normaliser = log_normaliser(selecting, level.sizes)
             alive = torch.ones_like(first[:, :, 0, :1, :], dtype=torch.bool)
@@ -83,7 +81,7 @@ def lookup(
         alive = alive & (level.sizes > 0)[None, :, None, :]
         kept = alive & ~(scores <= rule.log_thresholds[depth][None, :, None, None])  # NaN too
         dropped = (alive & ~kept)[:, :, blocks].unsqueeze(2)
-        standing = second_order(first, q, level, rule.far_alpha, scale)
+        standing = second_order(first, q, level, rule.far_alpha, layer.scale)
         mass = standing + log_sizes(level.sizes, first)
         far_logits.append(mass.masked_fill(~dropped, NEG_INF))
         if level.child_offsets is not None:

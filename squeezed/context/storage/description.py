@@ -87,7 +87,7 @@ def described(manifest: dict[str, Any], device: torch.device | str) -> dict[str,
         name: _calibration(saved, name, clustered, device)
         for name, saved in manifest["calibrations"].items()
     }
-    same = ("windows", "scales", "config", "assumed", "template", "model", "tokenizer", "seconds")
+    same = ("windows", "config", "assumed", "template", "model", "tokenizer", "seconds")
     return {
         "tokens": torch.tensor(manifest["tokens"], dtype=torch.long),
         "calibrations": calibrations,

@@ -80,7 +80,7 @@ def _loaded(directory: HeldDirectory, path: Path, device: torch.device) -> Conte
         _check_size(path / name, directory.size(name), record.bytes)
     source = _Source(directory, path, manifest["files"], device, len(manifest["tokens"]))
     return ContextRecord(
-        layers=StoredLayers(source, manifest["layers"]),
+        layers=StoredLayers(source, manifest["layers"], manifest["scales"]),
         observed=ObservedQueries(source, [x for x in manifest["layers"] if x.is_clustered]),
         **fields,
     )
@@ -152,8 +152,13 @@ class _Source:
 class StoredLayers(Sequence[Layer]):
     """The layers of a saved context, each read and checked when first asked for."""
 
-    def __init__(self, source: _Source, outlines: tuple[Outline, ...]) -> None:
+    def __init__(
+        self, source: _Source, outlines: tuple[Outline, ...], scales: tuple[float, ...]
+    ) -> None:
+        """`scales` has the softmax scale of every layer that is no window."""
         self.source, self.outlines = source, outlines
+        clustered = [index for index, outline in enumerate(outlines) if outline.is_clustered]
+        self.scales = dict(zip(clustered, scales, strict=True))
         self.opened: dict[int, Layer] = {}
         self._one_reader = Lock()
 
@@ -181,7 +186,7 @@ class StoredLayers(Sequence[Layer]):
         tensors = self.source.read(
             layer_file(index, self.source.token), lambda found: check_layer(found, outline, tokens)
         )
-        return layer_of(tensors, outline)
+        return layer_of(tensors, outline, self.scales.get(index))
 
 
 class ObservedQueries(Sequence[Tensor]):

@@ -225,13 +225,15 @@ def tensors_of(layer: ClusteredLayer | WindowLayer) -> dict[str, Tensor]:
     return found
 
 
-def layer_of(tensors: Mapping[str, Tensor], outline: Outline) -> ClusteredLayer | WindowLayer:
-    """The layer that was checked."""
+def layer_of(
+    tensors: Mapping[str, Tensor], outline: Outline, scale: float | None
+) -> ClusteredLayer | WindowLayer:
+    """The layer that was checked; `scale` is its softmax scale, `None` of a window."""
     if not outline.is_clustered:
         return WindowLayer(tensors["keys"], tensors["values"], int(tensors["window_tokens"]))
     levels = tuple(_level(tensors, depth) for depth in range(len(outline.nodes)))
     found = {field.name: tensors[field.name] for field in CLUSTERED if field.name != "pinned"}
-    return ClusteredLayer(levels=levels, pinned=int(tensors["pinned"]), **found)
+    return ClusteredLayer(levels=levels, pinned=int(tensors["pinned"]), scale=scale, **found)
 
 
 def _level(tensors: Mapping[str, Tensor], depth: int) -> Level:

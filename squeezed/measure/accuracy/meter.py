@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from squeezed.attention.interface import Attended, Suffix
 from squeezed.context.bytes import LayerBytes
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
@@ -46,7 +47,7 @@ class Meter:
     bytes_read: Tensor | float = 0.0
     bytes: float = 0.0
     errors: list[ErrorHistogram] = field(default_factory=list)
-    _mask: Tensor | None = field(default=None, repr=False)
+    _valid: Tensor | None = field(default=None, repr=False)
     _answering: Tensor | None = field(default=None, repr=False)
 
     def wrap(self, layers: list[ContextAttention]) -> list[MeteredLayer]:
@@ -60,17 +61,15 @@ class Meter:
             "bytes_share": float(self.bytes_read) / self.bytes if self.bytes else 1.0,
         }
 
-    def answering(self, query: Tensor, mask: Tensor | None) -> Tensor:
+    def answering(self, query: Tensor, valid: Tensor | None) -> Tensor:
         """Which of the `B * Q` tokens of a call are real, as indices; the rest is padding.
 
-        All layers get the same mask, so it is looked at once per call of the model.
+        All layers of a pass get the same `valid`, so it is looked at once.
         """
-        batch, rows = query.shape[0], query.shape[2]
-        if mask is None:
-            return torch.arange(batch * rows, device=query.device)
-        if self._mask is not mask or self._answering is None:
-            valid = mask.any(-1)[:, 0].expand(batch, rows)
-            self._mask, self._answering = mask, valid.flatten().nonzero()[:, 0]
+        if valid is None:
+            return torch.arange(query.shape[0] * query.shape[2], device=query.device)
+        if self._valid is not valid or self._answering is None:
+            self._valid, self._answering = valid, valid.flatten().nonzero()[:, 0]
         return self._answering
 
 
@@ -145,23 +144,28 @@ class MeteredLayer(ContextAttention):
     def tensors(self) -> list[Tensor]:
         return self.inner.tensors()
 
-    def index_bytes(self, query: Tensor, scale: float) -> Tensor | float:
-        return self.inner.index_bytes(query, scale)
+    def index_bytes(self, query: Tensor) -> Tensor | float:
+        return self.inner.index_bytes(query)
 
-    def attend(self, query, suffix_keys, suffix_values, suffix_mask, scale, per_token):
-        rest = (suffix_keys, suffix_values, suffix_mask, scale, per_token)
-        output, read = self.inner.attend(query, *rest)
+    def attend(
+        self,
+        query: Tensor,
+        suffix: Suffix | None = None,
+        valid: Tensor | None = None,
+        per_token: bool = False,
+    ) -> Attended:
+        found = self.inner.attend(query, suffix, valid, per_token)
         if per_token and self.meter.enabled:
-            tokens = self.meter.answering(query, suffix_mask)
-            self._count(tokens_of(query, tokens), query.shape[0], read, scale)
+            tokens = self.meter.answering(query, valid)
+            self._count(tokens_of(query, tokens), query.shape[0], found.keys_read)
             if self.meter.measure_errors:
-                dense, _ = DenseLayer(self.layer).attend(query, *rest)
-                ours, theirs = (tokens_of(x, tokens).float() for x in (output, dense))
+                dense = DenseLayer(self.layer).attend(query, suffix, valid, per_token)
+                ours, theirs = (tokens_of(x.output, tokens).float() for x in (found, dense))
                 away = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(1e-12)
                 self.meter.errors[self.index].add(away)
-        return output, read
+        return found
 
-    def _count(self, query: Tensor, requests: int, read: Tensor, scale: float) -> None:
+    def _count(self, query: Tensor, requests: int, read: Tensor) -> None:
         """Add what `read` and the index cost the tokens of `query [1, Hq, n, D]`."""
         layer, meter = self.layer, self.meter
         queries, heads = query.shape[2], layer.keys.shape[0]
@@ -169,7 +173,7 @@ class MeteredLayer(ContextAttention):
         meter.keys_read = meter.keys_read + keys_read
         meter.keys += queries * self.selectable_keys
         sample = query[:, :, :: max(1, -(-queries // (requests * SAMPLED_TOKENS)))]
-        index_bytes = self.index_bytes(sample, scale) * (queries / max(1, sample.shape[2]))
+        index_bytes = self.index_bytes(sample) * (queries / max(1, sample.shape[2]))
         pinned_and_kept = queries * layer.pinned * heads + keys_read
         exact_bytes = LayerBytes.of(layer).keys(pinned_and_kept)
         meter.bytes_read = meter.bytes_read + exact_bytes + index_bytes

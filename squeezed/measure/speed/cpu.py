@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from squeezed.attention import cpu, reference
+from squeezed.attention.interface import Attended, Suffix
 from squeezed.attention.reference.lookup import lookup
 from squeezed.config import FAR_FIELDS
 from squeezed.context.bytes import LayerBytes
@@ -42,22 +43,20 @@ class Step:
     query: Tensor
     layer: ClusteredLayer
     suffix: Tensor
-    scale: float
 
-    def squeezed(self, rule: SelectionRule, implementation=cpu) -> tuple[Tensor, Tensor]:
-        suffix = (self.suffix, self.suffix, None)
-        return implementation.attend(self.query, self.layer, rule, *suffix, self.scale)
+    def squeezed(self, rule: SelectionRule, implementation=cpu) -> Attended:
+        return implementation.attend(self.query, self.layer, rule, Suffix(self.suffix, self.suffix))
 
     def bytes_read(self, rule: SelectionRule) -> int:
         """Fewest bytes of a step: what several requests want counts once."""
-        found = lookup(self.query, self.layer, rule, self.scale)
+        found = lookup(self.query, self.layer, rule)
         suffix = LayerBytes.of(self.layer).keys(self.suffix.shape[:3].numel())
         return step_bytes(self.layer, found, rule) + suffix
 
 
 def dense_forms(step: Step) -> dict[str, Callable[[], Tensor]]:
     """Dense attention over the context alone; the queries of a group and all requests are rows."""
-    keys, values, scale = step.layer.keys, step.layer.values, step.scale
+    keys, values, scale = step.layer.keys, step.layer.values, step.layer.scale
     heads, _, dim = keys.shape
     batch = step.query.shape[0]
     packed = step.query.view(batch, heads, -1, dim).transpose(0, 1).reshape(heads, -1, dim)
@@ -81,8 +80,8 @@ def dense_forms(step: Step) -> dict[str, Callable[[], Tensor]]:
 
 def checked_error(step: Step, rule: SelectionRule, dtype: str) -> float:
     """Relative error against the float32 reference; raises rather than time a wrong result."""
-    output, keys_read = step.squeezed(rule)
-    expected, expected_read = step.squeezed(rule, reference)
+    output, _, keys_read = step.squeezed(rule)
+    expected, _, expected_read = step.squeezed(rule, reference)
     error = float((output.float() - expected.float()).norm() / expected.float().norm())
     off = abs(int(keys_read.sum()) / int(expected_read.sum()) - 1)
     if not (error < ORACLE_TOLERANCE[dtype] and off < 1e-3):
@@ -110,15 +109,15 @@ def measure(sizes: Sizes, dtype: str, budget: float, turns: int) -> dict:
     layer = random_layer(sizes, DTYPES[dtype])
     query = sizes.queries().to(DTYPES[dtype])
     suffix = torch.randn(sizes.batch, sizes.kv_heads, sizes.suffix, sizes.dim).to(DTYPES[dtype])
-    step = Step(query, layer, suffix, sizes.dim**-0.5)
+    step = Step(query, layer, suffix)
     source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8)
     target = torch.empty_like(source)
     methods: dict[str, Callable] = {"memory copy": lambda: target.copy_(source)}
     facts: dict[str, dict] = {}
     for far_field in FAR_FIELDS:
-        rule = rule_for_budget(query, layer, budget, far_field, step.scale)
+        rule = rule_for_budget(query, layer, budget, far_field)
         start = time.perf_counter()
-        read = step.squeezed(rule)[1].double().mean() / (sizes.kv_heads * layer.clustered)
+        read = step.squeezed(rule).keys_read.double().mean() / (sizes.kv_heads * layer.clustered)
         facts[f"squeezed, far field {far_field}"] = {
             "first_call_s": time.perf_counter() - start,
             "budget_read": float(read),

@@ -11,6 +11,7 @@ import typer
 from torch import Tensor
 
 from squeezed.attention import reference
+from squeezed.attention.interface import Suffix
 from squeezed.attention.reference.lookup import lookup
 from squeezed.attention.triton.decode import launch as decode
 from squeezed.context.layers import ClusteredLayer
@@ -35,28 +36,24 @@ ORACLE_TOLERANCE = 2e-2
 rounding of a score moves across the threshold."""
 
 
-def physical_bytes(query: Tensor, layer: ClusteredLayer, rule: SelectionRule, scale: float) -> int:
+def physical_bytes(query: Tensor, layer: ClusteredLayer, rule: SelectionRule) -> int:
     """Fewest bytes of a step over the context: pinned and kept keys and values, and what finds
     them; no far field. What several requests keep counts once."""
     plain = replace(rule, far_field="none", far_alpha=None)
-    return step_bytes(layer, lookup(query, layer, plain, scale), plain)
+    return step_bytes(layer, lookup(query, layer, plain), plain)
 
 
 def oracle_error(
-    query: Tensor, layer: ClusteredLayer, rule: SelectionRule, recent: Tensor, scale: float
+    query: Tensor, layer: ClusteredLayer, rule: SelectionRule, recent: Tensor
 ) -> float:
     """Relative error of the first two KV heads against the reference; raises if it is too large."""
     heads = slice(0, min(2, layer.keys.shape[0]))
     group = query.shape[1] // layer.keys.shape[0]
-    inputs = (
-        layer.of_heads(heads),
-        rule.of_heads(heads),
-        recent[:2, heads].contiguous(),
-        recent[:2, heads].contiguous(),
-    )
+    own = recent[:2, heads].contiguous()
+    inputs = layer.of_heads(heads), rule.of_heads(heads), Suffix(own, own)
     rows = query[:2, : heads.stop * group].contiguous()
-    output, _ = decode.attend(rows, *inputs, None, scale)
-    expected, _ = reference.attend(rows.float(), *inputs, None, scale)
+    output = decode.decode_step(rows, *inputs).output
+    expected = reference.attend(rows.float(), *inputs).output
     error = float((output - expected).norm() / expected.norm())
     if not error < ORACLE_TOLERANCE:
         raise SqueezedError(f"decode: expected the reference's output, got an error of {error:.3g}")
@@ -68,7 +65,6 @@ def measure(
     bandwidth: float, replays: int, dense: bool = True,
 ) -> dict:  # fmt: skip
     """One case: its bytes, its times, its distance from the limit and from the best dense."""
-    scale = sizes.dim**-0.5
     held = 4 * sizes.kv_heads * sizes.tokens * sizes.dim
     count = rotations(int(held * min(1.0, 1.2 * budget)), held)
     layers = [synthetic_layer(sizes, seed) for seed in range(count)]
@@ -78,23 +74,20 @@ def measure(
     result = {**asdict(sizes), "dtype": str(sizes.dtype), "budget": budget, "agreement": agreement}
     result |= {"coarse_ratio": coarse_ratio, "layers_rotated": count, "methods": {}}
     for far_field in far_fields:
-        rules = [
-            rule_for_budget(query, layer, budget, coarse_ratio, far_field, scale)
-            for layer in layers
-        ]
-        error = oracle_error(query, layers[0], rules[0], recent, scale)
+        rules = [rule_for_budget(query, layer, budget, coarse_ratio, far_field) for layer in layers]
+        error = oracle_error(query, layers[0], rules[0], recent)
         calls = [
-            lambda layer=layer, rule=rule: decode.attend(
-                query, layer, rule, recent, recent, None, scale
+            lambda layer=layer, rule=rule: decode.decode_step(
+                query, layer, rule, Suffix(recent, recent)
             )
             for layer, rule in zip(layers, rules, strict=True)
         ]
-        read = calls[0]()[1].double().mean() / (sizes.kv_heads * layers[0].clustered)
+        read = calls[0]().keys_read.double().mean() / (sizes.kv_heads * layers[0].clustered)
         timing = time_in_graph(calls, replays)
         result["methods"][f"squeezed, far field {far_field}"] = {
             **asdict(timing), "oracle_error": error, "budget_read": float(read)
         }  # fmt: skip
-    result["physical_bytes"] = physical_bytes(query, layers[0], rules[0], scale)
+    result["physical_bytes"] = physical_bytes(query, layers[0], rules[0])
     result["physical_us"] = result["physical_bytes"] / bandwidth * 1e6
     if dense:
         for name, calls in dense_peers(query, layers).items():

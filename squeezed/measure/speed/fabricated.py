@@ -54,13 +54,12 @@ def context_of(model, seeds: list[CapturedLayer], tokens: int, budget: float) ->
     layers, seen = [], []
     for seed in seeds:
         keys, values = stretched(seed.keys, tokens), stretched(seed.values, tokens)
-        layers.append(cluster_layer(keys, values, config.clustering, seed.queries))
-        seen.append(ObservedLayer(layers[-1], seed.queries, seed.scale))
+        layers.append(cluster_layer(keys, values, config.clustering, seed.queries, seed.scale))
+        seen.append(ObservedLayer(layers[-1], seed.queries))
     return FixedContext(
         tokens=torch.zeros(tokens, dtype=torch.long),
         layers=tuple(layers),
         windows=(None,) * len(layers),
-        scales=tuple(seed.scale for seed in seeds),
         calibrations={BEST.name: calibrate(Forest.of(seen), BEST, config.budgets)},
         config=config,
         template=PromptTemplate.plain(),

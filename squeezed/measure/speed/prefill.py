@@ -14,7 +14,7 @@ import torch
 import typer
 
 from squeezed.attention import reference
-from squeezed.attention.triton.prefill.launch import attend
+from squeezed.attention.triton.prefill.launch import prefill
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
 from squeezed.measure.record import write_record
@@ -34,13 +34,13 @@ def oracle_error(inputs: Inputs, rule: SelectionRule) -> float:
     Only the last block of queries is compared: the reference holds all scores at once.
     """
     worst, rows = 0.0, rule.query_block
-    output, _ = attend(*inputs.arguments(rule))
+    output, _, _ = prefill(*inputs.arguments(rule))
     group = inputs.query.shape[1] // inputs.layer.keys.shape[0]
     for index in (0, inputs.layer.keys.shape[0] - 1):
         part = inputs.head(index)
         part = replace(part, query=part.query[:, :, -rows:])
         own = rule.of_heads(slice(index, index + 1))
-        expected, _ = reference.attend(*part.arguments(own))
+        expected, _, _ = reference.attend(*part.arguments(own))
         ours = output[:, index * group : (index + 1) * group, -rows:].double()
         worst = max(worst, float((ours - expected).norm() / expected.double().norm()))
     if not worst < ORACLE_TOLERANCE:
@@ -52,8 +52,8 @@ def oracle_error(inputs: Inputs, rule: SelectionRule) -> float:
 
 def dense_times(inputs: Inputs, replays: int) -> dict[str, Timing]:
     """The dense peers over context and suffix, those that take the shape."""
-    keys = torch.cat([inputs.layer.keys[None], inputs.suffix_keys], 2)
-    values = torch.cat([inputs.layer.values[None], inputs.suffix_values], 2)
+    keys = torch.cat([inputs.layer.keys[None], inputs.suffix.keys], 2)
+    values = torch.cat([inputs.layer.values[None], inputs.suffix.values], 2)
     found = {}
     for name, call in prefill_peers(inputs.query, keys, values).items():
         timing = time_or_reason([call], replays)
@@ -71,7 +71,7 @@ def measure(inputs: Inputs, case: Case, far_fields: tuple[str, ...], replays: in
     for far_field in far_fields:
         ruled = with_far_field(rule, far_field, inputs.query)
         error = oracle_error(inputs, ruled)
-        timing = time_in_graph([lambda ruled=ruled: attend(*inputs.arguments(ruled))], replays)
+        timing = time_in_graph([lambda ruled=ruled: prefill(*inputs.arguments(ruled))], replays)
         row["methods"][f"squeezed, far field {far_field}"] = asdict(timing) | {"error": error}
     dense = dense_times(inputs, replays)
     row["methods"] |= {name: asdict(timing) for name, timing in dense.items()}

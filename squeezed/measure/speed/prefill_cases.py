@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from squeezed.attention.interface import Suffix
 from squeezed.attention.scores import NEG_INF
-from squeezed.attention.triton.prefill.launch import attend
+from squeezed.attention.triton.prefill.launch import prefill
 from squeezed.config import ClusteringConfig
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
@@ -37,9 +38,7 @@ class Inputs:
 
     layer: ClusteredLayer
     query: Tensor
-    suffix_keys: Tensor
-    suffix_values: Tensor
-    scale: float
+    suffix: Suffix
 
     @staticmethod
     def of(case: Case, dtype: torch.dtype = torch.bfloat16) -> Inputs:
@@ -48,38 +47,32 @@ class Inputs:
         layer = cluster_layer(keys, torch.randn_like(keys), ClusteringConfig())
         del keys
         query = parts.queries(case.rows, case.heads // case.kv_heads, dtype)
-        suffix = layer.centred(parts.keys(case.rows, dtype)[None])
-        return Inputs(layer, query, suffix, torch.randn_like(suffix), case.dim**-0.5)
+        recent = parts.keys(case.rows, dtype)[None]
+        return Inputs(layer, query, Suffix.of(layer, recent, torch.randn_like(recent)))
 
     def first(self, rows: int) -> Inputs:
         """The same context under only the first `rows` user tokens."""
         query, keys, values = (
-            x[:, :, :rows].contiguous() for x in (self.query, self.suffix_keys, self.suffix_values)
+            x[:, :, :rows].contiguous() for x in (self.query, self.suffix.keys, self.suffix.values)
         )
-        return replace(self, query=query, suffix_keys=keys, suffix_values=values)
+        return replace(self, query=query, suffix=Suffix(keys, values))
 
     def head(self, index: int) -> Inputs:
         """KV head `index` and its group alone."""
         group = self.query.shape[1] // self.layer.keys.shape[0]
         one = slice(index, index + 1)
         query = self.query[:, index * group : (index + 1) * group]
-        return Inputs(
-            self.layer.of_heads(one),
-            query,
-            self.suffix_keys[:, one],
-            self.suffix_values[:, one],
-            self.scale,
-        )
+        suffix = Suffix(self.suffix.keys[:, one], self.suffix.values[:, one])
+        return Inputs(self.layer.of_heads(one), query, suffix)
 
     def arguments(self, rule: SelectionRule) -> tuple:
-        return (
-            self.query, self.layer, rule, self.suffix_keys, self.suffix_values, None, self.scale,
-        )  # fmt: skip
+        return self.query, self.layer, rule, self.suffix
 
     def share_read(self, rule: SelectionRule) -> float:
         """Share of the clustered keys that a query reads, averaged over heads and queries."""
         heads, rows = self.layer.keys.shape[0], self.query.shape[2]
-        return int(attend(*self.arguments(rule))[1]) / (self.layer.clustered * heads * rows)
+        read = int(prefill(*self.arguments(rule)).keys_read)
+        return read / (self.layer.clustered * heads * rows)
 
 
 def rule_for(inputs: Inputs, case: Case) -> SelectionRule:

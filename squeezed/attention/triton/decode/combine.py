@@ -14,9 +14,9 @@ def merge(
     SLOTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
     DIPOLE: tl.constexpr,
 ):  # fmt: skip
-    """Mass, weighted values and variances of two runs of partial sums, walked as one.
+    """Logarithm of the unit, mass, weighted values and variances of two runs of partial sums.
 
-    One run, so that all loads of a row travel together.
+    They are walked as one, so that all loads of a row travel together.
     """
     high, mass, moved = float("-inf"), 0.0, 0.0
     value = tl.zeros([DIMS], tl.float32)
@@ -38,7 +38,7 @@ def merge(
             part_moved = tl.load(spreads + place, mask=index < near_slots, other=0.0)
             moved = moved * decay + tl.sum(weight * part_moved)
         high = top
-    return mass, value, moved
+    return high, mass, value, moved
 
 
 @triton.jit
@@ -55,13 +55,14 @@ def slope_along(
 
 @triton.jit
 def combine_kernel(
-    query, slope, output, keys_read, counters, read_counts, sums, highs, masses, spreads,
+    query, slope, output, log_mass, keys_read, valid, valid_stride, counters, read_counts, sums,
+    highs, masses, spreads,
     query_stride_batch, query_stride_head, output_stride_batch, batch, problems, programs,
     fixed_base, fixed_slots, scale_bits,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DIMS: tl.constexpr,
-    Z_PAD: tl.constexpr, SLOTS: tl.constexpr, CLUSTERED: tl.constexpr, DIPOLE: tl.constexpr,
-    NODE_UNIT: tl.constexpr, PDL: tl.constexpr,
+    Z_PAD: tl.constexpr, SLOTS: tl.constexpr, CLUSTERED: tl.constexpr, PADDED: tl.constexpr,
+    DIPOLE: tl.constexpr, NODE_UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid `(problems, ROWS, dimensions / DIMS)`; a program writes a part of one output row."""
     z, row, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -85,11 +86,16 @@ def combine_kernel(
     if PDL:
         gdc_wait()
     if request < batch:
-        mass, value, moved = merge(
+        high, mass, value, moved = merge(
             sums, highs, masses, spreads, near, near_slots, fixed_base + z * fixed_slots,
             fixed_slots, row, d, SLOTS, ROWS, D, DIMS, DIPOLE,
         )  # fmt: skip
+        if PADDED:
+            mass = tl.where(tl.load(valid + request.to(tl.int64) * valid_stride) != 0, mass, 0.0)
         value += moved * along
         value = tl.where(mass == 0, 0.0, value / mass)  # padding attends to nothing; NaN shows
         place = request.to(tl.int64) * output_stride_batch + (head * GROUP + row % GROUP) * D
+        if share == 0:
+            nats = tl.where(mass == 0, float("-inf"), (high + tl.log2(mass)) / LOG2_E)
+            tl.store(log_mass + place // D, nats)
         tl.store(output + place + d, value.to(output.dtype.element_ty), mask=d < D)

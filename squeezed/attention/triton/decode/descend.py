@@ -15,7 +15,6 @@ from squeezed.attention.triton.decode.selection import (
     RUN,
     append_nodes,
     append_runs,
-    attends_to_any,
     hand_down,
     keep_bits,
     log_size,
@@ -104,16 +103,16 @@ def list_coarsest(
 def descend_kernel(
     query, parent_alpha, alpha, far_alpha, scores, parents_of, states, child_states, child_offsets,
     parent_offsets, parent_variance, centroids, key_offsets, variance, norm_highs, norm_masses,
-    runs, run_bits, far_nodes, far_variances, far_logits, counters, read_counts, highs,
-    query_stride_batch, query_stride_head, batch, parents, nodes, children, base, parent_base,
-    run_capacity, far_capacity, listers, splits, recent_base, recent_stride, recent_chunks,
-    parent_thresholds, thresholds, scale_bits,
+    runs, run_bits, far_nodes, far_variances, far_logits, counters, read_counts,
+    valid, valid_stride, query_stride_batch, query_stride_head, batch, parents, nodes, children,
+    base, parent_base, run_capacity, far_capacity, listers, splits, parent_thresholds, thresholds,
+    scale_bits,
     TOP: tl.constexpr, FLAT: tl.constexpr, LEAVES: tl.constexpr,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, WRITE: tl.constexpr,
     NORM_PAD: tl.constexpr, ROWS_PAD: tl.constexpr, NORM_STEP: tl.constexpr,
-    RECENT_PAD: tl.constexpr, REQUESTS: tl.constexpr, BITS: tl.constexpr,
-    EVERYONE: tl.constexpr, SHARED: tl.constexpr, SECOND: tl.constexpr, MASKED: tl.constexpr,
+    REQUESTS: tl.constexpr, BITS: tl.constexpr,
+    EVERYONE: tl.constexpr, SHARED: tl.constexpr, SECOND: tl.constexpr, PADDED: tl.constexpr,
     FAR: tl.constexpr, DIPOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid `(problems, parts + listers)`; a part is every `parts`-th block of `N` nodes of a level.
@@ -134,6 +133,10 @@ def descend_kernel(
     energy = energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND)
     far_energy = energy_of(q, far_alpha, head, row, scale_bits, GROUP, DIPOLE)
     threshold, parent_threshold = tl.load(thresholds + head), tl.load(parent_thresholds + head)
+    selects = exists
+    if PADDED:
+        at = (tile * TILE_BATCH + row // GROUP).to(tl.int64) * valid_stride
+        selects &= tl.load(valid + at, mask=exists, other=0) != 0
     scores += wide * parents * ROWS
     far_nodes += wide * far_capacity
     far_variances += wide * far_capacity
@@ -142,10 +145,6 @@ def descend_kernel(
         gdc_wait()
         gdc_launch_dependents()
     norm = normaliser(norm_highs, norm_masses, z, splits, row, ROWS, ROWS_PAD, NORM_PAD, NORM_STEP)
-    selects = exists
-    if MASKED:
-        recent = recent_base + z * recent_stride
-        selects &= attends_to_any(highs, recent, recent_chunks, row, exists, ROWS, RECENT_PAD)
     # What a score must exceed to be kept; nothing is where a row selects nothing.
     bar = tl.where(selects, norm + threshold * LOG2_E, float("inf"))
     parent_bar = tl.where(selects, norm + parent_threshold * LOG2_E, float("inf"))

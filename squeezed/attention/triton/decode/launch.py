@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from squeezed.attention.interface import Attended, Suffix
 from squeezed.attention.triton import gpus
 from squeezed.attention.triton.decode.selection import RUN
 from squeezed.attention.triton.decode.step import Step
@@ -31,86 +32,87 @@ FEW_PARENTS, MANY_PARENTS = 6_000, 30_000
 
 
 @gpus.compiled_or_refused()
-def attend(
+def decode_step(
     query: Tensor,
     layer: ClusteredLayer,
     rule: SelectionRule,
-    suffix_keys: Tensor,
-    suffix_values: Tensor,
-    suffix_mask: Tensor | None,
-    scale: float,
+    suffix: Suffix | None = None,
+    valid: Tensor | None = None,
     tuning: Tuning | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Attended:
     """Squeezed attention of one new token per request, as `squeezed.attention.reference` has it.
 
     Args:
         query: `[B, Hq, 1, D]`, bfloat16 or float16; `D` a multiple of 16 up to 256, `Hq / Hkv` up
             to 16. Requests that share the context read every kept cluster once.
-        layer: the context's clustered keys and values, contiguous.
+        layer: the context's clustered keys and values, contiguous, and the softmax scale.
         rule: thresholds, score and far field.
-        suffix_keys, suffix_values: `[B, Hkv, S, D]`, may be views of a static buffer.
-        suffix_mask: `[B, 1, 1, S]` bool, True where attended; `None` attends to all of them.
-        scale: softmax scale.
+        suffix: keys and values `[B, Hkv, S, D]`, may be views of a static buffer; mask
+            `[B, 1, 1, S]`, or `None` to attend to all of them. `None`: the context alone.
+        valid: `[B, 1]` bool, False for a request of padding; `None` if there is none.
         tuning: block sizes; chosen by the shape when `None`.
-
-    Returns:
-        Output `[B, Hq, 1, D]`, and the clustered keys read per request `[B]` int64, over all heads.
 
     Raises:
         SqueezedError: an unsupported shape, dtype or layout.
     """
     query = query if query.stride(-1) == 1 else query.contiguous()
-    check(query, layer, suffix_keys, suffix_values)
-    shape = shape_of(query, layer, suffix_keys, rule.far_field)
+    check(query, layer, suffix)
+    shape = shape_of(query, layer, suffix, rule.far_field)
     tuning = tuning or chosen_tuning(shape)
-    step = Step(query, layer, rule, suffix_keys, suffix_values, suffix_mask, scale, shape, tuning)
+    step = Step(query, layer, rule, suffix, valid, shape, tuning)
     step.open()
     for stage in range(len(step.cut.parts)):
         step.descend(stage)
     if layer.levels:
-        step.attend()
+        step.attend_lists()
     step.combine()
-    return step.output, step.keys_read
+    return Attended(step.output, step.log_mass, step.keys_read)
 
 
-def attend_many(
+def decode_many(
     query: Tensor,
     layers: Sequence[ClusteredLayer],
     rules: Sequence[SelectionRule],
-    suffix_keys: Tensor,
-    suffix_values: Tensor,
-    suffix_mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """`attend` for requests over different contexts: request `b` reads `layers[b]` by `rules[b]`.
+    suffix: Suffix | None = None,
+    valid: Tensor | None = None,
+) -> Attended:
+    """A decode step for requests over different contexts: request `b` reads `layers[b]`.
 
-    One step per distinct pair, all in the same stream and so in the same CUDA graph; requests that
-    share a pair share its bytes.
+    One step per distinct pair of layer and rule, all in the same stream and so in the same CUDA
+    graph; requests that share a pair share its bytes.
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for request, pair in enumerate(zip(layers, rules, strict=True)):
         groups.setdefault((id(pair[0]), id(pair[1])), []).append(request)
-    output = torch.empty_like(query)
-    keys_read = torch.empty(query.shape[0], dtype=torch.int64, device=query.device)
+    together = Attended(
+        torch.empty_like(query),
+        query.new_empty(query.shape[:3], dtype=torch.float32),
+        query.new_empty(query.shape[0], dtype=torch.int64),
+    )
     for members in groups.values():
-        operands = [_rows(t, members) for t in (query, suffix_keys, suffix_values)]
-        mask = None if suffix_mask is None else _rows(suffix_mask, members)
+        own = None if suffix is None else _of_requests(suffix, members)
         layer, rule = layers[members[0]], rules[members[0]]
-        found, read = attend(operands[0], layer, rule, *operands[1:], mask, scale)
+        found = decode_step(_rows(query, members), layer, rule, own, _rows(valid, members))
         for place, request in enumerate(members):
-            output[request].copy_(found[place])
-            keys_read[request].copy_(read[place])
-    return output, keys_read
+            for target, source in zip(together, found, strict=True):
+                target[request].copy_(source[place])
+    return together
 
 
-def _rows(tensor: Tensor, members: list[int]) -> Tensor:
+def _of_requests(suffix: Suffix, members: list[int]) -> Suffix:
+    return Suffix(*(_rows(part, members) for part in (suffix.keys, suffix.values, suffix.mask)))
+
+
+def _rows(tensor: Tensor | None, members: list[int]) -> Tensor | None:
     """Rows of a batch, by slices: an index tensor would be a copy from the host."""
+    if tensor is None:
+        return None
     if members == list(range(members[0], members[-1] + 1)):
         return tensor[members[0] : members[-1] + 1]
     return torch.cat([tensor[request : request + 1] for request in members])
 
 
-def check(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, suffix_values: Tensor) -> None:
+def check(query: Tensor, layer: ClusteredLayer, suffix: Suffix | None) -> None:
     """Refuse what the kernels cannot do, in one line."""
     _, heads, rows, dim = query.shape
     kv_heads = layer.keys.shape[0]
@@ -134,10 +136,11 @@ def check(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, suffix_valu
         raise SqueezedError(
             f"layer: expected at most {MAX_TOKENS:,} tokens, got {layer.tokens:,}; split the text"
         )
-    for name, tensor in (("suffix_keys", suffix_keys), ("suffix_values", suffix_values)):
+    own = () if suffix is None else (suffix.keys, suffix.values)
+    for name, tensor in zip(("suffix.keys", "suffix.values"), own, strict=False):
         if tensor.dtype != query.dtype:
             raise SqueezedError(f"{name}: expected {query.dtype}, got {tensor.dtype}; cast it")
-        if tensor.stride(-1) != 1 or tensor.stride() != suffix_keys.stride():
+        if tensor.stride(-1) != 1 or tensor.stride() != own[0].stride():
             raise SqueezedError(
                 f"{name}: expected rows contiguous and keys and values laid out alike, got strides "
                 f"{tensor.stride()}; call contiguous()"
@@ -150,7 +153,7 @@ def check(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, suffix_valu
             )
 
 
-def shape_of(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, far: FarField) -> Shape:
+def shape_of(query: Tensor, layer: ClusteredLayer, suffix: Suffix | None, far: FarField) -> Shape:
     """Sizes on which the launches depend."""
     return Shape(
         batch=query.shape[0],
@@ -159,7 +162,7 @@ def shape_of(query: Tensor, layer: ClusteredLayer, suffix_keys: Tensor, far: Far
         dim=query.shape[3],
         tokens=layer.tokens,
         pinned=layer.pinned if layer.levels else layer.tokens,
-        recent=suffix_keys.shape[2],
+        recent=0 if suffix is None else suffix.tokens,
         nodes=tuple(level.nodes for level in layer.levels),
         far=far != "none" and bool(layer.levels),
         dipole=far == "second_order" and bool(layer.levels),

@@ -1,7 +1,7 @@
 """The decode step as an operator of PyTorch, so that `torch.compile` keeps it in one graph.
 
-The operator takes a layer apart into tensors, since a graph can hold nothing else; `attend` here
-has the signature that every implementation shares.
+The operator takes a layer apart into tensors, since a graph can hold nothing else; `decode_step`
+here has the signature that every implementation shares.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from squeezed.attention.interface import Attended, Suffix
 from squeezed.attention.triton.decode import launch as decode
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
 
 
-def attend(
+def decode_step(
     query: Tensor,
     layer: ClusteredLayer,
     rule: SelectionRule,
-    suffix_keys: Tensor,
-    suffix_values: Tensor,
-    suffix_mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """`squeezed.attention.triton.decode.launch.attend`, as one node of a compiled graph."""
+    suffix: Suffix | None = None,
+    valid: Tensor | None = None,
+) -> Attended:
+    """`squeezed.attention.triton.decode.launch.decode_step`, as one node of a compiled graph."""
     levels = layer.levels
-    return decode_step(
+    own = (None, None, None) if suffix is None else (suffix.keys, suffix.values, suffix.mask)
+    found = step_of_parts(
         query,
         layer.keys,
         layer.values,
@@ -37,20 +37,20 @@ def attend(
         [level.variance for level in levels],
         [level.key_offsets for level in levels],
         [level.child_offsets for level in levels if level.child_offsets is not None],
-        suffix_keys,
-        suffix_values,
-        suffix_mask,
+        *own,
+        valid,
         rule.alpha,
         rule.far_alpha,
         rule.log_thresholds,
         rule.far_field,
         layer.pinned,
-        scale,
+        layer.scale,
     )
+    return Attended(*found)
 
 
 @torch.library.custom_op("squeezed::decode_step", mutates_args=())
-def decode_step(
+def step_of_parts(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -62,25 +62,28 @@ def decode_step(
     variance: list[Tensor],
     key_offsets: list[Tensor],
     child_offsets: list[Tensor],
-    suffix_keys: Tensor,
-    suffix_values: Tensor,
+    suffix_keys: Tensor | None,
+    suffix_values: Tensor | None,
     suffix_mask: Tensor | None,
+    valid: Tensor | None,
     alpha: Tensor | None,
     far_alpha: Tensor | None,
     log_thresholds: Tensor,
     far_field: str,
     pinned: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """A decode step over the parts of a layer and its rule; levels run from coarse to fine."""
     children = [*child_offsets, None] if centroids else []
     columns = (centroids, mean_values, variance, key_offsets, children)
     levels = tuple(Level(*parts) for parts in zip(*columns, strict=True))
-    layer = ClusteredLayer(keys, values, positions, pinned, levels, value_slope, centre)
+    layer = ClusteredLayer(keys, values, positions, pinned, levels, value_slope, centre, scale)
     rule = SelectionRule(log_thresholds, alpha, far_field, far_alpha=far_alpha)
-    return decode.attend(query, layer, rule, suffix_keys, suffix_values, suffix_mask, scale)
+    suffix = None if suffix_keys is None else Suffix(suffix_keys, suffix_values, suffix_mask)
+    return tuple(decode.decode_step(query, layer, rule, suffix, valid))
 
 
-@decode_step.register_fake
-def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[0], dtype=torch.int64)
+@step_of_parts.register_fake
+def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    log_mass = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return torch.empty_like(query), log_mass, query.new_empty(len(query), dtype=torch.int64)

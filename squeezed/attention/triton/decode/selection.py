@@ -122,15 +122,6 @@ def normaliser(
 
 
 @triton.jit
-def attends_to_any(highs, slot, chunks, row, exists, ROWS: tl.constexpr, SLOTS: tl.constexpr):
-    """Whether a row sees any recent token; one that sees none is padding and selects nothing."""
-    chunk = tl.arange(0, SLOTS)
-    mask = exists[:, None] & (chunk < chunks)[None, :]
-    at = (slot + chunk)[None, :].to(tl.int64) * ROWS + row[:, None]
-    return tl.max(tl.load(highs + at, mask=mask, other=float("-inf")), 1) > float("-inf")
-
-
-@triton.jit
 def log_size(size):
     """Logarithm of the sizes of nodes, in bits; 0 of empty ones."""
     return tl.log2(tl.maximum(size, 1).to(tl.float32))

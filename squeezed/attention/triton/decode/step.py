@@ -23,13 +23,14 @@ from squeezed.attention.triton.decode.workspace import (
 class Step:
     """One decode step over one scratch; every method is one launch."""
 
-    def __init__(self, query, layer, rule, keys, values, mask, scale, shape: Shape, tuning: Tuning):
+    def __init__(self, query, layer, rule, suffix, valid, shape: Shape, tuning: Tuning):
         self.query, self.layer, self.rule, self.tuning = query, layer, rule, tuning
-        self.suffix_keys, self.suffix_values, self.mask = keys, values, mask
+        self.suffix, self.valid = suffix, valid
         self.shape, self.cut = shape, plan(shape, tuning)
-        self.scale_bits = scale * math.log2(math.e)
+        self.scale_bits = layer.scale * math.log2(math.e)
         self.scratch = Workspace.allocate(shape, self.cut, query.device)
         self.output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        self.log_mass = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         self.keys_read = torch.empty(shape.batch, dtype=torch.int64, device=query.device)
 
     def _tile(self) -> dict:
@@ -53,9 +54,16 @@ class Step:
     def _alpha(self, level: int) -> Tensor:
         return self.query if self.rule.alpha is None else self.rule.alpha[level]
 
+    def _valid(self) -> tuple[Tensor, int]:
+        """Which requests are no padding, and the stride between them."""
+        return (self.query, 0) if self.valid is None else (self.valid, self.valid.stride(0))
+
     def open(self) -> None:
         cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
-        keys, values, mask = self.suffix_keys, self.suffix_values, self.mask
+        keys = values = self.query  # any tensor where the kernel reads none
+        mask = None
+        if self.suffix is not None:
+            keys, values, mask = self.suffix.keys, self.suffix.values, self.suffix.mask
         top = self.layer.levels[0] if self.layer.levels else None
         programs = cut.pinned_chunks + cut.splits + cut.tile_batch * cut.recent_chunks
         lookup.open_kernel[cut.problems, programs](
@@ -92,26 +100,24 @@ class Step:
             child.key_offsets if leaves else child.child_offsets, parent.key_offsets,
             parent.variance, child.centroids, child.key_offsets, child.variance,
             s.norm_highs, s.norm_masses, s.runs, s.run_bits, s.far_nodes, s.far_variances,
-            s.far_logits, s.counters, s.read_counts, s.highs,
+            s.far_logits, s.counters, s.read_counts, *self._valid(),
             self.query.stride(0), self.query.stride(1), shape.batch,
             parent.nodes, child.nodes, 0 if leaves else levels[own + 1].nodes, cut.bounds[own],
             cut.bounds[above], s.runs.shape[1], s.far_nodes.shape[1],
-            listers, cut.splits,
-            cut.fixed_base + cut.pinned_chunks, cut.fixed_slots, cut.recent_chunks,
-            rule.log_thresholds[above], rule.log_thresholds[own], self.scale_bits,
+            listers, cut.splits, rule.log_thresholds[above], rule.log_thresholds[own],
+            self.scale_bits,
             TOP=stage == 0, FLAT=flat, LEAVES=leaves,
             **self._tile(), R=cut.node_row_pad, N=tuning.nodes, WRITE=tuning.write,
             NORM_PAD=norm_pad, ROWS_PAD=power_of_two(cut.rows),
             NORM_STEP=min(norm_pad, max(16, 2048 // power_of_two(cut.rows))),
-            RECENT_PAD=power_of_two(max(cut.recent_chunks, 1)),
             REQUESTS=power_of_two(cut.tile_batch),
             BITS=triton.language.int32 if cut.bits == torch.int32 else triton.language.int64,
             EVERYONE=cut.everyone, SHARED=cut.tile_batch > 1, SECOND=rule.alpha is not None,
-            MASKED=self.mask is not None or shape.recent == 0, FAR=shape.far, DIPOLE=shape.dipole,
+            PADDED=self.valid is not None, FAR=shape.far, DIPOLE=shape.dipole,
             **self._launch(tuning.warps[1], dependent=True, registers=tuning.registers),
         )  # fmt: skip
 
-    def attend(self) -> None:
+    def attend_lists(self) -> None:
         cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
         attention.attend_kernel[(cut.programs,)](
             self.query, self.layer.keys, self.layer.values, s.runs, s.run_bits,
@@ -129,11 +135,12 @@ class Step:
         cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
         dims = min(tuning.merge_dims, power_of_two(shape.dim))
         combine.combine_kernel[cut.problems, cut.rows, ceil_div(shape.dim, dims)](
-            self.query, self.layer.value_slope, self.output, self.keys_read, s.counters,
-            s.read_counts, s.sums, s.highs, s.masses, s.spreads, self.query.stride(0),
-            self.query.stride(1), self.output.stride(0), shape.batch, cut.problems,
-            cut.programs, cut.fixed_base, cut.fixed_slots, self.scale_bits,
+            self.query, self.layer.value_slope, self.output, self.log_mass, self.keys_read,
+            *self._valid(), s.counters, s.read_counts, s.sums, s.highs, s.masses, s.spreads,
+            self.query.stride(0), self.query.stride(1), self.output.stride(0), shape.batch,
+            cut.problems, cut.programs, cut.fixed_base, cut.fixed_slots, self.scale_bits,
             **self._tile(), DIMS=dims, Z_PAD=power_of_two(cut.problems), SLOTS=tuning.merge_slots,
-            CLUSTERED=bool(shape.nodes), DIPOLE=shape.dipole, NODE_UNIT=tuning.node_unit,
+            CLUSTERED=bool(shape.nodes), PADDED=self.valid is not None, DIPOLE=shape.dipole,
+            NODE_UNIT=tuning.node_unit,
             **self._launch(tuning.merge_warps, dependent=True),
         )  # fmt: skip

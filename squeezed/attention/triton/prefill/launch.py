@@ -11,6 +11,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from squeezed.attention.interface import Attended, Suffix, in_sequence
 from squeezed.attention.triton.gpus import compiled_or_refused
 from squeezed.attention.triton.prefill.lookup import geometry, lookup
 from squeezed.attention.triton.prefill.work import Work, choose_tile
@@ -22,36 +23,29 @@ WORK_BYTES = 1 << 29
 
 
 @compiled_or_refused()
-def attend(
+def prefill(
     query: Tensor,
     layer: ClusteredLayer,
     rule: SelectionRule,
-    suffix_keys: Tensor,
-    suffix_values: Tensor,
-    suffix_mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    suffix: Suffix | None = None,
+    valid: Tensor | None = None,
+) -> Attended:
     """Squeezed attention of `Q` new tokens, block by block of `rule.query_block`.
 
-    Arguments and results are those of `squeezed.attention.reference.attend`: `query [B, Hq, Q, D]`,
-    `suffix_keys, suffix_values [B, Hkv, S, D]`, `suffix_mask [B, 1, Q, S]` bool or `None` for
-    causal; output in the shape and dtype of `query`, keys read `[B]` int64.
+    Arguments and results are those of `squeezed.attention.reference.attend`.
     """
-    query, suffix_keys, suffix_values = map(_rows_contiguous, (query, suffix_keys, suffix_values))
-    rows, suffix = query.shape[2], suffix_keys.shape[2]
-    outputs, keys_read = [], []
+    query, rows = _rows_contiguous(query), query.shape[2]
+    if suffix is not None:
+        keys, values = map(_rows_contiguous, (suffix.keys, suffix.values))
+        suffix = Suffix(keys, values, suffix.mask)
+    if valid is not None:
+        valid = valid.to(torch.int8)
+    parts = []
     for first, last in _pieces(query, layer, rule):
-        seen = suffix if suffix_mask is not None else max(0, suffix - (rows - last))
-        output, read = _attend_piece(
-            query[:, :, first:last], layer, rule, suffix_keys[:, :, :seen],
-            suffix_values[:, :, :seen],
-            None if suffix_mask is None else suffix_mask[:, :, first:last], scale,
-        )  # fmt: skip
-        outputs.append(output)
-        keys_read.append(read)
-    if len(outputs) == 1:  # as a rule: no launch more than needed
-        return outputs[0], keys_read[0]
-    return torch.cat(outputs, 2), torch.stack(keys_read).sum(0)
+        recent = None if suffix is None else suffix.of_rows(first, last, rows)
+        real = None if valid is None else valid[:, first:last].contiguous()
+        parts.append(_attend_piece(query[:, :, first:last], layer, rule, recent, real))
+    return in_sequence(parts)  # one, as a rule: no launch more than needed
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
@@ -69,26 +63,16 @@ def _pieces(query: Tensor, layer: ClusteredLayer, rule: SelectionRule) -> list[t
 
 
 def _attend_piece(
-    query: Tensor, layer: ClusteredLayer, rule: SelectionRule,
-    suffix_keys: Tensor, suffix_values: Tensor, suffix_mask: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    valid = _valid_rows(query, suffix_keys, suffix_mask)
+    query: Tensor,
+    layer: ClusteredLayer,
+    rule: SelectionRule,
+    suffix: Suffix | None,
+    valid: Tensor | None,
+) -> Attended:
+    """One piece; `valid [B, Q]` int8."""
     sizes = geometry(query, layer, rule)
-    found = lookup(query, layer, rule, sizes, valid, scale)
-    tile = choose_tile(query, sizes, rule.far_field)
-    work = Work(sizes, layer, rule, found, tile)
-    ends, bounds, keys_read = work.plan(valid, suffix_keys.shape[2], suffix_mask is None)
-    parts = work.attend(query, suffix_keys, suffix_values, suffix_mask, ends, bounds, scale)
-    return work.combine(query, ends, bounds, parts, scale), keys_read
-
-
-def _valid_rows(query: Tensor, suffix_keys: Tensor, suffix_mask: Tensor | None) -> Tensor | None:
-    """`[B, Q]` int8, nonzero where a row attends to any suffix token; `None` if all rows do."""
-    batch, _, rows, _ = query.shape
-    if suffix_mask is not None:
-        return suffix_mask.any(-1)[:, 0].expand(batch, rows).to(torch.int8).contiguous()
-    short = rows - suffix_keys.shape[2]
-    if short <= 0:
-        return None
-    row = torch.arange(rows, device=query.device)
-    return (row >= short).to(torch.int8).expand(batch, rows).contiguous()
+    found = lookup(query, layer, rule, sizes, valid)
+    work = Work(sizes, layer, rule, found, choose_tile(query, sizes, rule.far_field))
+    ends, bounds, keys_read = work.plan(valid, suffix)
+    parts = work.attend_lists(query, suffix, ends, bounds)
+    return Attended(*work.combine(query, valid, ends, bounds, parts), keys_read)

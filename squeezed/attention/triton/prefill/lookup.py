@@ -90,22 +90,20 @@ def lookup(
     rule: SelectionRule,
     sizes: Geometry,
     valid: Tensor | None,
-    scale: float,
 ) -> Found:
     """Walk the tree from the coarsest level down for every block of queries.
 
     Args:
         query: `[B, Hq, Q, D]`, last dimension contiguous.
         valid: `[B, Q]` int8, nonzero where the row is no padding; `None` if all are valid.
-        scale: softmax scale.
     """
     if not layer.levels:
         return Found.all_rows(sizes, layer)
-    partial = _normaliser(query, layer, rule, sizes, scale)
+    partial = _normaliser(query, layer, rule, sizes)
     candidates, dropped = None, []
     for depth in range(len(layer.levels)):
         walk = _Step(sizes, layer, rule, depth)
-        state, counts = walk.select(query, valid, partial, candidates, scale)
+        state, counts = walk.select(query, valid, partial, candidates)
         candidates, gone = walk.expand(state, counts, candidates)
         dropped += [gone] if rule.far_field != "none" else []
     return Found(candidates, tuple(dropped))
@@ -125,7 +123,7 @@ def row_tile(rows: int, query: Tensor) -> int:
 
 
 def _normaliser(
-    query: Tensor, layer: ClusteredLayer, rule: SelectionRule, sizes: Geometry, scale: float
+    query: Tensor, layer: ClusteredLayer, rule: SelectionRule, sizes: Geometry
 ) -> Tensor:
     """Shares of the log2 of every row's estimated denominator, `[B, Hq, Q, splits]`."""
     level, heads = layer.levels[0], query.shape[1]
@@ -139,7 +137,7 @@ def _normaliser(
     normaliser_kernel[grid](
         query, *query.stride()[:3], level.centroids, level.variance, level.key_offsets,
         alpha_of(rule, 0, query), partial, sizes.rows, level.nodes, splits, share,
-        scale, HEADS=heads, GROUP=sizes.group, DIM=sizes.dim,
+        layer.scale, HEADS=heads, GROUP=sizes.group, DIM=sizes.dim,
         BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=block_r, BLOCK_C=64,
         SECOND=rule.alpha is not None, num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -176,7 +174,7 @@ class _Step:
 
     def select(
         self, query: Tensor, valid: Tensor | None, partial: Tensor,
-        candidates: NodeList | None, scale: float,
+        candidates: NodeList | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Fate of every candidate `[T, C]` int8 (1 kept, 2 dropped) and counts `[2, T, chunks]`."""
         level, sizes = self.level, self.sizes
@@ -190,7 +188,7 @@ class _Step:
             level.variance, level.key_offsets, self.members,
             alpha_of(self.rule, self.depth, query), partial, *_listed(candidates, state), state,
             counts, sizes.rows, level.nodes, sizes.blocks, self.chunks, sizes.tiles, splits, spans,
-            scale, self.rule.log_thresholds[self.depth],
+            self.layer.scale, self.rule.log_thresholds[self.depth],
             HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
             BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=row_tile(sizes.block, query),
             BLOCK_C=NODES_PER_PROGRAM, SPLITS=triton.next_power_of_2(splits),

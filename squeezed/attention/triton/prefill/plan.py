@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from squeezed.attention.triton.prefill.select import LOG2E
+
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 LENGTHS = "tokens m_b m_q tiles blocks rows suffix capacity pass_tiles".split()
 """Arguments of the attention that differ from prompt to prompt: none must wait for a compiler."""
@@ -95,13 +97,13 @@ def merge_shares(lse, more):
 
 @triton.jit(do_not_specialize=["tiles", "blocks", "rows", "programs", "pass_tiles"])
 def combine_kernel(
-    query, q_b, q_h, q_r, slope, output, ends, bounds, part, part_lse, part_moved,
+    query, q_b, q_h, q_r, slope, output, log_mass, valid, ends, bounds, part, part_lse, part_moved,
     tiles, blocks, rows, programs, pass_tiles, scale,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
-    CLASSES: tl.constexpr, DIPOLE: tl.constexpr, BLOCK_K: tl.constexpr,
+    CLASSES: tl.constexpr, DIPOLE: tl.constexpr, MASKED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Merge all stretches of `BLOCK_R` rows of one tile into the output `[B, Hq, Q, D]`."""
+    """Merge all stretches of `BLOCK_R` rows of one tile into output and log mass."""
     w, m = tl.program_id(0), tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     number = w // pass_tiles
     _, _, _, _, base, share = stretch(ends, tiles * SPLIT_M, pass_tiles, number, 0, programs)
@@ -136,5 +138,9 @@ def combine_kernel(
             matrix = tl.load(lines + dims[None, :] * DIM + k[:, None], mask=inside, other=0.0)
             along = tl.dot(q, matrix, along, input_precision="ieee")
         out += (moved * scale)[:, None] * along
+    if MASKED:  # padding attends to nothing
+        real = tl.load(valid + request * rows + row, mask=there, other=0) != 0
+        out, lse = tl.where(real[:, None], out, 0.0), tl.where(real, lse, NEG_INF)
     line = (request * (HEADS_KV * GROUP) + head).to(tl.int64) * rows + row
+    tl.store(log_mass + line, lse / LOG2E, mask=there)
     tl.store(output + line[:, None] * DIM + dims, out.to(output.dtype.element_ty), mask=ok)

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from squeezed.attention.interface import Suffix
 from squeezed.attention.scores import LOG2E
 from squeezed.attention.triton import gpus
 from squeezed.attention.triton.prefill.attention import attention_kernel
@@ -89,7 +90,7 @@ class Work:
     def classes(self) -> int:
         return 2 + self.far_levels
 
-    def plan(self, valid: Tensor | None, suffix: int, causal: bool) -> tuple[Tensor, ...]:
+    def plan(self, valid: Tensor | None, suffix: Suffix | None) -> tuple[Tensor, ...]:
         """`ends [W]`, `bounds [W, classes]` int32 and keys read `[B]` int64."""
         sizes, device = self.sizes, self.layer.keys.device
         spans = sizes.tiles * self.split_m
@@ -100,43 +101,45 @@ class Work:
         plan_kernel[(1,)](
             ends, bounds, keys_read, found.rows.count, tuple(gone.count for gone in found.dropped),
             ends if valid is None else _valid_per_block(valid, sizes),
-            sizes.tiles, sizes.blocks, sizes.rows, suffix, self.layer.pinned,
-            sizes.batch,
+            sizes.tiles, sizes.blocks, sizes.rows, _tokens(suffix), self.layer.pinned, sizes.batch,
             HEADS_KV=sizes.kv_heads, SPLIT_M=self.split_m, BLOCK=sizes.block,
             BLOCK_N=self.tile.keys, OTHER_N=self.tile.others or self.tile.keys,
             LEVELS=self.far_levels, CLASSES=self.classes,
-            MASKED=valid is not None, CAUSAL=causal, STEP=1024, num_warps=8,
+            MASKED=valid is not None, CAUSAL=_is_causal(suffix), STEP=1024, num_warps=8,
         )  # fmt: skip
         return ends, bounds, keys_read
 
-    def attend(
-        self, query: Tensor, suffix_keys: Tensor, suffix_values: Tensor,
-        suffix_mask: Tensor | None, ends: Tensor, bounds: Tensor, scale: float,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    def attend_lists(
+        self, query: Tensor, suffix: Suffix | None, ends: Tensor, bounds: Tensor
+    ) -> dict[str, Tensor]:
         """Outputs and log2 masses of all stretches."""
         sizes, tile, layer = self.sizes, self.tile, self.layer
         found, dropped = self.found.rows, self.found.dropped
         levels = layer.levels[: self.far_levels]
         parts = self._parts(query)
-        mask = bounds if suffix_mask is None else suffix_mask.view(torch.int8)
-        mask_strides = (0, 0, 0) if suffix_mask is None else _mask_strides(suffix_mask)
+        keys = values = query  # any tensors where there is nothing to read
+        mask, mask_strides = bounds, (0, 0, 0)
+        if suffix is not None:
+            keys, values = suffix.keys, suffix.values
+        if not _is_causal(suffix):
+            mask, mask_strides = suffix.mask.view(torch.int8), _mask_strides(suffix.mask)
         if tile.hopper:
-            suffix_keys, suffix_values = map(aligned, (suffix_keys, suffix_values))
+            keys, values = map(aligned, (keys, values))
         kernel, settings = self._kernel(query)
         kernel[(self.programs,)](
             query, *query.stride()[:3], layer.keys, layer.values, layer.tokens,
-            suffix_keys, *suffix_keys.stride()[:3], suffix_values, *suffix_values.stride()[:3],
+            keys, *keys.stride()[:3], values, *values.stride()[:3],
             mask, *mask_strides, ends, bounds, found.nodes, found.count,
             tuple(lv.centroids for lv in levels), tuple(lv.mean_values for lv in levels),
             tuple(lv.nodes for lv in levels), tuple(gone.nodes for gone in dropped),
             tuple(gone.mass for gone in dropped), tuple(gone.variance for gone in dropped),
             tuple(gone.count for gone in dropped),
             self.rule.far_alpha if self.dipole else query, *parts.values(),
-            sizes.tiles, sizes.blocks, sizes.rows, suffix_keys.shape[2],
-            found.nodes.stride(0), self.pass_tiles, scale * LOG2E,
+            sizes.tiles, sizes.blocks, sizes.rows, _tokens(suffix), found.nodes.stride(0),
+            self.pass_tiles, layer.scale * LOG2E,
             HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
             BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT_M=self.split_m, LEVELS=self.far_levels,
-            CLASSES=self.classes, DIPOLE=self.dipole, CAUSAL=suffix_mask is None, STEP=512,
+            CLASSES=self.classes, DIPOLE=self.dipole, CAUSAL=_is_causal(suffix), STEP=512,
             num_warps=tile.warps, **settings,
         )  # fmt: skip
         return parts
@@ -159,21 +162,32 @@ class Work:
         return {"part": part, "part_lse": part.new_empty(part.shape[:2]), "part_moved": moved}
 
     def combine(
-        self, query: Tensor, ends: Tensor, bounds: Tensor, parts: dict, scale: float
-    ) -> Tensor:
+        self, query: Tensor, valid: Tensor | None, ends: Tensor, bounds: Tensor, parts: dict
+    ) -> tuple[Tensor, Tensor]:
+        """Output and log mass."""
         sizes, tile = self.sizes, self.tile
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        log_mass = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         grid = (sizes.tiles * self.split_m, triton.cdiv(tile.rows, 16))
         combine_kernel[grid](
-            query, *query.stride()[:3], self.layer.value_slope, output, ends, bounds,
-            *parts.values(), sizes.tiles, sizes.blocks, sizes.rows, self.programs,
-            self.pass_tiles, scale,
+            query, *query.stride()[:3], self.layer.value_slope, output, log_mass,
+            ends if valid is None else valid, ends, bounds, *parts.values(), sizes.tiles,
+            sizes.blocks, sizes.rows, self.programs, self.pass_tiles, self.layer.scale,
             HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
             BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_M=tile.rows, BLOCK_R=16,
             SPLIT_M=self.split_m, CLASSES=self.classes, DIPOLE=self.dipole,
-            BLOCK_K=min(128, triton.next_power_of_2(sizes.dim)), num_warps=4,
+            MASKED=valid is not None, BLOCK_K=min(128, triton.next_power_of_2(sizes.dim)),
+            num_warps=4,
         )  # fmt: skip
-        return output
+        return output, log_mass
+
+
+def _tokens(suffix: Suffix | None) -> int:
+    return 0 if suffix is None else suffix.tokens
+
+
+def _is_causal(suffix: Suffix | None) -> bool:
+    return suffix is None or suffix.mask is None
 
 
 def _mask_strides(mask: Tensor) -> tuple[int, int, int]:
