@@ -4,6 +4,7 @@
 # make types   types, of the rooms that pyproject.toml lists
 # make docs    the site, into build/site; a broken link, or one that needs the network, fails
 # make package sdist and wheel into dist, and the wheel tried in an environment of its own
+# make vllm    the tests that run vLLM, in an environment of their own; skipped without its wheel
 # make format  put the style right
 # All create the virtual environment in .venv first; remove that directory to start over.
 
@@ -16,7 +17,7 @@ EMPTY := build/empty
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types docs package format clean
+.PHONY: demo test lint types docs package vllm format clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -45,6 +46,9 @@ package: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(EMPTY)/bin/python -I tests/packaged.py
 	rm -rf $(EMPTY)
 
+vllm: $(INSTALLED)
+	PYTHON=$(PYTHON) timeout --kill-after=30 720 sh tests/inside_vllm/run.sh $(VENV)-vllm
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -61,4 +65,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm build dist *.egg-info .pytest_cache .ruff_cache

@@ -12,33 +12,29 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from queue import SimpleQueue
 
 import torch
+from torch import Tensor
 
+from squeezed import attention as ops
+from squeezed.attention.interface import Attended, Suffix
 from squeezed.context.record import ContextRecord
+from squeezed.context.rule import SelectionRule
 from squeezed.context.storage import directory
 from squeezed.errors import ContextFileError, SqueezedError
 from squeezed.methods.squeezed import Squeezed, SqueezedLayer
 from squeezed.system.failures import cause_of
 from squeezed.vllm.catalogue import version_of
 from squeezed.vllm.cutting import Share, in_place, without_last
+from squeezed.vllm.news import Origin
+from squeezed.vllm.rows import BLOCKS, WHOLE
 
 log = logging.getLogger("squeezed")
 
 KEPT_RULES = 32
 """Pairs of preset and budget whose rules a context keeps."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a context lies, which version of it, and how it is cut."""
-
-    path: Path
-    version: str
-    dropped: int
 
 
 class HeldContext:
@@ -67,6 +63,17 @@ class HeldContext:
         """Clustered keys of all layers and heads here: what dense attention reads of them."""
         return sum(layer.clustered * layer.keys.shape[0] for layer in self.layers)
 
+    def attend(
+        self, query: Tensor, layer: int, rule: SelectionRule, suffix: Suffix | None = None
+    ) -> Attended:
+        """Attention of `[B, Hq, Q, D]` to a layer, and to what follows the context if given."""
+        compute = ops.implementation(self.implementation, self.device)
+        return compute(query, self.layers[layer], rule, suffix)
+
+    def single_tokens(self, preset: str) -> int:
+        """How many of a prompt's last tokens select alone."""
+        return self.record.calibration(preset).preset.single_tokens
+
     def at(self, budget: float, preset: str) -> list[SqueezedLayer]:
         """One attention per layer; the rules of a budget are made once."""
         rule = budget, preset
@@ -76,6 +83,11 @@ class HeldContext:
                 self._rules.popitem(last=False)
         self._rules.move_to_end(rule)
         return self._rules[rule]
+
+    def rule(self, budget: float, preset: str, layer: int, kind: str) -> SelectionRule:
+        """How a part of a row (`rows.Row.parts`) reads a layer."""
+        one = self.at(1.0 if kind == WHOLE else budget, preset)[layer]
+        return one.block if kind == BLOCKS else one.token
 
     def _prepared(self, budget: float, preset: str) -> list[SqueezedLayer]:
         outlined = replace(self.record, layers=tuple(self.layers))

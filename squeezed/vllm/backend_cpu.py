@@ -20,21 +20,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from squeezed.attention.interface import Attended, Suffix, in_sequence
+from squeezed.attention.interface import Suffix
 from squeezed.errors import SqueezedError
 from squeezed.vllm.blocks import ContextAttentionSpec
-from squeezed.vllm.plugin import CONNECTOR
-from squeezed.vllm.rows import Groups, Row, grouped, rows_of
+from squeezed.vllm.rows import WHOLE, Groups, Row, grouped, rows_of
 from squeezed.vllm.settings import Settings
 from squeezed.vllm.worker import WORKER
-
-
-def settings_of(config) -> Settings | None:
-    """Our settings in vLLM's configuration; `None` where contexts are not asked for."""
-    transfer = getattr(config, "kv_transfer_config", None)
-    if transfer is None or transfer.kv_connector != CONNECTOR:
-        return None
-    return Settings.of(transfer.kv_connector_extra_config)
 
 
 class SqueezedCPUBackend(CPUAttentionBackend):
@@ -100,7 +91,7 @@ class Step:
 class SqueezedCPUImpl(CPUAttentionBackendImpl):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        SqueezedCPUBackend.settings = settings_of(get_current_vllm_config())
+        SqueezedCPUBackend.settings = Settings.of_engine(get_current_vllm_config())
 
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
         meta = attn_metadata
@@ -109,6 +100,8 @@ class SqueezedCPUImpl(CPUAttentionBackendImpl):
                 layer, query, key, value, kv_cache, meta, output, *args, **kwargs
             )
         step = meta.step = meta.step or step_of(meta, kv_cache.shape[2])
+        if WORKER.jobs:
+            see(step, layer, meta, query, kv_cache, self.scale)
         if not step.groups.has_contexts:
             return super().forward(
                 layer, query, key, value, kv_cache, meta, output, *args, **kwargs
@@ -137,7 +130,7 @@ def step_of(meta: SqueezedCPUMetadata, block_size: int) -> Step:
     first = table[:, 0].tolist()
 
     def request_of(place: int) -> str | None:
-        return WORKER.tails.get(tails[place]) if first[place] == 0 else None
+        return WORKER.tails.get(tails[place])
 
     rows = rows_of(starts, lengths, request_of, WORKER.readers)
     for row in rows:
@@ -154,6 +147,21 @@ def step_of(meta: SqueezedCPUMetadata, block_size: int) -> Step:
     if groups.plain and groups.has_contexts:
         rest, places = subset(meta, groups.plain)
     return Step(groups, blocks, rest, places)
+
+
+def see(step: Step, layer, meta, query: Tensor, kv_cache: Tensor, scale: float) -> None:
+    """Rows whose document is being indexed."""
+    number = extract_layer_index(layer.layer_name)
+    for row in step.groups.plain:
+        job = WORKER.jobs.get(row.request)
+        if job is None:
+            continue
+
+        def document(row=row, tokens=job.order.document_tokens) -> tuple[Tensor, Tensor]:
+            blocks = meta.block_table[row.place, : -(-tokens // kv_cache.shape[2])].long()
+            return tuple(x.clone() for x in suffix(kv_cache, blocks, tokens, tokens))
+
+        job.see(row, number, query, scale, document)
 
 
 def subset(meta: SqueezedCPUMetadata, rows: list[Row]) -> tuple[CPUAttentionMetadata, Tensor]:
@@ -178,7 +186,7 @@ def subset(meta: SqueezedCPUMetadata, rows: list[Row]) -> tuple[CPUAttentionMeta
 def answer(
     rows: list[Row], step: Step, number: int, query: Tensor, kv_cache: Tensor, output: Tensor
 ) -> None:
-    """Rows with as many new tokens over one context: their own tokens padded at the end."""
+    """Rows over one context, alike in number of tokens and parts; own tokens padded at the end."""
     reader, new = rows[0].reader, rows[0].new
     context = WORKER.arena.held[reader.key]
     attention = context.at(reader.budget, reader.preset)[number]
@@ -198,23 +206,18 @@ def answer(
     asked = torch.stack([query[row.start : row.stop] for row in rows]).view(-1, new, heads, dim)
     ends = torch.tensor(own)[:, None] - new + torch.arange(new) + 1
     mask = (torch.arange(longest) < ends[..., None])[:, None]
-    early = rows[0].in_blocks(attention.blocks.single_tokens) if new > 1 else 0
-    recent = Suffix.of(attention.layer, keys, values, mask)
-    found = attention_of(attention, early, asked.transpose(1, 2).contiguous(), recent)
-    answered, read = found.output.transpose(1, 2), found.keys_read
-    for place, row in enumerate(rows):
-        output[row.start : row.stop] = answered[place].reshape(output[row.start : row.stop].shape)
-        WORKER.count(row.request, int(read[place]), new * attention.selectable_keys)
-
-
-def attention_of(attention, early: int, query: Tensor, recent: Suffix) -> Attended:
-    """Of the `early` first tokens in blocks, of the others alone."""
-    rows, parts = query.shape[2], []
-    for rule, first, last in ((attention.block, 0, early), (attention.token, early, rows)):
-        if first < last:
-            own = recent.of_rows(first, last, rows)
-            parts.append(attention.compute(query[:, :, first:last], attention.layer, rule, own))
-    return in_sequence(parts)
+    asked = asked.transpose(1, 2).contiguous()
+    for kind, part in rows[0].parts(context.single_tokens(reader.preset)):
+        rule = context.rule(reader.budget, reader.preset, number, kind)
+        recent = Suffix.of(attention.layer, keys, values, mask[:, :, part])
+        found = context.attend(asked[:, :, part], number, rule, recent)
+        answers = found.output.transpose(1, 2)
+        for place, row in enumerate(rows):
+            tokens = output[row.start + part.start : row.start + part.stop]
+            tokens.copy_(answers[place].reshape(tokens.shape))
+        if kind != WHOLE:
+            of_all = (part.stop - part.start) * attention.selectable_keys
+            WORKER.meter.count([row.request for row in rows], found.keys_read, of_all)
 
 
 def suffix(kv_cache: Tensor, blocks: Tensor, length: int, longest: int) -> tuple[Tensor, Tensor]:

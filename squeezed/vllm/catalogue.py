@@ -37,6 +37,7 @@ class Found:
         dropped: last tokens of the document that every request reads itself.
         bytes: taken on every rank.
         presets: names.
+        sliding: whether some layers only see a window.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Found:
     dropped: int
     bytes: int
     presets: tuple[str, ...]
+    sliding: bool = False
 
     @property
     def key(self) -> str:
@@ -182,6 +184,7 @@ class Catalogue:
             dropped=dropped,
             bytes=self.measured(record),
             presets=tuple(record.calibrations),
+            sliding=any(window is not None for window in record.windows),
         )
 
 

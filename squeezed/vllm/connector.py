@@ -23,16 +23,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from squeezed.context.record import ContextRecord
-from squeezed.errors import UnsupportedModelError
+from squeezed.context.storage.manifest import MANIFEST
+from squeezed.errors import SqueezedError
 from squeezed.hf.identity.checkpoint import Checkpoint
-from squeezed.vllm import blocks, metrics
-from squeezed.vllm.arena import Origin
+from squeezed.vllm import blocks, capture, metrics
 from squeezed.vllm.catalogue import Catalogue
 from squeezed.vllm.cutting import Share, bytes_on
-from squeezed.vllm.news import Reader, StepNews, WorkerNews
-from squeezed.vllm.refusals import check_engine, hybrid
+from squeezed.vllm.news import Origin, Reader, StepNews, WorkerNews
+from squeezed.vllm.refusals import check_engine
 from squeezed.vllm.residency import Residency
-from squeezed.vllm.serving import Reading, Serving
+from squeezed.vllm.serving import SLIDING, Reading, Serving
 from squeezed.vllm.settings import Settings
 from squeezed.vllm.worker import WORKER
 
@@ -177,16 +177,17 @@ class SchedulerHalf:
         check_engine(vllm_config, on_cpu)
         self.block_size = vllm_config.cache_config.block_size
         self.ranks = vllm_config.parallel_config.tensor_parallel_size
-        self.never = hybrid(len(kv_cache_config.kv_cache_groups))
+        self.never = SLIDING if len(kv_cache_config.kv_cache_groups) > 1 else None
         self.names_rows = not on_cpu
         self.block_ids = None
-        catalogue = Catalogue(
-            settings.contexts, self.block_size, self._bytes, engine_check(vllm_config)
-        )
-        catalogue.look()
+        catalogue = catalogue_of(vllm_config, settings)
         catalogue.watch(settings.scan_seconds)
         residency = Residency(settings.memory_bytes(device_bytes(on_cpu)))
         self.serving = Serving(settings, catalogue, residency)
+        self.checkpoint = checkpoint_of(vllm_config)
+        self.pool_tokens = (kv_cache_config.num_blocks - 1) * self.block_size
+        self.place = next((path for path in settings.contexts if is_place(path)), None)
+        self.indexing: set[str] = set()
         self.chains: dict[str, Chain] = {}
         self.using: Counter[bytes] = Counter()
         self.to_tell = ToWorkers()
@@ -198,6 +199,9 @@ class SchedulerHalf:
 
     def arrive(self, request) -> None:
         arguments = (request.sampling_params.extra_args or {}) if request.sampling_params else {}
+        if capture.ARGUMENT in arguments:
+            self._order(request, arguments[capture.ARGUMENT])
+            return
         reading = self.serving.arrive(
             request.request_id,
             request.prompt_token_ids,
@@ -207,6 +211,30 @@ class SchedulerHalf:
         if reading.why is not None:
             self.to_tell.fallbacks[request.request_id] = reading.why
         self.may_begin(request)
+
+    def _order(self, request, text: Any) -> None:
+        """A request whose document is to be indexed: all of it is computed, nothing looked up."""
+        request.skip_reading_prefix_cache = True
+        reading = self.serving.readings[request.request_id] = Reading(request.request_id, None)
+        try:
+            if self.never or self.ranks > 1 or _impossible(request, looks_up=False):
+                raise SqueezedError(
+                    f"{capture.ARGUMENT}: documents are indexed here for models without sliding "
+                    "windows, on one GPU; use squeezed index"
+                )
+            if request.num_tokens + 1 > self.pool_tokens:
+                raise SqueezedError(
+                    f"{capture.ARGUMENT}: {request.num_tokens} tokens do not fit into the "
+                    f"{self.pool_tokens} of vLLM's blocks; give it more, or use squeezed index"
+                )
+            order = capture.order_of(
+                text, request.prompt_token_ids, self.place, self.checkpoint.fingerprint()
+            )
+        except SqueezedError as error:
+            reading.why = self.to_tell.fallbacks[request.request_id] = str(error)
+            return
+        self.indexing.add(request.request_id)
+        self.to_tell.orders[request.request_id] = order
 
     def may_begin(self, request) -> bool:
         """Whether the request may be scheduled: it reads no context, or its context is there.
@@ -256,6 +284,7 @@ class SchedulerHalf:
             reading.found.key,
             reading.found.name,
             *reading.rule,
+            len(reading.found.tokens) + reading.found.dropped,
             reading.prompt_tokens,
         )
 
@@ -284,7 +313,7 @@ class SchedulerHalf:
         done = {request.req_id: request.num_computed_tokens for request in new}
         done |= dict(zip(old.req_ids, old.num_computed_tokens, strict=True))
         for request, count in scheduler_output.num_scheduled_tokens.items():
-            if request in self.chains:
+            if request in self.chains or request in self.indexing:
                 place = (done[request] + count - 1) // self.block_size
                 yield self.block_ids(request)[0][place], request
 
@@ -313,6 +342,7 @@ class SchedulerHalf:
 
     def finished(self, request) -> dict | None:
         """What the answer says; its numbers may still come with this step's end."""
+        self.indexing.discard(request.request_id)
         self._unchain(request.request_id)
         reading = self.serving.end(request.request_id)
         report = reading.report() if reading else None
@@ -340,39 +370,47 @@ class SchedulerHalf:
             self.serving.residency.forget_failures()
             self.failed_at = None
 
-    def _bytes(self, record: ContextRecord) -> int:
-        """On the rank that holds most: ranks share heads out evenly but for one."""
-        ranks = (Share(rank, self.ranks) for rank in range(self.ranks))
+
+def catalogue_of(vllm_config, settings: Settings) -> Catalogue:
+    """Contexts for an engine, after a first look."""
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    shares = [Share(rank, ranks) for rank in range(ranks)]
+
+    def measured(record: ContextRecord) -> int:
+        """On the rank that holds most."""
         tokens = len(record.tokens)
-        return max(sum(bytes_on(x, tokens, share) for x in record.outlines) for share in ranks)
+        return max(sum(bytes_on(x, tokens, share) for x in record.outlines) for share in shares)
+
+    block_size = vllm_config.cache_config.block_size
+    found = Catalogue(settings.contexts, block_size, measured, checkpoint_of(vllm_config).check)
+    found.look()
+    return found
 
 
-def _impossible(request) -> str | None:
-    """Why a request cannot read any context."""
+def _impossible(request, looks_up: bool = True) -> str | None:
+    """Why a request cannot read any context; `looks_up` says whether it should."""
     if request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None:
         return "prompt_embeds: a prompt of embeddings has no tokens to compare with a context"
     if request.lora_request is not None:
         return "lora_request: contexts were made without adapters, and this request ran dense"
     if request.mm_features:
         return "multi-modal prompts run dense"
-    if request.skip_reading_prefix_cache:
+    if request.skip_reading_prefix_cache and looks_up:
         return "prompt_logprobs: all of the prompt must be computed, so this request ran dense"
     if request.pooling_params is not None or getattr(request, "resumable", False):
         return "contexts are for requests that generate, with a prompt that is complete"
     return None
 
 
-def engine_check(vllm_config):
-    """What refuses contexts that this engine's model did not make."""
+def checkpoint_of(vllm_config) -> Checkpoint:
+    """The files of an engine's model, and how it stores them."""
     model = vllm_config.model_config
-    checkpoint = Checkpoint(Path(model.model), model.hf_text_config, model.quantization)
+    return Checkpoint(Path(model.model), model.hf_text_config, model.quantization)
 
-    def check(record: ContextRecord) -> None:
-        if any(window is not None for window in record.windows):
-            raise UnsupportedModelError("some of its layers are sliding windows")
-        checkpoint.check(record)
 
-    return check
+def is_place(path: Path) -> bool:
+    """Whether contexts may be saved in a directory: it is none itself."""
+    return path.is_dir() and not (path / MANIFEST).exists()
 
 
 def device_bytes(on_cpu: bool) -> int:
@@ -394,5 +432,9 @@ def _start_worker(vllm_config, settings: Settings) -> None:
     kind = vllm_config.device_config.device_type
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else "cpu"
     WORKER.start(
-        Share(group.rank_in_group, group.world_size), torch.device(device), settings.implementation
+        Share(group.rank_in_group, group.world_size),
+        torch.device(device),
+        settings,
+        4 * vllm_config.scheduler_config.max_num_seqs,
+        vllm_config.model_config.hf_text_config.num_hidden_layers,
     )

@@ -3,8 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from squeezed.vllm.arena import Origin
+
+@dataclass(frozen=True)
+class Order:
+    """A document to index.
+
+    Attributes:
+        path: where the context is saved.
+        prompt: ids of the document, and of the probe after it.
+        document_tokens: how many of them are the document's.
+        model: what the context says of its model.
+    """
+
+    name: str
+    path: Path
+    prompt: list[int]
+    document_tokens: int
+    template: dict[str, Any]
+    tokenizer: str
+    model: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a context lies, which version of it, and how it is cut."""
+
+    path: Path
+    version: str
+    dropped: int
 
 
 @dataclass(frozen=True)
@@ -13,6 +42,8 @@ class Reader:
 
     Attributes:
         key: of the context.
+        document_tokens: of the whole document: its last tokens fill no block, so the request reads
+            them itself, and in full, as when the document was indexed.
         prompt_tokens: its last tokens select alone, wherever chunks of the prompt end.
     """
 
@@ -20,7 +51,13 @@ class Reader:
     name: str
     budget: float
     preset: str
+    document_tokens: int
     prompt_tokens: int
+
+    @property
+    def rule(self) -> tuple[str, float, str]:
+        """What requests have in common that one call can answer."""
+        return self.key, self.budget, self.preset
 
 
 @dataclass
@@ -31,6 +68,7 @@ class StepNews:
         evict, load: contexts, in this order.
         readers: requests that begin to read a context, by id.
         fallbacks: requests that do not, though one was asked for, with the reason.
+        orders: requests whose document is to be indexed.
         finished: requests that are over.
         tails: block of a request's last token in this step -> its id; for runners that do not say
             which row is which request.
@@ -40,6 +78,7 @@ class StepNews:
     load: dict[str, Origin] = field(default_factory=dict)
     readers: dict[str, Reader] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
+    orders: dict[str, Order] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
     tails: dict[int, str] = field(default_factory=dict)
 

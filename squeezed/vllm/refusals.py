@@ -46,13 +46,3 @@ def complaints(config, on_cpu: bool) -> Iterator[str]:
             "model runner: expected V2, got V1, which does not say which row is which request; set "
             "VLLM_USE_V2_MODEL_RUNNER=1"
         )
-
-
-def hybrid(groups: int) -> str | None:
-    """Why requests of a model with several kinds of layers run dense, or `None`."""
-    if groups == 1:
-        return None
-    return (
-        f"this model has {groups} groups of attention layers, some of them sliding; contexts are "
-        "read under Transformers, not under vLLM, and this request ran dense"
-    )

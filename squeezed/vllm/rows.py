@@ -1,8 +1,7 @@
 """The rows of a batch that read contexts, in groups that one call answers.
 
-A row is one request's new tokens. Rows with one new token over one context, by one rule, decode
-together; a row with more is a call of its own, in a part that selects by blocks and one whose
-tokens select alone.
+A row is one request's new tokens. Generated tokens over one context, by one rule, are answered
+together; a row of the prompt's tokens is answered part by part.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from squeezed.vllm.news import Reader
+
+WHOLE, BLOCKS, ALONE = "whole", "blocks", "alone"
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,28 @@ class Row:
     def new(self) -> int:
         return self.stop - self.start
 
-    def in_blocks(self, single_tokens: int) -> int:
-        """How many of its new tokens select in blocks: those before the prompt's last ones.
+    @property
+    def first(self) -> int:
+        """Place of the first new token in its request."""
+        return self.length - self.new
 
-        Counted from the prompt's end and not the chunk's, for neither the crowd in a batch nor a
-        preemption may change what a token reads.
+    def parts(self, single_tokens: int) -> list[tuple[str, slice]]:
+        """How its new tokens read the context, part by part.
+
+        `WHOLE`: the document's own last tokens read all of it. `BLOCKS`: tokens of the prompt that
+        select in blocks. `ALONE`: the prompt's last ones and generated ones. Where a part ends does
+        not hang on chunks: neither the crowd in a batch nor a preemption may change what a token
+        reads.
         """
-        first = self.length - self.new
-        return min(self.new, max(0, self.reader.prompt_tokens - single_tokens - first))
+        document = self._within(self.reader.document_tokens)
+        early = max(document, self._within(self.reader.prompt_tokens - single_tokens))
+        ends = (0, document, early, self.new)
+        named = zip((WHOLE, BLOCKS, ALONE), ends[:-1], ends[1:], strict=True)
+        return [(kind, slice(start, stop)) for kind, start, stop in named if start < stop]
+
+    def _within(self, place: int) -> int:
+        """How many of the new tokens stand before a place in the request."""
+        return min(self.new, max(0, place - self.first))
 
 
 @dataclass
@@ -86,9 +101,8 @@ def grouped(rows: Sequence[Row]) -> Groups:
     for row in rows:
         if row.reader is None:
             found.plain.append(row)
-        elif row.new == 1:
-            rule = row.reader.key, row.reader.budget, row.reader.preset
-            decodes.setdefault(rule, []).append(row)
+        elif row.new == 1 and row.first >= row.reader.prompt_tokens - 1:
+            decodes.setdefault(row.reader.rule, []).append(row)
         else:
             found.prefills.append(row)
     found.decodes = list(decodes.values())

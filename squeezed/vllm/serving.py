@@ -16,6 +16,10 @@ from squeezed.vllm.residency import Residency
 from squeezed.vllm.settings import Settings
 
 NO_CONTEXT = "none"
+SLIDING = (
+    "some layers of this model see a sliding window; its contexts are read under Transformers, not "
+    "under vLLM, and this request ran dense"
+)
 PREFIX = "squeezed_"
 ARGUMENTS = ("squeezed_context", "squeezed_budget", "squeezed_preset")
 
@@ -196,8 +200,8 @@ class Serving:
             if asked.explicit:
                 raise SqueezedError("no registered context begins this prompt")
             return
-        if impossible is not None:
-            raise SqueezedError(impossible)
+        if impossible is not None or found.sliding:
+            raise SqueezedError(impossible or SLIDING)
         if asked.preset not in found.presets:
             raise SqueezedError(
                 f"squeezed_preset: {found.name} was calibrated for {', '.join(found.presets)}, got "

@@ -11,6 +11,7 @@ from typing import Any
 
 from squeezed.config import BEST, DEFAULT_BUDGET, check_budget
 from squeezed.errors import SqueezedError, expect, whole
+from squeezed.vllm.plugin import CONNECTOR
 
 GIB = 1 << 30
 
@@ -28,6 +29,7 @@ class Settings:
             model takes. vLLM does not start unless its pool holds that many.
         scan_seconds: time between two looks into the directories.
         implementation: `auto`, `reference`, `cpu` or `triton`.
+        graphs: capture a layer's attention on a GPU, and replay it while a batch stays the same.
     """
 
     contexts: tuple[Path, ...] = ()
@@ -37,12 +39,14 @@ class Settings:
     own_tokens: int = 0
     scan_seconds: float = 2.0
     implementation: str = "auto"
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "contexts", _paths(self.contexts))
         object.__setattr__(self, "budget", check_budget(self.budget))
         expect("preset", self.preset, str, "a preset's name (str)")
         expect("implementation", self.implementation, str, "an implementation's name (str)")
+        expect("graphs", self.graphs, bool, "True or False")
         whole("own_tokens", self.own_tokens, 0)
         _positive("scan_seconds", self.scan_seconds)
         if self.context_memory is not None:
@@ -58,6 +62,14 @@ class Settings:
                     f"kv_connector_extra_config: expected {', '.join(known)}, got {name!r}"
                 )
         return cls(**extra)
+
+    @classmethod
+    def of_engine(cls, config: Any) -> Settings | None:
+        """Those in a `VllmConfig`; `None` where contexts are not asked for."""
+        transfer = getattr(config, "kv_transfer_config", None)
+        if transfer is None or transfer.kv_connector != CONNECTOR:
+            return None
+        return cls.of(transfer.kv_connector_extra_config)
 
     def extra(self) -> dict[str, Any]:
         """The same as JSON can hold it."""

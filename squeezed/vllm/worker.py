@@ -6,13 +6,18 @@ One per process: the connector writes here, the attention backend reads.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from squeezed.vllm.arena import Arena
+from squeezed.vllm.capture import Job
 from squeezed.vllm.cutting import Share
+from squeezed.vllm.graphs import LayerGraphs
+from squeezed.vllm.meter import DeviceMeter, HostMeter
 from squeezed.vllm.news import Reader, StepNews, WorkerNews
+from squeezed.vllm.settings import Settings
 
 KEPT_REPORTS = 4096
 """Requests that are over and of which `report` still tells."""
@@ -31,15 +36,42 @@ class Worker:
         self.tails: dict[int, str] = {}
         self.ids: list[str] = []
         self.reports: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self.counted: dict[str, list] = {}
-        self._touched: set[str] = set()
+        self.meter: HostMeter | DeviceMeter = HostMeter()
+        self.graphs: LayerGraphs | None = None
+        self.ends: list[Callable[[], None]] = []
+        """What is to be done when the step's last layer has been launched."""
+        self.layers = 0
+        self.jobs: dict[str, Job] = {}
+        self.indexed: OrderedDict[str, Job] = OrderedDict()
+        self._reserved: torch.Tensor | None = None
+        self._untold: dict[str, tuple[int, int]] = {}
 
-    def start(self, share: Share, device: torch.device, implementation: str) -> None:
+    def start(
+        self,
+        share: Share,
+        device: torch.device,
+        settings: Settings,
+        requests: int = 0,
+        layers: int = 0,
+    ) -> None:
+        """Begin anew; at most `requests` read contexts at once, of a model of so many `layers`."""
         self.__init__()
-        self.arena, self.ranks = Arena(share, device, implementation), share.size
+        self.layers = layers
+        self.arena, self.ranks = Arena(share, device, settings.implementation), share.size
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what was reserved is for contexts now
+            self.meter = DeviceMeter(device, requests)
+            self.graphs = LayerGraphs() if settings.graphs else None
+
+    def reserve(self, size: int) -> None:
+        """Hold so many bytes of the GPU while vLLM finds out how many are left for its blocks."""
+        if self.arena is None and self._reserved is None:
+            self._reserved = torch.empty(size, dtype=torch.uint8, device="cuda")
 
     def step(self, news: StepNews, ids: list[str], idle: bool) -> WorkerNews:
         """Take the scheduler's news; what was loaded meanwhile is said in return."""
+        if news.evict and self.graphs is not None:
+            self.graphs.forget()
         self.arena.evict(news.evict)
         self.arena.load(news.load.items())
         for request in news.finished:
@@ -49,38 +81,40 @@ class Worker:
             self._report(request, _asked(reader))
         for request, why in news.fallbacks.items():
             self._report(request, {"context": None, "fallback": why})
+        for request, order in news.orders.items():
+            job = self.jobs[request] = self.indexed[order.name] = Job(order, self.layers)
+            self.indexed.move_to_end(job.order.name)
+            while len(self.indexed) > KEPT_REPORTS:
+                self.indexed.popitem(last=False)
         self.tails, self.ids = news.tails, ids
         loaded, failed = self.arena.arrived(IDLE_WAIT_SECONDS if idle else 0.0)
         seconds = {key: self.arena.seconds.pop(key) for key in loaded}
         return WorkerNews({}, dict.fromkeys(loaded, 1), failed, seconds)
 
-    def count(self, request: str, read, available: int) -> None:
-        """`read` more keys of `available` were read by a request, of one layer in one step."""
-        both = self.counted.setdefault(request, [0, 0])
-        both[0] = both[0] + read
-        both[1] += available
-        self._touched.add(request)
-
     def spent(self) -> dict[str, tuple[int, int]]:
-        """Of the requests of the last step, all that they read so far."""
-        touched, self._touched = self._touched, set()
-        found = {}
-        for request in touched:
-            if request in self.counted:
-                read, available = self.counted[request]
-                found[request] = int(read), available
-                self.reports[request] |= {
-                    "keys_read": int(read),
-                    "budget_spent": int(read) / available if available else None,
-                }
-        return found
+        """What requests read so far, of those of whom something new is known; ends the step."""
+        ends, self.ends = self.ends, []
+        for end in ends:
+            end()
+        for request in [name for name, job in self.jobs.items() if job.complete]:
+            self.jobs.pop(request).start()
+        self._settle()
+        told, self._untold = self._untold, {}
+        return told
 
     def report(self, request: str) -> dict[str, Any] | None:
         """What this rank knows of a request, also after its end; ids may go on after `request`."""
+        self._settle()
         for known in reversed(self.reports):
             if known == request or known.startswith(f"{request}-"):
                 return self.reports[known]
         return None
+
+    def _settle(self) -> None:
+        for request, (read, available) in self.meter.told().items():
+            self._untold[request] = read, available
+            spent = read / available if available else None
+            self.reports.get(request, {}).update(keys_read=read, budget_spent=spent)
 
     def _report(self, request: str, report: dict[str, Any]) -> None:
         self.reports[request] = report
@@ -88,8 +122,11 @@ class Worker:
             self.reports.popitem(last=False)
 
     def _end(self, request: str) -> None:
+        job = self.jobs.pop(request, None)
+        if job is not None:
+            job.fail("the request that read the document ended early")
         self.readers.pop(request, None)
-        self.counted.pop(request, None)
+        self.meter.forget(request)
 
 
 def _asked(reader: Reader) -> dict[str, Any]:

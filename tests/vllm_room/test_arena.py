@@ -5,10 +5,11 @@ import torch
 from saved import made, put
 
 import squeezed
-from squeezed.vllm.arena import KEPT_RULES, Arena, HeldContext, Origin
+from squeezed.vllm.arena import KEPT_RULES, Arena, HeldContext
 from squeezed.vllm.catalogue import version_of
 from squeezed.vllm.cutting import Share
-from squeezed.vllm.news import Reader, StepNews
+from squeezed.vllm.news import Origin, Reader, StepNews
+from squeezed.vllm.settings import Settings
 from squeezed.vllm.worker import KEPT_REPORTS, Worker
 
 CPU = torch.device("cpu")
@@ -91,21 +92,22 @@ def test_rules_are_made_once_and_not_kept_for_ever():
 
 def worker():
     here = Worker()
-    here.start(Share(), CPU, "reference")
+    here.start(Share(), CPU, Settings(implementation="reference"))
     return here
 
 
 def test_a_worker_counts_what_requests_read_and_tells_after_their_end():
     here = worker()
-    reader = Reader("k", "one", 0.1, "best", 50)
+    reader = Reader("k", "one", 0.1, "best", 40, 50)
     here.step(StepNews(readers={"chat-1-x": reader}, fallbacks={"chat-2": "no"}), [], False)
-    here.count("chat-1-x", torch.tensor(3), 10)
-    here.count("chat-1-x", 4, 10)
+    here.meter.count(["chat-1-x"], torch.tensor([3]), 10)
+    here.meter.count(["chat-1-x"], torch.tensor([4]), 10)
     assert here.spent() == {"chat-1-x": (7, 20)}
     assert here.spent() == {}, "only what changed"
-    here.count("chat-1-x", 1, 10)
+    here.meter.count(["chat-1-x"], torch.tensor([1]), 10)
     assert here.spent() == {"chat-1-x": (8, 30)}
     here.step(StepNews(finished=["chat-1-x"]), [], False)
+    assert here.spent() == {}
     assert "chat-1-x" not in here.readers
     assert here.report("chat-1") == {
         "context": "one",

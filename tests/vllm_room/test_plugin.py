@@ -4,7 +4,7 @@ import pytest
 
 from squeezed.errors import SqueezedError
 from squeezed.vllm.plugin import is_supported, unsupported
-from squeezed.vllm.refusals import check_engine, hybrid
+from squeezed.vllm.refusals import check_engine
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.32.0+cpu", "0.33.0rc1"])
@@ -59,8 +59,3 @@ def test_a_plain_engine_is_taken():
 def test_what_cannot_work_is_refused_by_name(changes, name):
     with pytest.raises(SqueezedError, match=name):
         check_engine(config(**changes), on_cpu=False)
-
-
-def test_models_of_several_groups_run_dense_and_say_so():
-    assert hybrid(1) is None
-    assert "dense" in hybrid(2)

@@ -1,12 +1,12 @@
 from squeezed.vllm.news import Reader, WorkerNews
-from squeezed.vllm.rows import Row, grouped, rows_of
+from squeezed.vllm.rows import ALONE, BLOCKS, WHOLE, Row, grouped, rows_of
 
 READERS = {
-    "a": Reader("one@1", "one", 0.1, "best", 200),
-    "b": Reader("one@1", "one", 0.1, "best", 210),
-    "c": Reader("one@1", "one", 0.2, "best", 200),
-    "d": Reader("two@1", "two", 0.1, "best", 300),
-    "e": Reader("two@1", "two", 0.1, "paper", 300),
+    "a": Reader("one@1", "one", 0.1, "best", 110, 200),
+    "b": Reader("one@1", "one", 0.1, "best", 110, 210),
+    "c": Reader("one@1", "one", 0.2, "best", 110, 200),
+    "d": Reader("two@1", "two", 0.1, "best", 90, 300),
+    "e": Reader("two@1", "two", 0.1, "paper", 90, 300),
 }
 
 
@@ -43,21 +43,43 @@ def test_rows_of_more_tokens_are_calls_of_their_own():
     assert not grouped(batch(("x", 5, 5))).has_contexts
 
 
-def test_what_selects_in_blocks_does_not_hang_on_chunks():
-    """Of a prompt of 200 tokens the last 64 select alone, however it is cut."""
+def test_how_a_token_reads_does_not_hang_on_chunks():
+    """A document of 110 tokens, of which 10 fill no block, in a prompt of 200."""
 
-    def alone(cuts, first):
-        places = []
+    def kinds(cuts, first=100):
+        found = {}
         for stop in cuts:
             row = Row(0, 0, stop - first, stop, "a", READERS["a"])
-            places += range(first + row.in_blocks(64), stop)
+            for kind, part in row.parts(64):
+                for place in range(part.start, part.stop):
+                    found[first + place] = kind
             first = stop
-        return places
+        return found
 
-    for cuts in ([200], [150, 200], [110, 137, 199, 200], [199, 200, 201, 202]):
-        assert alone(cuts, 100) == list(range(136, cuts[-1]))
-    preempted = Row(0, 0, 150, 250, "a", READERS["a"])  # 50 generated tokens are read again
-    assert preempted.in_blocks(64) == 36
+    for cuts in ([202], [150, 202], [105, 110, 137, 199, 200, 201, 202]):
+        assert kinds(cuts) == {
+            **dict.fromkeys(range(100, 110), WHOLE),
+            **dict.fromkeys(range(110, 136), BLOCKS),
+            **dict.fromkeys(range(136, 202), ALONE),
+        }
+    preempted = Row(0, 0, 150, 250, "a", READERS["a"])  # generated tokens are read again
+    assert preempted.parts(64)[-1] == (ALONE, slice(36, 150))
+
+
+def test_short_prompts_have_no_blocks_and_long_chunks_no_end():
+    short = Reader("one@1", "one", 0.1, "best", 110, 120)
+    assert Row(0, 0, 20, 120, "a", short).parts(64) == [
+        (WHOLE, slice(0, 10)),
+        (ALONE, slice(10, 20)),
+    ]
+    assert Row(0, 0, 7, 107, "a", short).parts(64) == [(WHOLE, slice(0, 7))]
+
+
+def test_a_prompts_single_token_is_no_decoding():
+    """It may stand in the document, or select in a block of its own."""
+    found = grouped(batch(("a", 1, 109), ("a", 1, 130), ("a", 1, 200), ("a", 1, 201)))
+    assert [row.length for row in found.prefills] == [109, 130]
+    assert [[row.length for row in group] for group in found.decodes] == [[200, 201]]
 
 
 def test_news_of_ranks_add_up():

@@ -2,7 +2,9 @@ import shutil
 
 import pytest
 from saved import BLOCK, put
+from tiny import document, tiny_model, tiny_tokenizer
 
+import squeezed
 from squeezed.vllm.catalogue import Catalogue
 from squeezed.vllm.residency import Residency
 from squeezed.vllm.serving import Serving
@@ -152,3 +154,10 @@ def test_a_deleted_context_serves_its_readers_to_the_end(place):
     here.end("r")
     here.tidy()
     assert here.residency.take_orders().evict == [reading.found.key]
+
+
+def test_contexts_with_sliding_windows_run_dense_and_say_so(tmp_path):
+    model = tiny_model("gemma3")
+    squeezed.index(model, tiny_tokenizer(), document(700)).save(tmp_path / "gemma.sqz")
+    here = serving(tmp_path)
+    assert "sliding" in here.arrive("r", prompt(here, "gemma"), {}).report()["fallback"]

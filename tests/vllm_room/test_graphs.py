@@ -1,0 +1,57 @@
+from squeezed.vllm.graphs import MOST, WARM_RUNS, LayerGraphs
+
+
+class Recorder:
+    """Captures by remembering the function."""
+
+    def __init__(self, fails=False):
+        self.captured, self.fails = 0, fails
+
+    def __call__(self, compute):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.captured += 1
+        return compute
+
+
+def runs(graphs, key, times):
+    done = []
+    for _ in range(times):
+        graphs.run(key, lambda: done.append(key))
+    return len(done)
+
+
+def test_a_batch_that_comes_again_is_captured_once():
+    recorder = Recorder()
+    graphs = LayerGraphs(recorder)
+    assert runs(graphs, "a", 10) == 10, "every run happens, replayed or not"
+    assert recorder.captured == 1
+    assert runs(graphs, "b", WARM_RUNS) == WARM_RUNS
+    assert recorder.captured == 1
+
+
+def test_what_is_given_back_is_forgotten():
+    recorder = Recorder()
+    graphs = LayerGraphs(recorder)
+    runs(graphs, "a", 5)
+    graphs.forget()
+    assert not graphs.replays
+    assert runs(graphs, "a", 5) == 5
+    assert recorder.captured == 2
+
+
+def test_graphs_are_not_kept_for_ever():
+    graphs = LayerGraphs(Recorder())
+    for number in range(MOST + 3):
+        runs(graphs, number, WARM_RUNS + 1)
+    assert len(graphs.replays) == MOST
+    assert 0 not in graphs.replays
+    for number in range(3 * MOST):
+        runs(graphs, -number, 1)
+    assert len(graphs.runs) <= 2 * MOST
+
+
+def test_a_failed_capture_launches_and_is_not_tried_again():
+    graphs = LayerGraphs(Recorder(fails=True))
+    assert runs(graphs, "a", 5) == 5
+    assert graphs.off and not graphs.replays
