@@ -95,3 +95,15 @@ def owners(offsets: Tensor, members: int) -> Tensor:
     index = torch.arange(members, device=offsets.device, dtype=offsets.dtype)
     index = index.expand(offsets.shape[0], members).contiguous()
     return torch.searchsorted(offsets[:, 1:].contiguous(), index, right=True)
+
+
+def of_owners(of_nodes: Tensor, owner: Tensor) -> Tensor:
+    """What every member has from the node that holds it.
+
+    Args:
+        of_nodes: `[B, Hkv, N, C]`; owner: `[Hkv, members]` (`owners`).
+
+    Returns:
+        `[B, Hkv, N, members]`.
+    """
+    return of_nodes.gather(3, owner.long()[None, :, None].expand(*of_nodes.shape[:3], -1))

@@ -13,16 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from squeezed.attention.scores import (
-    NEG_INF,
-    block_count,
-    block_scores,
-    grouped,
-    log_normaliser,
-    node_logits,
-    owners,
-    second_order,
-)
+from squeezed.attention.scores import NEG_INF, block_count, block_scores, grouped
+from squeezed.attention.walk import children, scored_levels
 from squeezed.config import HistogramConfig, Preset
 from squeezed.context.captured import ObservedLayer
 
@@ -143,10 +135,12 @@ def _histograms(
     kind = _block_kinds(seen.queries, blocks)
     base = kind[:, None, None] * (budgets + 1)
     row = base  # where a node counts: that of the smallest budget that keeps all its ancestors
-    for depth, logits in enumerate(_log_scores(seen, alpha)):
+    query = grouped(seen.queries[None], heads)
+    for walked in scored_levels(query, layer, alpha):
+        depth, level = walked.depth, walked.level
         if depth < unpruned:
             continue
-        level = layer.levels[depth]
+        logits = walked.log_scores
         each = [block_scores(logits, block, None)[0].transpose(0, 1) for block in blocks]
         scores = torch.cat(each)  # [N, Hkv, C], blocks of every size
         if depth >= known:
@@ -159,9 +153,8 @@ def _histograms(
             rising = found[depth - unpruned].to(scores.dtype).flip(1)[kind].mT
             rising = rising.expand(-1, heads, -1).contiguous()  # [N, Hkv, budgets]
             passed = torch.searchsorted(rising, scores.contiguous())
-            parent = owners(level.child_offsets, layer.levels[depth + 1].nodes)
             row = torch.maximum(row, base + budgets - passed)
-            row = row.gather(2, parent.expand(len(row), -1, -1))
+            row = children(row.unsqueeze(2), level, layer.levels[depth + 1].nodes).squeeze(2)
 
 
 def _block_kinds(queries: Tensor, blocks: tuple[int, ...]) -> Tensor:
@@ -169,19 +162,6 @@ def _block_kinds(queries: Tensor, blocks: tuple[int, ...]) -> Tensor:
     counts = [block_count(queries.shape[1], block) for block in blocks]
     kinds = [queries.new_full((n,), i, dtype=torch.int64) for i, n in enumerate(counts)]
     return torch.cat(kinds)
-
-
-def _log_scores(seen: ObservedLayer, alpha: Tensor | None) -> Iterator[Tensor]:
-    """Log scores of the observed queries at one level after the other, `[1, Hkv, G, W, C]`."""
-    query = grouped(seen.queries[None], seen.layer.keys.shape[0])
-    normaliser = None
-    for depth, level in enumerate(seen.layer.levels):
-        weight = None if alpha is None else alpha[depth]
-        first = node_logits(query, level, seen.scale)
-        selecting = second_order(first, query, level, weight, seen.scale)
-        if normaliser is None:
-            normaliser = log_normaliser(selecting, level.sizes)
-        yield selecting - normaliser
 
 
 def _upper_quantiles(counts: Tensor, shares: Tensor, config: HistogramConfig) -> Tensor:

@@ -12,14 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from squeezed.attention.scores import (
-    far_means,
-    log_normaliser,
-    log_sizes,
-    node_logits,
-    owners,
-    second_order,
-)
+from squeezed.attention.scores import far_means, owners
+from squeezed.attention.walk import scored_levels
 from squeezed.config import FarField, TrialConfig
 from squeezed.context.captured import ObservedLayer
 from squeezed.context.layers import ClusteredLayer
@@ -107,23 +101,13 @@ class _Trial:
     def select(self, thresholds: Tensor) -> None:
         """Select by every rule, `thresholds [S, L, Hkv]`, on all levels."""
         q = self.queries.float()[None]
-        alive = normaliser = None
         logits, dropped = [], []
-        for depth, level in enumerate(self.layer.levels):
-            first = node_logits(q, level, self.scale)
-            alpha = None if self.alpha is None else self.alpha[depth]
-            score = second_order(first, q, level, alpha, self.scale)
-            if normaliser is None:
-                normaliser = log_normaliser(score, level.sizes)
-            best = (score - normaliser).amax(2)  # [1, Hkv, n, C]
-            filled = (level.sizes > 0)[None, :, None]
-            alive = filled if alive is None else alive & filled
-            kept = alive & (best > thresholds[:, depth, :, None, None])
-            logits.append((first + log_sizes(level.sizes, first))[0])
-            dropped.append(alive & ~kept)
-            if level.child_offsets is not None:
-                owner = owners(level.child_offsets, self.layer.levels[depth + 1].nodes)
-                alive = kept.gather(3, owner[None, :, None].expand(*kept.shape[:3], -1))
+        for found in scored_levels(q, self.layer, self.alpha):
+            best = found.log_scores.amax(2)  # [1, Hkv, n, C]
+            kept = found.alive & (best > thresholds[:, found.depth, :, None, None])
+            found.opened = kept
+            logits.append(found.log_mass[0])
+            dropped.append(found.alive & ~kept)
         self.kept, self.dropped = kept, torch.cat(dropped, -1)
         self.logits = torch.cat(logits, -1)
         means, variance = far_means(self.layer, torch.float32)

@@ -183,12 +183,6 @@ def fill(scores: Tensor, sizes: Tensor, keys: int) -> Tensor:
     return torch.zeros_like(taken).scatter_(-1, order, taken) & (scores > NEG_INF)
 
 
-def rows_of(kept: Tensor, owner: Tensor) -> Tensor:
-    """Spread kept nodes `[B, Hkv, N, C]` to their rows `[B, Hkv, N, R]`; `owner` is `[Hkv, R]`."""
-    batch, _, blocks, _ = kept.shape
-    return kept.gather(3, owner[None, :, None].expand(batch, -1, blocks, -1))
-
-
 def document_rank(layer: ClusteredLayer) -> Tensor:
     """Place in the document of every row behind the pinned ones, from 0 to R - 1, `[Hkv, R]`."""
     return layer.positions[:, layer.pinned :].argsort(-1).argsort(-1)

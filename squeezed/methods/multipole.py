@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from squeezed.attention.reference.lookup import Lookup
-from squeezed.attention.scores import NEG_INF, far_means, grouped, log_sizes, node_logits, owners
+from squeezed.attention.scores import NEG_INF, far_means, grouped, of_owners, owners
+from squeezed.attention.walk import scored_levels
 from squeezed.context.record import ContextRecord
 from squeezed.methods.base import Blocks
-from squeezed.methods.masked import FarField, MaskedLayer, Queries, fill, rows_of
+from squeezed.methods.masked import FarField, MaskedLayer, Queries, fill
 from squeezed.methods.traffic import tree_bytes
 
 
@@ -21,27 +22,21 @@ class MultipoleLayer(MaskedLayer):
 
     def descend(self, queries: Queries) -> Lookup:
         """Open the best nodes of level `l` of `L`, as many as hold `budget ** (l / L)` of keys."""
-        alive, far_logits = None, []
-        levels = self.layer.levels
-        for depth, level in enumerate(levels):
-            first = node_logits(queries.q, level, queries.scale)
-            scores = queries.shared(first - first.logsumexp(-1, keepdim=True))
-            usable = (level.sizes > 0)[None, :, None].expand(scores.shape)
-            alive = usable if alive is None else alive & usable
-            share = self.budget ** ((depth + 1) / len(levels))
+        far_logits, depth = [], len(self.layer.levels)
+        for found in scored_levels(queries.q, self.layer):
+            scores = queries.shared(found.first - found.first.logsumexp(-1, keepdim=True))
+            share = self.budget ** ((found.depth + 1) / depth)
             wanted = round(share * self.layer.clustered)
-            opened = fill(scores.masked_fill(~alive, NEG_INF), level.sizes, wanted)
-            mass = first + log_sizes(level.sizes, first)
-            closed = (alive & ~opened)[:, :, queries.blocks].unsqueeze(2)
-            far_logits.append(mass.masked_fill(~closed, NEG_INF))
-            if level.child_offsets is not None:
-                alive = rows_of(opened, owners(level.child_offsets, levels[depth + 1].nodes))
+            opened = fill(scores.masked_fill(~found.alive, NEG_INF), found.level.sizes, wanted)
+            found.opened = opened
+            closed = (found.alive & ~opened)[:, :, queries.blocks].unsqueeze(2)
+            far_logits.append(found.log_mass.masked_fill(~closed, NEG_INF))
         means = far_means(self.layer, queries.q.dtype)
         return Lookup(opened, torch.cat(far_logits, -1), *means)
 
     def keep(self, queries: Queries) -> Tensor:
         owner = owners(self.layer.levels[-1].key_offsets, self.tokens)[:, self.layer.pinned :]
-        return rows_of(self.descend(queries).kept, owner)
+        return of_owners(self.descend(queries).kept, owner)
 
     def far_field(self, queries: Queries) -> FarField:
         found = self.descend(queries)

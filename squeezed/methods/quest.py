@@ -8,9 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from squeezed.attention.scores import of_owners
 from squeezed.context.record import ContextRecord
 from squeezed.methods.base import Blocks
-from squeezed.methods.masked import MaskedLayer, Queries, document_rank, fill, rows_of
+from squeezed.methods.masked import MaskedLayer, Queries, document_rank, fill
 
 PAGE_TOKENS = 16  # the paper's
 
@@ -54,7 +55,7 @@ class QuestLayer(MaskedLayer):
 
     def keep(self, queries: Queries) -> Tensor:
         scores = queries.shared(self.bound_logits(queries).log_softmax(-1))
-        return rows_of(fill(scores, self.sizes, self.budget_keys), self.page)
+        return of_owners(fill(scores, self.sizes, self.budget_keys), self.page)
 
     def index_bytes(self, query: Tensor) -> Tensor | float:
         tokens = query.shape[0] * query.shape[2]

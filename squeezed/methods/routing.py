@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from squeezed.attention.scores import NEG_INF, owners
+from squeezed.attention.scores import NEG_INF, of_owners, owners
 from squeezed.context.bytes import LayerBytes
 from squeezed.context.record import ContextRecord
 from squeezed.methods.base import Blocks
-from squeezed.methods.masked import MaskedLayer, Queries, fill, rows_of
+from squeezed.methods.masked import MaskedLayer, Queries, fill
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RoutingLayer(MaskedLayer):
         cosines = torch.einsum("bhgqd,hcd->bhgqc", normalize(queries.q, dim=-1), centroids)
         cosines = cosines.masked_fill((leaves.sizes == 0)[:, None, None], NEG_INF)
         kept = fill(queries.shared(cosines), leaves.sizes, self.budget_keys)
-        return rows_of(kept, owners(leaves.key_offsets, self.tokens)[:, self.layer.pinned :])
+        return of_owners(kept, owners(leaves.key_offsets, self.tokens)[:, self.layer.pinned :])
 
     def index_bytes(self, query: Tensor) -> Tensor | float:
         if not self.layer.levels:

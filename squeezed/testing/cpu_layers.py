@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squeezed.attention.scores import grouped, log_normaliser, node_logits, second_order
 from squeezed.config import FarField
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
+from squeezed.testing.rules import rule_for_shares
 
 CENTRE, OFFSET, NOISE, QUERY = 0.8, 0.5, 0.6, 1.2
 """Standard deviations per dimension. A query's scores then spread by about 1.3 nats."""
@@ -89,31 +89,11 @@ def _level(keys: Tensor, values: Tensor, rows: Tensor, below: Tensor | None, dty
     return Level(centroids.to(dtype), mean(values).to(dtype), variance, rows.int(), below)
 
 
-def rule_for_budget(
+def second_order_rule(
     query: Tensor, layer: ClusteredLayer, budget: float, far_field: FarField
 ) -> SelectionRule:
     """Second-order selection with thresholds at which these queries read about `budget`."""
-    q = grouped(query, layer.keys.shape[0])
-    alpha = torch.linspace(0.2, 1.0, len(layer.levels) * query.shape[1])
-    alpha = alpha.view(len(layer.levels), -1)
-    logits = [
-        second_order(node_logits(q, lv, layer.scale), q, lv, a, layer.scale)
-        for lv, a in zip(layer.levels, alpha, strict=True)
-    ]
-    normaliser = log_normaliser(logits[0], layer.levels[0].sizes)
-    scores = [(found - normaliser)[:, :, :, 0].amax(2) for found in logits]  # [B, Hkv, C]
-    shares = [max(COARSE_SHARE, budget)] * (len(scores) - 1) + [budget]
-    thresholds = tuple(
-        _quantile(score, level.sizes.expand_as(score), share)
-        for score, level, share in zip(scores, layer.levels, shares, strict=True)
-    )
-    far_alpha = alpha[-1] if far_field == "second_order" else None
-    return SelectionRule.for_all_heads(thresholds, layer, alpha, far_field, far_alpha=far_alpha)
-
-
-def _quantile(scores: Tensor, sizes: Tensor, share: float) -> float:
-    """Midway between the last score that fits in this share of the keys and the next one."""
-    order = scores.flatten().argsort(descending=True)
-    read = sizes.flatten()[order].double().cumsum(0)
-    last = min(max(int((read <= share * read[-1]).sum()), 1), len(order) - 1)
-    return float(scores.flatten()[order[last - 1 : last + 1]].mean())
+    depth, heads = len(layer.levels), query.shape[1]
+    alpha = torch.linspace(0.2, 1.0, depth * heads).view(depth, heads)
+    shares = [max(COARSE_SHARE, budget)] * (depth - 1) + [budget]
+    return rule_for_shares(query, layer, shares, far_field, alpha)

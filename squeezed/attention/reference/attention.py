@@ -7,7 +7,7 @@ from torch import Tensor
 
 from squeezed.attention.interface import Attended, Suffix
 from squeezed.attention.reference.lookup import Lookup, lookup
-from squeezed.attention.scores import NEG_INF, grouped, owners, query_blocks
+from squeezed.attention.scores import NEG_INF, grouped, of_owners, owners, query_blocks
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
 
@@ -108,8 +108,7 @@ def _tilt(weights: Tensor, variance: Tensor, q: Tensor, layer: ClusteredLayer) -
 def _rows_read(found: Lookup, layer: ClusteredLayer, rule: SelectionRule, rows: int) -> Tensor:
     """Which sorted rows every query reads, `[B, Hkv, 1, Q, P]` bool."""
     leaf = owners(layer.levels[-1].key_offsets, layer.tokens)[:, layer.pinned :]
-    batch, _, blocks, _ = found.kept.shape
-    read = found.kept.gather(3, leaf[None, :, None, :].expand(batch, -1, blocks, -1))
+    read = of_owners(found.kept, leaf)
     pinned = torch.ones_like(read[..., :1]).expand(-1, -1, -1, layer.pinned)
     block_of = query_blocks(rows, rule.query_block, read.device)
     return torch.cat([pinned, read], -1)[:, :, block_of].unsqueeze(2)

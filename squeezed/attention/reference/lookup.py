@@ -21,18 +21,15 @@ from torch import Tensor
 
 from squeezed.attention.scores import (
     NEG_INF,
-    block_count,
     block_scores,
     far_means,
     grouped,
-    log_normaliser,
     log_sizes,
-    node_logits,
-    owners,
     query_blocks,
     second_order,
 )
-from squeezed.context.layers import ClusteredLayer, Level
+from squeezed.attention.walk import scored_levels
+from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
 
 
@@ -67,30 +64,13 @@ def lookup(
     """
     q = grouped(query, layer.keys.shape[0])
     blocks = query_blocks(q.shape[3], rule.query_block, q.device)
-    alive = normaliser = None
     far_logits = []
-    for depth, level in enumerate(layer.levels):
-        first = node_logits(q, level, layer.scale)
-        alpha = None if rule.alpha is None else rule.alpha[depth]
-        selecting = second_order(first, q, level, alpha, layer.scale)
-        if normaliser is None:
-            normaliser = log_normaliser(selecting, level.sizes)
-            alive = torch.ones_like(first[:, :, 0, :1, :], dtype=torch.bool)
-            alive = alive.expand(-1, -1, block_count(q.shape[3], rule.query_block), -1)
-        scores = block_scores(selecting - normaliser, rule.query_block, valid)
-        alive = alive & (level.sizes > 0)[None, :, None, :]
-        kept = alive & ~(scores <= rule.log_thresholds[depth][None, :, None, None])  # NaN too
-        dropped = (alive & ~kept)[:, :, blocks].unsqueeze(2)
-        standing = second_order(first, q, level, rule.far_alpha, layer.scale)
-        mass = standing + log_sizes(level.sizes, first)
+    for found in scored_levels(q, layer, rule.alpha):
+        scores = block_scores(found.log_scores, rule.query_block, valid)
+        threshold = rule.log_thresholds[found.depth][None, :, None, None]
+        kept = found.opened = found.alive & ~(scores <= threshold)  # NaN too
+        dropped = (found.alive & ~kept)[:, :, blocks].unsqueeze(2)
+        standing = second_order(found.first, q, found.level, rule.far_alpha, layer.scale)
+        mass = standing + log_sizes(found.level.sizes, standing)
         far_logits.append(mass.masked_fill(~dropped, NEG_INF))
-        if level.child_offsets is not None:
-            alive = _children(kept, level, layer.levels[depth + 1].nodes)
     return Lookup(kept, torch.cat(far_logits, -1), *far_means(layer, q.dtype))
-
-
-def _children(kept: Tensor, level: Level, child_nodes: int) -> Tensor:
-    """Whether the parent of every node of the next level was kept, `[B, Hkv, N, C']`."""
-    parent = owners(level.child_offsets, child_nodes)
-    batch, _, blocks, _ = kept.shape
-    return kept.gather(3, parent[None, :, None, :].expand(batch, -1, blocks, -1))

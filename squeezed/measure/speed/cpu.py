@@ -29,7 +29,7 @@ from squeezed.errors import SqueezedError
 from squeezed.measure.record import write_record
 from squeezed.measure.speed.common import print_table, timing_of
 from squeezed.methods.traffic import step_bytes
-from squeezed.testing.cpu_layers import Sizes, random_layer, rule_for_budget
+from squeezed.testing.cpu_layers import Sizes, random_layer, second_order_rule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COPY_BYTES = 256 << 20
@@ -115,7 +115,7 @@ def measure(sizes: Sizes, dtype: str, budget: float, turns: int) -> dict:
     methods: dict[str, Callable] = {"memory copy": lambda: target.copy_(source)}
     facts: dict[str, dict] = {}
     for far_field in FAR_FIELDS:
-        rule = rule_for_budget(query, layer, budget, far_field)
+        rule = second_order_rule(query, layer, budget, far_field)
         start = time.perf_counter()
         read = step.squeezed(rule).keys_read.double().mean() / (sizes.kv_heads * layer.clustered)
         facts[f"squeezed, far field {far_field}"] = {

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from squeezed.attention.interface import Suffix
-from squeezed.attention.scores import NEG_INF
 from squeezed.attention.triton.prefill.launch import prefill
 from squeezed.config import ClusteringConfig
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
 from squeezed.indexing.clustering import cluster_layer
 from squeezed.testing.parts import Parts
+from squeezed.testing.rules import rule_for_shares
 
 COARSE_SHARE = 1.25  # a level above the leaves keeps this times the square root of the budget
 
@@ -76,19 +76,7 @@ class Inputs:
 
 
 def rule_for(inputs: Inputs, case: Case) -> SelectionRule:
-    """Thresholds that spend the budget, level by level from the coarsest, by bisection."""
-    depth, found = len(inputs.layer.levels), []
-    for level in range(depth):
-        wanted = COARSE_SHARE * case.budget**0.5 if level < depth - 1 else case.budget
-        low, high = -40.0, 5.0
-        for _ in range(14):
-            middle = (low + high) / 2
-            rule = _rule(inputs, case, (*found, middle, *[NEG_INF] * (depth - level - 1)))
-            read = inputs.share_read(rule)
-            low, high = (middle, high) if read > wanted else (low, middle)
-        found.append(high)
-    return _rule(inputs, case, tuple(found))
-
-
-def _rule(inputs: Inputs, case: Case, thresholds: tuple[float, ...]) -> SelectionRule:
-    return SelectionRule.for_all_heads(thresholds, inputs.layer, None, "none", case.query_block)
+    """Thresholds that spend the budget on these queries, the same for all heads."""
+    coarse = min(1.0, COARSE_SHARE * case.budget**0.5)
+    shares = [coarse] * (len(inputs.layer.levels) - 1) + [case.budget]
+    return rule_for_shares(inputs.query, inputs.layer, shares, block=case.query_block)
