@@ -199,7 +199,7 @@ def request(
     check_pair(model, tokenizer)
     check_text("question", question)
     check_maker(model, tokenizer, context)
-    cache = context.cache_for(asking)
+    cache = context.cache_for(asking, recognised=True)
     ids = context.template.question_ids(tokenizer, question)
     asked = Request.of(model, tokenizer, cache, ids, generate_arguments)
     return asked.watching(context, asking) if watch else asked

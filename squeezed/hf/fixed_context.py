@@ -49,13 +49,21 @@ class FixedContext(ContextRecord):
         """
         return self.cache_for(Asking(budget, preset, implementation, method), suffix_tokens)
 
-    def cache_for(self, asking: Asking, suffix_tokens: int | None = None) -> SqueezedCache:
-        """The same, of settings that stand together."""
+    def cache_for(
+        self, asking: Asking, suffix_tokens: int | None = None, recognised: bool = False
+    ) -> SqueezedCache:
+        """The same, of settings that stand together.
+
+        Args:
+            recognised: the whole model was just compared with the one that made the context;
+                otherwise each attention module is, when it first reads the cache.
+        """
         if suffix_tokens is not None:
             whole("suffix_tokens", suffix_tokens, 1)
         cache = build_cache(self, asking.attentions(self), asking.budget, suffix_tokens)
-        for place, layer in enumerate(cache.layers):
-            layer.recognise = partial(check_attention, self.model, place)
+        if not recognised:
+            for place, layer in enumerate(cache.layers):
+                layer.recognise = partial(check_attention, self.model, place)
         return cache
 
     def save(self, path: str | Path) -> Path:
