@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 import time
 
 import pytest
@@ -380,6 +381,34 @@ def test_a_file_that_is_cut_after_it_was_opened_is_refused(saved):
     os.truncate(saved / LAYER_FILE, 1000)
     with pytest.raises(ContextFileError, match="found 1000 bytes"):
         opened.layers[2]
+
+
+@pytest.fixture
+def in_pieces(monkeypatch):
+    """As files larger than a piece are read: hashed in a thread, into large pages."""
+    monkeypatch.setattr(held, "PIECE", 1000)
+    monkeypatch.setattr(held, "LARGE", 0)
+
+
+def test_large_files_are_read_whole_and_may_be_written_to(in_pieces, saved):
+    opened = directory.load(saved)
+    assert same_context(opened, CONTEXT)
+    assert not any(thread.name.startswith("checksum") for thread in threading.enumerate())
+    opened.layers[0].keys.zero_()  # memory of its own: the file stays as it is
+    assert same_context(directory.load(saved), CONTEXT)
+
+
+@pytest.mark.parametrize("place", [200, -1])
+def test_altered_large_files_are_called_altered_whatever_else_is_wrong(place, in_pieces, saved):
+    content = bytearray((saved / LAYER_FILE).read_bytes())
+    content[place] ^= 0xFF
+    (saved / LAYER_FILE).write_bytes(content)
+    refused(saved, "altered")
+
+
+def test_crafted_large_files_are_refused(in_pieces, saved):
+    with_tensors(saved, LAYER_FILE, _at("keys", (1, 7, 3), float("nan")))
+    refused(saved, "no context looks like that")
 
 
 def test_a_deleted_context_is_not_read_any_more(saved):

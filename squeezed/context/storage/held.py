@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import mmap
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,8 +23,10 @@ from torch import Tensor
 from squeezed.context.storage.names import MANIFEST
 from squeezed.errors import ContextFileError, shown
 
-PIECE = 1 << 22
+PIECE = 1 << 26
 """Bytes that are read at once, and hashed while the next ones are read."""
+LARGE = 1 << 24
+"""Bytes from which large pages are worth asking for."""
 Mark = tuple[int, ...]
 
 
@@ -113,7 +117,7 @@ def _content(descriptor: int, most_bytes: int) -> tuple[Tensor, Callable[[], str
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
     size = min(found.st_size, most_bytes)
-    content, digest = torch.empty(size, dtype=torch.uint8), hashlib.sha256()
+    content, digest = _memory(size), hashlib.sha256()
     pieces = _pieces(descriptor, content.numpy().data)
     if size <= PIECE:
         for piece in pieces:
@@ -125,6 +129,17 @@ def _content(descriptor: int, most_bytes: int) -> tuple[Tensor, Callable[[], str
     last = hasher.submit(digest.hexdigest)
     hasher.shutdown(wait=False)
     return content, last.result
+
+
+def _memory(size: int) -> Tensor:
+    """Bytes of this process alone, `[size]` uint8, in large pages where the system has them:
+    much of the time of reading into new memory goes into handing it out page by page."""
+    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _pieces(descriptor: int, view: memoryview) -> Iterator[memoryview]:
