@@ -68,6 +68,7 @@ def record(tokens: int) -> ContextRecord:
         levels,
         random_numbers(HEADS, DIM, DIM),
         torch.zeros(HEADS, DIM, dtype=torch.bfloat16),
+        0.1,
     )
     return ContextRecord(
         torch.zeros(tokens, dtype=torch.long),

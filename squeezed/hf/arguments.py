@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from squeezed.config import DEFAULT_NEW_TOKENS
-from squeezed.errors import SqueezedError
+from squeezed.errors import SqueezedError, expect, got, whole
 
 MADE_HERE = (
     "inputs",
@@ -51,6 +53,35 @@ SAMPLING = (
     "epsilon_cutoff",
     "eta_cutoff",
 )
+
+NUMBERS = {
+    "max_new_tokens": (Integral, "a whole number"),
+    "min_new_tokens": (Integral, "a whole number"),
+    "max_length": (Integral, "a whole number"),
+    "min_length": (Integral, "a whole number"),
+    "num_beams": (Integral, "a whole number"),
+    "num_return_sequences": (Integral, "a whole number"),
+    "no_repeat_ngram_size": (Integral, "a whole number"),
+    "prompt_lookup_num_tokens": (Integral, "a whole number"),
+    "assistant_early_exit": (Integral, "a whole number"),
+    "top_k": (Integral, "a whole number"),
+    "max_time": (Real, "seconds"),
+    "temperature": (Real, "a number"),
+    "top_p": (Real, "a number"),
+    "min_p": (Real, "a number"),
+    "repetition_penalty": (Real, "a number"),
+    "length_penalty": (Real, "a number"),
+    "guidance_scale": (Real, "a number"),
+}
+AT_LEAST_ONE = ("num_beams", "num_return_sequences")
+
+METHODS = {
+    "streamer": (("put", "end"), "a streamer, with put() and end()"),
+    "assistant_model": (("config", "generate"), "a Transformers model"),
+}
+
+FUNCTIONS = ("stopping_criteria", "logits_processor")
+"""One function, or several; Transformers calls them at every token."""
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
@@ -107,6 +138,7 @@ class Wishes:
                     f"{name}: context, question and tokenizer decide it here; leave it out, or "
                     "call model.generate with context.cache() yourself"
                 )
+        check_kinds(self.arguments)
         if self.arguments.get("use_cache") is False:
             raise SqueezedError("use_cache: the context is a cache; leave it out or pass True")
         if isinstance(self.arguments.get("custom_generate"), str):
@@ -117,6 +149,26 @@ class Wishes:
                 value = getattr(self.config, name, None)
             if not is_off(name, value):
                 raise SqueezedError(f"{name}: {reason}; leave it out, got {short(value)}")
+
+
+def check_kinds(arguments: Mapping[str, Any]) -> None:
+    """Raise `SqueezedError` for an argument that Transformers would trip over while it works."""
+    for name in NUMBERS.keys() & arguments.keys():
+        kind, wanted = NUMBERS[name]
+        value = expect(name, arguments[name], kind, wanted)
+        if name in AT_LEAST_ONE:
+            whole(name, value, 1)
+    for name in METHODS.keys() & arguments.keys():
+        parts, wanted = METHODS[name]
+        if not all(hasattr(arguments[name], part) for part in parts):
+            raise SqueezedError(f"{name}: expected {wanted}, got {got(arguments[name])}")
+    for name in FUNCTIONS:
+        given = arguments.get(name, [])
+        for function in given if isinstance(given, Iterable) else [given]:
+            if not callable(function):
+                raise SqueezedError(f"{name}: expected functions, got {got(function)}")
+    if arguments.get("synced_gpus") and not torch.distributed.is_initialized():
+        raise SqueezedError("synced_gpus: no process group is initialised; leave it out")
 
 
 def is_off(name: str, value: Any) -> bool:

@@ -140,6 +140,20 @@ def check_new_tokens(count: int) -> None:
         )
 
 
+def check_mask(mask: Tensor | None, suffix: int) -> None:
+    """Raise `SqueezedError` for a mask of the caller's own shape, which nobody made for a suffix.
+
+    Args:
+        mask: `[B, 1, Q, S]` bool, as `squeezed_mask` makes it.
+        suffix: columns of the suffix, `S`.
+    """
+    if mask is not None and (mask.dtype != torch.bool or mask.shape[-1] != suffix):
+        raise SqueezedError(
+            f"attention_mask: expected one row per request, got {tuple(mask.shape)} of "
+            f"{mask.dtype}; pass suffix_mask(cache.get_seq_length(), ...)"
+        )
+
+
 def check_rows(held: Tensor, new: Tensor) -> None:
     """Raise `SqueezedError` unless the suffix and the input are equally many requests."""
     if held.shape[0] != new.shape[0]:
@@ -247,6 +261,7 @@ class ContextLayer(SuffixLayer):
                 f"past_key_values: the context's softmax scale is {self.context.layer.scale}, this "
                 f"model's {scale}: another model made it"
             )
+        check_mask(mask, self.keys.shape[2])
         valid = self.padding.look(mask, len(query), first=self.checks_positions)
         per_token = query.shape[2] == 1 or self.select_per_token
         suffix = Suffix(self.keys, self.values, mask)

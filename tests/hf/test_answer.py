@@ -231,6 +231,30 @@ def test_generate_refuses_by_name_before_the_model_runs(name, model, context, mo
     assert "\n" not in str(refused.value)
 
 
+WRONG_KINDS = {
+    "max_new_tokens": ["5", 2.5, True],
+    "max_length": ["900"],
+    "max_time": ["soon"],
+    "num_beams": [0, "many", 1.5],
+    "num_return_sequences": [0],
+    "temperature": ["hot"],
+    "streamer": [5, print],
+    "assistant_model": ["gpt2"],
+    "stopping_criteria": [5, [None]],
+    "logits_processor": ["mine"],
+    "synced_gpus": [True],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KINDS)
+def test_arguments_of_the_wrong_kind_are_refused_by_name(name, model, context, monkeypatch):
+    monkeypatch.setattr(model, "forward", lambda *a, **k: pytest.fail("the model ran"))
+    for value in WRONG_KINDS[name]:
+        with pytest.raises(SqueezedError, match=f"^{name}: ") as refused:
+            ask(model, context, **{name: value})
+        assert "\n" not in str(refused.value)
+
+
 def test_arguments_that_are_off_are_no_reason_to_refuse(model, context):
     off = {
         "output_attentions": False, "penalty_alpha": 0.0, "num_beam_groups": 1, "use_cache": True,

@@ -269,3 +269,12 @@ def test_probe_leaves_no_trace_in_the_context(family):
         assert (one.queries is None) == (other.queries is None)
         if one.queries is not None:
             assert one.keys.shape[1] == 300 and one.queries.shape[1] == len("what?")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_a_mask_of_four_dimensions_is_refused(dtype):
+    model = tiny_model("llama")
+    context, ids = indexed(model), ids_of("what is mu?")
+    mask = torch.zeros(1, 1, ids.shape[1], len(context.tokens) + ids.shape[1], dtype=dtype)
+    with using_attention(model), pytest.raises(squeezed.SqueezedError, match="attention_mask"):
+        model(ids, attention_mask=mask, past_key_values=context.cache(1.0))

@@ -185,6 +185,18 @@ def test_autocast_equals_dense_under_autocast(kind, where, implementation):
             assert found < 2e-3
 
 
+@pytest.mark.parametrize("where", ["index", "generate"])
+def test_a_model_is_known_again_under_autocast_and_without(where):
+    model = build("Llama", initializer_range=0.2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "index"):
+        context = indexed(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "generate"):
+        assert len(ask(model, context)) == 8
+    other = build("Llama", initializer_range=0.21)
+    with pytest.raises(squeezed.SqueezedError, match="another model"):
+        ask(other, context)
+
+
 def test_float64_weights_make_a_float32_context():
     model = build("Llama").double()
     context = indexed(model)

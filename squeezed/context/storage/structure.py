@@ -231,6 +231,7 @@ def layer_of(
     """The layer that was checked; `scale` is its softmax scale, `None` of a window."""
     if not outline.is_clustered:
         return WindowLayer(tensors["keys"], tensors["values"], int(tensors["window_tokens"]))
+    assert scale is not None
     levels = tuple(_level(tensors, depth) for depth in range(len(outline.nodes)))
     found = {field.name: tensors[field.name] for field in CLUSTERED if field.name != "pinned"}
     return ClusteredLayer(levels=levels, pinned=int(tensors["pinned"]), scale=scale, **found)

@@ -70,8 +70,10 @@ def spread_ids(vocabulary: int) -> tuple[int, ...]:
 def observe(model: PreTrainedModel, decoder: nn.Module, ids: tuple[int, ...]) -> Behaviour:
     """Run `ids` through the decoder, uncompiled, and project what its layers cache."""
     cache = DynamicCache()
-    with torch.compiler.set_stance("force_eager"), using_attention(model):
-        inputs = torch.tensor([ids], device=input_device(model))
+    device = input_device(model)
+    exact = torch.autocast(device.type, enabled=False)  # a model is the same under autocast
+    with torch.compiler.set_stance("force_eager"), using_attention(model), exact:
+        inputs = torch.tensor([ids], device=device)
         decoder(input_ids=inputs, past_key_values=cache, use_cache=True)
     layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
     return Behaviour(
