@@ -17,6 +17,9 @@ from squeezed.context.rule import SelectionRule
 FAR_ALPHA = 0.5
 """Weight of the second-order term in the far field."""
 
+COARSE_SHARE = 0.4
+"""Of the keys stay in the running above the leaves, where selection is of second order."""
+
 
 def rule_for_shares(
     query: Tensor,
@@ -55,6 +58,16 @@ def rule_for_budget(
     above = range(len(layer.levels) - 1, -1, -1)
     shares = [min(1.0, budget * coarse_ratio**finer) for finer in above]
     return rule_for_shares(query, layer, shares, far_field)
+
+
+def second_order_rule(
+    query: Tensor, layer: ClusteredLayer, budget: float, far_field: FarField
+) -> SelectionRule:
+    """The same for selection to second order, with other weights in every head."""
+    depth, heads = len(layer.levels), query.shape[1]
+    alpha = torch.linspace(0.2, 1.0, depth * heads, device=query.device).view(depth, heads)
+    shares = [max(COARSE_SHARE, budget)] * (depth - 1) + [budget]
+    return rule_for_shares(query, layer, shares, far_field, alpha)
 
 
 def with_far_field(rule: SelectionRule, far_field: FarField, query: Tensor) -> SelectionRule:

@@ -5,17 +5,17 @@ from itertools import pairwise
 
 import pytest
 import torch
-from trees import level_of, random_layer
+from trees import random_layer
 
 from squeezed.attention.reference.lookup import lookup
 from squeezed.config import BEST, PAPER, HistogramConfig
 from squeezed.context.calibration import interpolate
 from squeezed.context.captured import ObservedLayer
-from squeezed.context.layers import ClusteredLayer
 from squeezed.indexing.calibrate import calibrate
 from squeezed.indexing.forest import Forest
 from squeezed.indexing.second_order import fit_alpha
 from squeezed.indexing.thresholds import fit_thresholds, keep_shares
+from squeezed.testing.layers import tree_over
 
 BUDGETS = (0.05, 0.1, 0.3)
 PRUNED_TOGETHER = replace(BEST, name="pruned together", per_head=False)
@@ -147,11 +147,7 @@ def test_alpha_is_one_for_gaussian_clusters():
     centres = torch.randn(1, 8, 32, generator=generator).repeat_interleave(500, 1)
     keys = centres + 0.8 * torch.randn(1, 4000, 32, generator=generator)
     offsets = torch.arange(0, 4001, 500, dtype=torch.int32)[None]
-    level = level_of(keys, keys, offsets, None)
-    slope = keys.new_zeros(1, keys.shape[2], keys.shape[2])
-    positions = torch.zeros(1, 4000, dtype=torch.int32)
-    centre = keys.new_zeros(1, 32)
-    layer = ClusteredLayer(keys, keys, positions, 0, (level,), slope, centre, SCALE)
+    layer = tree_over(keys, keys, offsets, [], keys.new_zeros(1, 32, 32), SCALE)
     queries = torch.randn(2, 100, 32, generator=generator)
     alpha = fit_alpha(ObservedLayer(layer, queries), 24)
     torch.testing.assert_close(alpha, torch.ones(1, 2), atol=0.15, rtol=0)

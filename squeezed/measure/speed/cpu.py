@@ -29,10 +29,12 @@ from squeezed.errors import SqueezedError
 from squeezed.measure.record import write_record
 from squeezed.measure.speed.common import print_table, timing_of
 from squeezed.methods.traffic import step_bytes
-from squeezed.testing.cpu_layers import Sizes, random_layer, second_order_rule
+from squeezed.testing.layers import Sizes, random_layer, random_queries
+from squeezed.testing.rules import second_order_rule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COPY_BYTES = 256 << 20
+QUERY = 1.2  # scores spread by about 1.3 nats
 ORACLE_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}  # about 2 ulp of the output
 
 
@@ -103,12 +105,11 @@ def take_turns(methods: dict[str, Callable], turns: int) -> dict[str, list[float
     return times
 
 
-def measure(sizes: Sizes, dtype: str, budget: float, turns: int) -> dict:
-    """All methods for one dtype: times, bytes, limits, ratios."""
-    torch.manual_seed(0)
-    layer = random_layer(sizes, DTYPES[dtype])
-    query = sizes.queries().to(DTYPES[dtype])
-    suffix = torch.randn(sizes.batch, sizes.kv_heads, sizes.suffix, sizes.dim).to(DTYPES[dtype])
+def measure(sizes: Sizes, budget: float, turns: int) -> dict:
+    """All methods for one case: times, bytes, limits, ratios."""
+    layer, query = random_layer(sizes, 0, "cpu"), random_queries(sizes, 0.0, "cpu")
+    suffix = torch.randn(sizes.batch, sizes.kv_heads, sizes.recent, sizes.dim).to(sizes.dtype)
+    dtype = str(sizes.dtype).removeprefix("torch.")
     step = Step(query, layer, suffix)
     source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8)
     target = torch.empty_like(source)
@@ -126,7 +127,7 @@ def measure(sizes: Sizes, dtype: str, budget: float, turns: int) -> dict:
         }
         methods[f"squeezed, far field {far_field}"] = lambda rule=rule: step.squeezed(rule)
     times = take_turns(methods | dense_forms(step), turns)
-    return {"dtype": dtype, **asdict(sizes), "budget": budget, **summary(times, facts)}
+    return {**asdict(sizes), "dtype": dtype, "budget": budget, **summary(times, facts)}
 
 
 def summary(times: dict[str, list[float]], facts: dict[str, dict]) -> dict:
@@ -182,10 +183,11 @@ def main(
     """Time one decode step: squeezed against dense, and against the bytes over the bandwidth."""
     settings = dict(locals())
     torch.set_num_threads(threads)
-    sizes = Sizes(kv_heads, group, tokens, dim, batch, suffix)
+    shape = (group * kv_heads, kv_heads, dim, tokens, batch, suffix)
     rows = []
     for name in dtype:
-        rows.append(measure(sizes, name, budget, turns))
+        sizes = Sizes(*shape, dtype=DTYPES[name], query=QUERY)
+        rows.append(measure(sizes, budget, turns))
         report(rows[-1])
     write_record(output, settings, rows, "cpu")
 

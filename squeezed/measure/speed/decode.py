@@ -28,7 +28,7 @@ from squeezed.measure.speed.common import (
 )
 from squeezed.measure.speed.dense import dense_peers, time_or_reason
 from squeezed.methods.traffic import step_bytes
-from squeezed.testing.layers import Sizes, synthetic_layer, synthetic_queries
+from squeezed.testing.layers import Sizes, random_layer, random_queries
 from squeezed.testing.rules import rule_for_budget
 
 ORACLE_TOLERANCE = 2e-2
@@ -67,8 +67,8 @@ def measure(
     """One case: its bytes, its times, its distance from the limit and from the best dense."""
     held = 4 * sizes.kv_heads * sizes.tokens * sizes.dim
     count = rotations(int(held * min(1.0, 1.2 * budget)), held)
-    layers = [synthetic_layer(sizes, seed) for seed in range(count)]
-    query = synthetic_queries(sizes, agreement)
+    layers = [random_layer(sizes, seed, "cuda") for seed in range(count)]
+    query = random_queries(sizes, agreement, "cuda")
     recent = torch.randn(sizes.batch, sizes.kv_heads, sizes.recent, sizes.dim, device="cuda")
     recent = recent.to(sizes.dtype)
     result = {**asdict(sizes), "dtype": str(sizes.dtype), "budget": budget, "agreement": agreement}
