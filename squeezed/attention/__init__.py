@@ -30,16 +30,23 @@ IMPLEMENTATIONS = {
 log = logging.getLogger("squeezed")
 
 
+def check_name(implementation: str) -> None:
+    """Raise `SqueezedError` for a name that no implementation has."""
+    known = ["auto", *IMPLEMENTATIONS]
+    if implementation not in known:
+        raise SqueezedError(
+            f"implementation: expected one of {', '.join(known)}, got {implementation!r}"
+        )
+
+
 @cache
 def choose(implementation: str, device: torch.device) -> str:
     """Name of the implementation that runs on `device`; `auto` logs what it chose and why."""
+    check_name(implementation)
     if implementation == "auto":
         chosen = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
         log.info("implementation auto: %s, because the context is on %s", chosen, device)
         return chosen
-    if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(["auto", *IMPLEMENTATIONS])
-        raise SqueezedError(f"implementation: expected one of {known}, got {implementation!r}")
     if implementation == "cpu" and device.type != "cpu":
         raise SqueezedError(
             f"implementation: 'cpu' cannot read a context on {device}; use 'triton' or 'auto'"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from squeezed.attention import check_name
 from squeezed.attention.proof import prove
 from squeezed.config import BEST, DEFAULT_BUDGET, check_budget
 from squeezed.context.record import ContextRecord
@@ -26,7 +27,7 @@ class Asking:
         method: `squeezed`, or another name of `squeezed.methods.METHODS`.
 
     Raises:
-        SqueezedError: a budget outside its range, or no method of that name.
+        SqueezedError: a budget outside its range, or no method or implementation of that name.
     """
 
     budget: float = DEFAULT_BUDGET
@@ -38,6 +39,7 @@ class Asking:
         object.__setattr__(self, "budget", check_budget(self.budget))
         for name in ("preset", "implementation"):
             expect(name, getattr(self, name), str, "a name (str)")
+        check_name(self.implementation)
         self.made()
 
     def made(self) -> Method:
