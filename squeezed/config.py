@@ -118,7 +118,7 @@ class Preset:
     far_field: FarField
     coarse_share: float | None
     per_head: bool = False
-    single_tokens: int = 64
+    single_tokens: int = 128
     query_block: int = 64
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from squeezed.config import BEST, IndexConfig
 from squeezed.context.captured import CapturedLayer, ObservedLayer
 from squeezed.context.prompt import PromptTemplate
 from squeezed.hf.fixed_context import FixedContext
+from squeezed.hf.identity.fingerprint import model_fingerprint
 from squeezed.indexing.calibrate import calibrate
 from squeezed.indexing.clustering import cluster_layer
 from squeezed.indexing.forest import Forest
@@ -63,7 +64,7 @@ def context_of(model, seeds: list[CapturedLayer], tokens: int, budget: float) ->
         calibrations={BEST.name: calibrate(Forest.of(seen), BEST, config.budgets)},
         config=config,
         template=PromptTemplate.plain(),
-        model="",
+        model=model_fingerprint(model),
         tokenizer="",
         seconds={},
     )
