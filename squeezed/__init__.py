@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from squeezed.system.forks import survive_forks
 
@@ -51,7 +51,7 @@ __all__ = [
 survive_forks()
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `squeezed --help` needs no PyTorch."""
     for module, names in HOMES.items():
         if name in names:

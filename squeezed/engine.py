@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +31,9 @@ from squeezed.indexing.calibrate import calibrate
 from squeezed.indexing.probe import probe_question
 from squeezed.system.failures import readable_failures
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 Progress = Callable[[str, int, int], None]
 """Called with the name of a phase, steps done, and steps in all."""
 
@@ -40,8 +44,8 @@ def silent(phase: str, done: int, total: int) -> None:
 
 @readable_failures()
 def index(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     text: str,
     config: IndexConfig | None = None,
     template: PromptTemplate | None = None,
@@ -118,7 +122,7 @@ def index(
     )
 
 
-def check_pair(model, tokenizer) -> None:
+def check_pair(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `SqueezedError` for what is no model or no tokenizer of Transformers."""
     if not callable(getattr(model, "generate", None)) or not hasattr(model, "config"):
         raise SqueezedError(f"model: expected a Transformers model, got {got(model)}")
@@ -136,7 +140,7 @@ def _document(text: str) -> str:
 
 
 @readable_failures()
-def load(path: str | Path, model=None) -> FixedContext:
+def load(path: str | Path, model: PreTrainedModel = None) -> FixedContext:
     """Open a saved context, on the model's device, and check that the model made it.
 
     Raises:
@@ -152,15 +156,15 @@ def load(path: str | Path, model=None) -> FixedContext:
 
 @readable_failures()
 def generate(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     context: FixedContext,
     question: str,
     budget: float = DEFAULT_BUDGET,
     preset: str = BEST.name,
     implementation: str = "auto",
     method: str = "squeezed",
-    **generate_arguments,
+    **generate_arguments: Any,
 ) -> Answer:
     """Answer a question about a fixed context.
 
@@ -183,13 +187,13 @@ def generate(
 
 @readable_failures()
 def request(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     context: FixedContext,
     question: str,
     asking: Asking,
     watch: bool = False,
-    **generate_arguments,
+    **generate_arguments: Any,
 ) -> Request:
     """A question that `run()` answers, with a cache of its own; takes and raises as `generate`.
 
@@ -205,14 +209,16 @@ def request(
     return asked.watching(context, asking) if watch else asked
 
 
-def check_maker(model, tokenizer, context: FixedContext) -> None:
+def check_maker(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: FixedContext
+) -> None:
     """Raise `ContextFileError` unless model and tokenizer, as they are now, made this context."""
     expect("context", context, FixedContext, "a FixedContext, made by squeezed.index or load")
     check_tokenizer(tokenizer, context)
     check_model(model, context)
 
 
-def check_tokenizer(tokenizer, context: FixedContext) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, context: FixedContext) -> None:
     """Raise `ContextFileError` unless `tokenizer` made this context."""
     if tokenizer_fingerprint(tokenizer) != context.tokenizer:
         raise ContextFileError(

@@ -13,11 +13,12 @@ from pathlib import Path
 import squeezed
 
 OPTIONAL = {
-    "squeezed.attention.triton": "triton",
-    "squeezed.indexing.triton": "triton",
-    "squeezed.vllm": "vllm",
+    "squeezed.attention.triton": ("triton",),
+    "squeezed.indexing.triton": ("triton",),
+    "squeezed.vllm": ("vllm", "fastapi", "prometheus_client", "psutil"),
 }
-"""What only these need: a CPU build of torch brings no Triton, and vLLM is an extra."""
+"""What only these need: a CPU build of torch brings no Triton, and vLLM, with what it brings, is an
+extra."""
 FILES = ("py.typed", "demo/sqlite_wal.txt", "demo/README.md")
 
 
@@ -49,7 +50,7 @@ def imported() -> int:
 
 
 def needed_by(name: str) -> set[str]:
-    return {library for room, library in OPTIONAL.items() if name.startswith(room)}
+    return {need for room, needs in OPTIONAL.items() if name.startswith(room) for need in needs}
 
 
 def stop(name: str) -> None:

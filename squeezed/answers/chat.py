@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from threading import Event, Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from squeezed.hf.arguments import Wishes
 from squeezed.hf.asking import Asking
 from squeezed.hf.cache import SqueezedCache
 from squeezed.hf.fixed_context import FixedContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ANSWER = "\x02ANSWER\x03"
 
@@ -44,8 +47,8 @@ class Chat:
         asking: the settings that `cache` was made with, if answers shall say what they read.
     """
 
-    model: object
-    tokenizer: object
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     context: FixedContext
     cache: SqueezedCache
     turns: list[Turn] = field(default_factory=list)
@@ -57,7 +60,7 @@ class Chat:
         if not self.cache.document.equal(self.context.tokens.cpu()):
             raise SqueezedError("cache: it is of another context; make it with context.cache()")
 
-    def ask(self, question: str, **generate_arguments) -> Answer:
+    def ask(self, question: str, **generate_arguments: Any) -> Answer:
         """Answer the next question; spending is counted anew for every turn.
 
         Arguments and errors are those of `squeezed.generate`.
@@ -65,7 +68,7 @@ class Chat:
         self._check(question)
         return self._turn(question, generate_arguments)
 
-    def stream(self, question: str, **generate_arguments) -> Stream:
+    def stream(self, question: str, **generate_arguments: Any) -> Stream:
         """The same in pieces; a turn whose stream was closed never was."""
         self._check(question)
         listener = Listener(self.tokenizer)
@@ -109,7 +112,7 @@ class Chat:
 
 
 def conversation_ids(
-    tokenizer, template: PromptTemplate, turns: list[Turn], question: str
+    tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, turns: list[Turn], question: str
 ) -> Tensor:
     """Ids of all that follows the document when `question` is asked after `turns`, `[S]` int64."""
     if template.is_chat_of(tokenizer):
@@ -120,7 +123,9 @@ def conversation_ids(
     return torch.cat(parts[::-1])
 
 
-def _rendered(tokenizer, template: PromptTemplate, turns: list[Turn], question: str) -> str:
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, turns: list[Turn], question: str
+) -> str:
     """What the chat template writes after the document; control tokens of others are marked."""
     messages = []
     for turn in turns:
@@ -142,7 +147,7 @@ def _rendered(tokenizer, template: PromptTemplate, turns: list[Turn], question: 
     return after[0]
 
 
-def turn_template(tokenizer, template: PromptTemplate) -> tuple[str, str]:
+def turn_template(tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> tuple[str, str]:
     """Text between an answer and the next question, and between that and its answer."""
     if not template.is_chat_of(tokenizer):
         return template.between, template.after

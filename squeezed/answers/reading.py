@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from squeezed.context.layers import ClusteredLayer
 from squeezed.context.record import ContextRecord
 from squeezed.errors import SqueezedError
 from squeezed.hf.cache import ContextLayer, SqueezedCache
+from squeezed.hf.watched import Watched, WatchedLayer
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Traffic:
         return self.exact + self.index
 
 
-def traffic(context: ContextRecord, cache: SqueezedCache) -> Traffic:
+def traffic(context: ContextRecord, cache: SqueezedCache | Watched) -> Traffic:
     """What one request's answer read per token. Needs `cache.watch_queries()` before asking.
 
     The exact keys are the ones that the cache counted, on the question and the answer alike.
@@ -43,10 +45,11 @@ def traffic(context: ContextRecord, cache: SqueezedCache) -> Traffic:
     dense = float(context.kv_bytes())
     for entry in cache.context_layers:
         layer, query = entry.context.layer, answer_queries(entry)
-        tokens, queries = max(1, int(entry.tokens_answered)), int(entry.queries_answered)
+        read, queries, answered = counted(entry)
+        tokens = max(1, answered)
         dense += layer.kv_bytes() * (queries / tokens - 1)
         pinned = layer.pinned * layer.keys.shape[0] * queries
-        exact += LayerBytes.of(layer).keys(pinned + int(entry.keys_read)) / tokens
+        exact += LayerBytes.of(layer).keys(pinned + read) / tokens
         if cache.budget < 1:
             per_query = float(entry.context.index_bytes(query)) / query.shape[2]
             index += per_query * queries / tokens
@@ -54,7 +57,7 @@ def traffic(context: ContextRecord, cache: SqueezedCache) -> Traffic:
     return Traffic(round(dense), exact + windows, index)
 
 
-def budget_by_head(context: ContextRecord, cache: SqueezedCache) -> Tensor:
+def budget_by_head(context: ContextRecord, cache: SqueezedCache | Watched) -> Tensor:
     """Share of the clustered keys that the answer's tokens read, `[layers, Hkv]` float32."""
     rows = []
     for entry in cache.context_layers:
@@ -67,11 +70,21 @@ def budget_by_head(context: ContextRecord, cache: SqueezedCache) -> Tensor:
     return torch.stack(rows)
 
 
+def entries(answered: SqueezedCache | Watched) -> Sequence[ContextLayer | WatchedLayer]:
+    return answered.context_layers
+
+
+def counted(entry: ContextLayer | WatchedLayer) -> tuple[int, int, int]:
+    """Keys read, queries and tokens answered."""
+    read, queries, tokens = entry.counters()
+    return int(read), int(queries), int(tokens)
+
+
 QUERIES_AT_ONCE = 16
 """Query tokens scored together: memory is `Hq * 16 * P` floats."""
 
 
-def answer_queries(entry: ContextLayer) -> Tensor:
+def answer_queries(entry: ContextLayer | WatchedLayer) -> Tensor:
     """Queries of one request's answer, `[1, Hq, N, D]`: each produced one of its tokens.
 
     The question's last token produced the first one; what came before it only read.
@@ -82,7 +95,7 @@ def answer_queries(entry: ContextLayer) -> Tensor:
     return torch.cat([first[:1, :, -1:], *(query[:1] for query in further)], 2)
 
 
-def rows_read(entry: ContextLayer, query: Tensor) -> Tensor | None:
+def rows_read(entry: ContextLayer | WatchedLayer, query: Tensor) -> Tensor | None:
     """Share of the queries that read each row exactly, `[Hkv, P]`; `None` without a tree.
 
     Args:

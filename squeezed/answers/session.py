@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +29,9 @@ from squeezed.hf.loading import load_model
 from squeezed.hf.support import input_device
 from squeezed.hf.switch import hold_attention
 from squeezed.hf.watched import Watched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Session(AbstractContextManager):
         model, tokenizer: as given; the model must not be trained or switched meanwhile.
     """
 
-    def __init__(self, model, tokenizer) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises `SqueezedError` for what is no model or tokenizer of Transformers."""
         engine.check_pair(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
@@ -149,7 +153,7 @@ class Session(AbstractContextManager):
         implementation: str = "auto",
         method: str = "squeezed",
         watch: bool = False,
-        **generate_arguments,
+        **generate_arguments: Any,
     ) -> Answer:
         """Answer a question; takes and raises as `squeezed.generate`.
 
@@ -170,7 +174,7 @@ class Session(AbstractContextManager):
         implementation: str = "auto",
         method: str = "squeezed",
         watch: bool = False,
-        **generate_arguments,
+        **generate_arguments: Any,
     ) -> Stream:
         """The same in pieces of text, with the whole `Answer` in the stream's `answer`.
 
@@ -230,11 +234,16 @@ class Session(AbstractContextManager):
             self._contexts.clear()
         self._give_back()
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _request(
-        self, context, question: str, asking: Asking, watch: bool, arguments: dict
+        self,
+        context: str | FixedContext,
+        question: str,
+        asking: Asking,
+        watch: bool,
+        arguments: dict[str, Any],
     ) -> Request:
         pair = self.model, self.tokenizer
         return engine.request(*pair, self.context(context), question, asking, watch, **arguments)
@@ -252,8 +261,9 @@ class Session(AbstractContextManager):
         known = next(entries, _Open(watched.record)).neutral
         if watched.asking not in known:
             arguments = {"max_new_tokens": NEUTRAL_TOKENS}
-            asked = (watched.record, NEUTRAL_QUESTION, watched.asking, True, arguments)
-            known[watched.asking] = self._request(*asked).run().watched
+            asked = (NEUTRAL_QUESTION, watched.asking, True, arguments)
+            answer = self._request(watched.record, *asked).run()
+            known[watched.asking] = self._watched(answer)
         return known[watched.asking]
 
     def _entries(self) -> list[_Open]:

@@ -7,14 +7,19 @@ import unicodedata
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from squeezed.answers.reading import QUERIES_AT_ONCE, answer_queries, rows_read
+from squeezed.answers.reading import QUERIES_AT_ONCE, answer_queries, entries, rows_read
 from squeezed.hf.answer import respond
 from squeezed.hf.cache import SqueezedCache
 from squeezed.hf.fixed_context import FixedContext
+from squeezed.hf.watched import Watched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PASSAGE_TOKENS = 40
 """Sentences are joined until a passage has this many tokens."""
@@ -67,7 +72,12 @@ class Passage:
     read: float | None
 
 
-def ask_neutral(model, tokenizer, context: FixedContext, cache: SqueezedCache) -> None:
+def ask_neutral(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: FixedContext,
+    cache: SqueezedCache,
+) -> None:
     """Let a new `cache` answer the neutral question, as the measure for `sources`."""
     cache.watch_queries()
     ids = context.template.question_ids(tokenizer, NEUTRAL_QUESTION)
@@ -75,10 +85,10 @@ def ask_neutral(model, tokenizer, context: FixedContext, cache: SqueezedCache) -
 
 
 def sources(
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     context: FixedContext,
-    cache: SqueezedCache,
-    neutral: SqueezedCache,
+    cache: SqueezedCache | Watched,
+    neutral: SqueezedCache | Watched,
     count: int = 3,
 ) -> list[Passage]:
     """The `count` passages that drew more of the answer's attention than of a neutral answer's.
@@ -99,7 +109,7 @@ def sources(
 
 
 def attention_by_position(
-    context: FixedContext, cache: SqueezedCache
+    context: FixedContext, cache: SqueezedCache | Watched
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax mass and share of exact reads of every token of the context, each `[P]` float64.
 
@@ -108,7 +118,7 @@ def attention_by_position(
     """
     mass = torch.zeros(len(context.tokens), dtype=torch.float64)
     read = torch.zeros_like(mass)
-    layers = cache.context_layers
+    layers = entries(cache)
     for entry in layers:
         layer, positions = entry.context.layer, entry.context.layer.positions.long().cpu()
         query = answer_queries(entry)
@@ -134,7 +144,7 @@ def _row_mass(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     return total / (grouped.shape[1] * grouped.shape[2])
 
 
-def passage_bounds(tokenizer, tokens: Tensor) -> list[tuple[int, int]]:
+def passage_bounds(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> list[tuple[int, int]]:
     """Token ranges of passages: whole sentences, joined to at least `PASSAGE_TOKENS`.
 
     A passage without an end is cut after `LONGEST_PASSAGE` tokens, but never inside a character.
@@ -158,7 +168,7 @@ def ends_sentence(text: str) -> bool:
     return bare.endswith("\n") or bare.rstrip("".join(CLOSERS) + " ").endswith(SENTENCE_MARKS)
 
 
-def characters(tokenizer, tokens: Tensor) -> list[tuple[int, str]]:
+def characters(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> list[tuple[int, str]]:
     """The shortest runs of tokens that hold whole characters, each as its end and its text.
 
     A character's combining marks are part of it, and so is what a joiner ties to it.
@@ -180,7 +190,7 @@ def characters(tokenizer, tokens: Tensor) -> list[tuple[int, str]]:
     return found
 
 
-def starts_inside(tokenizer, token: int) -> bool:
+def starts_inside(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     """Whether a token begins inside a character.
 
     Only tokens of bytes do, alone or merged; the first byte tells, for UTF-8 continues with 0x80

@@ -8,13 +8,16 @@ from contextlib import AbstractContextManager, ExitStack
 from contextvars import copy_context
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from squeezed.errors import SqueezedError
 from squeezed.hf.answer import Answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
 
@@ -26,8 +29,9 @@ class Listener:
         said: pieces of text, then the `Answer` or the exception that it ended with.
     """
 
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer, self.said = tokenizer, SimpleQueue()
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.said: SimpleQueue[str | Answer | BaseException] = SimpleQueue()
         self.stopped = Event()
         self._tokens: list[int] | None = None
         self._sent = ""
@@ -40,7 +44,7 @@ class Listener:
         criteria = criteria if isinstance(criteria, Iterable) else [criteria]
         return given | {"streamer": self, "stopping_criteria": [*criteria, self._ends]}
 
-    def _ends(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+    def _ends(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         rows = input_ids.shape[0]
         return torch.full((rows,), self.stopped.is_set(), device=input_ids.device)
 
@@ -106,6 +110,7 @@ class Stream(Iterator[str], AbstractContextManager):
         deque(self, maxlen=0)
         if isinstance(self._ended, BaseException):
             raise self._ended
+        assert self._ended is not None
         return self._ended
 
     def close(self) -> None:
@@ -115,7 +120,7 @@ class Stream(Iterator[str], AbstractContextManager):
             self._worker.join()
         self._ended = self._ended or _closed()
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -88,12 +89,13 @@ def merge(*parts: Attended) -> Attended:
     weights = (masses - top.masked_fill(top == NEG_INF, 0.0)).exp()
     total = weights.sum(0)
     shares = (weights / total.masked_fill(total == 0, 1.0)).masked_fill(masses == NEG_INF, 0.0)
-    outputs = (
+    outputs = [
         share[..., None] * part.output.to(wide).masked_fill(mass[..., None] == NEG_INF, 0.0)
         for share, mass, part in zip(shares, masses, parts, strict=True)
-    )
+    ]
     log_mass = torch.where(total == 0, NEG_INF, top + total.log())
-    return Attended(sum(outputs).to(dtype), log_mass, sum(part.keys_read for part in parts))
+    read = reduce(torch.add, (part.keys_read for part in parts))
+    return Attended(reduce(torch.add, outputs).to(dtype), log_mass, read)
 
 
 def in_sequence(parts: Sequence[Attended]) -> Attended:

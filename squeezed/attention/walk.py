@@ -89,4 +89,5 @@ def children(of_nodes: Tensor, level: Level, nodes: int) -> Tensor:
     Returns:
         `[B, Hkv, N, nodes]`.
     """
+    assert level.child_offsets is not None
     return of_owners(of_nodes, owners(level.child_offsets, nodes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.main
@@ -25,7 +25,7 @@ COMMANDS = {
 }
 
 
-def group():
+def group() -> Any:
     """The command line as a click-style command."""
     return typer.main.get_command(lazy_group("squeezed", HELP, COMMANDS, root))
 

@@ -15,6 +15,8 @@ from squeezed.context.text import text_of_argument
 from squeezed.errors import SqueezedError
 
 if TYPE_CHECKING:
+    from transformers import TextStreamer
+
     from squeezed import Answer, Session
     from squeezed.hf.asking import Asking
 
@@ -72,7 +74,7 @@ def check_question(question: str, max_new_tokens: int) -> str:
     return question
 
 
-def printer(session: Session):
+def printer(session: Session) -> TextStreamer:
     """A streamer that prints each word on standard output as it comes."""
     from transformers import TextStreamer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ def _converse(
             note(summary(record))
 
 
-def _questions():
+def _questions() -> Iterator[str]:
     """Non-empty lines of standard input; a prompt if a person types them."""
     for number in count(1):
         if sys.stdin.isatty():

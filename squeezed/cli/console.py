@@ -8,13 +8,17 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from squeezed.context.text import encodable, printable, text_of_file
 from squeezed.errors import SqueezedError
 from squeezed.system.failures import cause_of
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 PHASES = {
     "prefill": "reading",
@@ -48,7 +52,7 @@ def json_text(record: dict, indent: int | None = None) -> str:
     return text
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     """A record with `None` for numbers that JSON does not know."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
@@ -68,7 +72,7 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def index_progress() -> Iterator:
+def index_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress callback for `squeezed.index`: one bar per phase."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -80,7 +84,7 @@ def index_progress() -> Iterator:
         TimeElapsedColumn(),
     )
     bars = Progress(*columns, console=Console(stderr=True))
-    tasks: dict[str, int] = {}
+    tasks: dict[str, TaskID] = {}
 
     def report(phase: str, done: int, total: int) -> None:
         if phase not in tasks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,7 +66,7 @@ def _show(record: dict) -> None:
         f"everything {record['seconds']:.0f} s"
     )
     width = None if sys.stdout.isatty() else 160
-    output = sys.stdout.with_styles() if isinstance(sys.stdout, Output) else sys.stdout
+    output: Any = sys.stdout.with_styles() if isinstance(sys.stdout, Output) else sys.stdout
     Console(file=output, width=width, markup=False, emoji=False).print(table)
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from squeezed.measure.accuracy.suites import suite_named
 from squeezed.measure.record import about_run
 from squeezed.methods import create
 from squeezed.system.failures import explained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 app = typer.Typer(help="Accuracy of sparse-attention methods on a model of yours.")
 
@@ -133,7 +136,7 @@ def number(text: str) -> float:
         raise SqueezedError(f"budgets: expected numbers such as 0.1, got {text!r}") from None
 
 
-def header(suite: str, name: str, model, options: SuiteOptions) -> dict:
+def header(suite: str, name: str, model: PreTrainedModel, options: SuiteOptions) -> dict:
     """What a reader of the result file must know about the run."""
     return {
         "suite": suite,

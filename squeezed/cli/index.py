@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,7 +39,7 @@ def index(
     opened = open_session(document, model, dtype, device, None, config, keep_control_tokens)
     with opened as (_, context):
         context.save(target)
-    record = {
+    record: dict[str, Any] = {
         "context": str(target),
         "tokens": len(context.tokens),
         "dense": context.is_dense,

@@ -67,6 +67,7 @@ def _plot(
 
     with open_session(path, model, "auto", "auto") as (session, context):
         answer = session.ask(context, question, **vars(asking), watch=True, max_new_tokens=24)
+        assert answer.watched is not None
         budgets = budget_by_head(context, answer.watched)
         plot(context, budgets, picture)
     return [[round(share, 4) for share in row] for row in budgets.tolist()]

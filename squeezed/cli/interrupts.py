@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from types import FrameType
 
 ONE_PRESS_SECONDS = 1.0
 """Presses this close to the first are the same: cleaning up is not interrupted."""
@@ -27,7 +28,8 @@ class Interrupts:
     """
 
     def __init__(self, last: bool) -> None:
-        self.last, self.pressed = last, None
+        self.last = last
+        self.pressed: float | None = None
         self.ours = False
 
     @property
@@ -42,20 +44,20 @@ class Interrupts:
             signal.signal(signal.SIGINT, self._interrupt)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.ours:
             after = signal.SIG_IGN if self.last else signal.default_int_handler
             signal.signal(signal.SIGINT, after)
             sys.unraisablehook = self.hook
 
-    def _interrupt(self, number, frame) -> None:
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.pressed is not None and now - self.pressed < ONE_PRESS_SECONDS:
             return
         self.pressed = now
         raise KeyboardInterrupt
 
-    def _unraisable(self, event) -> None:
+    def _unraisable(self, event: sys.UnraisableHookArgs) -> None:
         if not issubclass(event.exc_type, KeyboardInterrupt):
             self.hook(event)
             return

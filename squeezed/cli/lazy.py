@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import typer
 import typer.core
@@ -20,10 +21,10 @@ class LazyGroup(typer.core.TyperGroup):
     commands_at: dict[str, str] = {}  # noqa: RUF012  (set once by `lazy_group`)
     summaries: dict[str, str] = {}  # noqa: RUF012
 
-    def list_commands(self, ctx) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return [name for name, place in self.commands_at.items() if _exists(place)]
 
-    def get_command(self, ctx, name):
+    def get_command(self, ctx: Any, name: str) -> Any:
         place = self.commands_at.get(name)
         if place is None or not _exists(place):
             return None
@@ -37,7 +38,7 @@ class LazyGroup(typer.core.TyperGroup):
         command.name = name
         return command
 
-    def format_commands(self, ctx, formatter) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         rows = [(name, self.summaries.get(name, "")) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,7 +46,7 @@ Levels = Annotated[
 Iterations = Annotated[int, typer.Option("--iterations", help="Passes of k-means.")]
 Chunk = Annotated[int, typer.Option("--chunk", help="Document tokens per forward pass.")]
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "model": DEMO_MODEL,
     "budget": DEFAULT_BUDGET,
     "preset": BEST.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from squeezed.cli.console import emit, note, quiet_libraries
 from squeezed.cli.options import DEFAULTS, index_config
 from squeezed.config import PRESETS, check_budget
 from squeezed.errors import SqueezedError
+
+if TYPE_CHECKING:
+    from squeezed.costs.plan import Plan
 
 UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
@@ -46,7 +49,7 @@ def plan(
         _show(model, found)
 
 
-def _show(model: str, found) -> None:
+def _show(model: str, found: Plan) -> None:
     shape = found.shape
     windows = f" and {shape.window_layers} sliding over {shape.window}" if shape.window else ""
     print(

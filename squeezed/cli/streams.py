@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 from squeezed.context.text import encodable, printable
 from squeezed.errors import SqueezedError
@@ -19,15 +20,15 @@ class ReaderLeft(Exception):
 class _Stream(io.TextIOBase):
     """Another stream's face; `stream` is the one behind it."""
 
-    def __init__(self, stream) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # type: ignore[override]  # as those of io have it
         return getattr(self.stream, "encoding", None) or "utf-8"
 
     @property
-    def errors(self) -> str:
+    def errors(self) -> str:  # type: ignore[override]
         return getattr(self.stream, "errors", None) or "strict"
 
     def writable(self) -> bool:
@@ -48,7 +49,7 @@ class Output(_Stream):
         SqueezedError: what was written could not be stored.
     """
 
-    def __init__(self, stream, styled: bool = False) -> None:
+    def __init__(self, stream: TextIO, styled: bool = False) -> None:
         super().__init__(stream)
         self.styled = styled
 
@@ -114,7 +115,7 @@ def standard_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def discard(stream) -> None:
+def discard(stream: TextIO) -> None:
     """Send all that `stream` still holds, and will be given, nowhere."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)

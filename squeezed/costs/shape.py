@@ -13,7 +13,7 @@ from squeezed.errors import SqueezedError, whole
 from squeezed.system.failures import cause_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedConfig
 
     from squeezed.hf.support import LayerKind
 
@@ -44,7 +44,7 @@ class ModelShape:
         return LayerBytes(self.head_dim, self.element_bytes)
 
 
-def model_shape(config: PretrainedConfig, element_bytes: int | None = None) -> ModelShape:
+def model_shape(config: PreTrainedConfig, element_bytes: int | None = None) -> ModelShape:
     """Read a Transformers configuration; counts its weights on the meta device.
 
     Raises:
@@ -82,14 +82,14 @@ def model_shape(config: PretrainedConfig, element_bytes: int | None = None) -> M
     )
 
 
-def _full_attention(config: PretrainedConfig, kinds: Sequence[LayerKind]) -> PretrainedConfig:
+def _full_attention(config: PreTrainedConfig, kinds: Sequence[LayerKind]) -> PreTrainedConfig:
     """The configuration as the first layer with full attention has it: Gemma 4's differ."""
     place = next(place for place, kind in enumerate(kinds) if not kind.sliding_window)
     layers = getattr(config, "per_layer_config", None)
     return layers[place] if layers else config
 
 
-def _check_heads(config: PretrainedConfig) -> None:
+def _check_heads(config: PreTrainedConfig) -> None:
     """Raise `SqueezedError` for a configuration whose attention has no consistent shape."""
     heads = whole("model: num_attention_heads", config.num_attention_heads, 1)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from squeezed.context.record import ContextRecord
 from squeezed.errors import SqueezedError
 from squeezed.hf.arguments import ASSISTED, Wishes, passed_on
 from squeezed.hf.asking import Asking
@@ -21,6 +20,9 @@ from squeezed.hf.positions import check_room
 from squeezed.hf.support import input_device
 from squeezed.hf.switch import using_attention
 from squeezed.hf.watched import Watched
+
+if TYPE_CHECKING:
+    from squeezed.hf.fixed_context import FixedContext
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,13 @@ class Answer:
     watched: Watched | None = field(default=None, repr=False, compare=False)
 
 
-def respond(model, tokenizer, cache: SqueezedCache, ids: Tensor, **arguments) -> Answer:
+def respond(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: SqueezedCache,
+    ids: Tensor,
+    **arguments: Any,
+) -> Answer:
     """Generate what follows the document and then `ids` `[S]`; the cache grows by what is new.
 
     Args:
@@ -82,11 +90,16 @@ class Request:
     wishes: Wishes
     clock: Clock
     passed: dict[str, Any]
-    watched_as: tuple[ContextRecord, Asking] | None = None
+    watched_as: tuple[FixedContext, Asking] | None = None
 
     @classmethod
     def of(
-        cls, model, tokenizer, cache: SqueezedCache, ids: Tensor, arguments: Mapping[str, Any]
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cache: SqueezedCache,
+        ids: Tensor,
+        arguments: Mapping[str, Any],
     ) -> Request:
         """Raises `SqueezedError` as `squeezed.generate` does."""
         wishes, clock, ids = Wishes(model, arguments), Clock(), ids.cpu()
@@ -98,7 +111,7 @@ class Request:
         check_room(model, len(cache.document), prompt.shape[1], new_tokens)
         return cls(model, tokenizer, cache, ids, prompt, wishes, clock, passed)
 
-    def watching(self, record: ContextRecord, asking: Asking) -> Request:
+    def watching(self, record: FixedContext, asking: Asking) -> Request:
         """The same, whose answer says what it read; `record.cache()` made the cache so."""
         self.cache.watch_queries()
         return replace(self, watched_as=(record, asking))
@@ -163,9 +176,12 @@ class Request:
         finally:
             handle.remove()
 
-    def _cut(self, module, args, kwargs=None):
+    def _cut(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]] | None:
         """Other threads' passes come by here too, without `kwargs` while the hook is removed."""
-        ids = (kwargs or {}).get("input_ids")
+        kwargs = kwargs or {}
+        ids = kwargs.get("input_ids")
         if ids is None or kwargs.get("past_key_values") is not self.cache or self._begun:
             return None
         if ids.shape[1] >= self.prompt.shape[1]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from squeezed.config import DEFAULT_NEW_TOKENS
 from squeezed.errors import SqueezedError, expect, got, whole
@@ -89,7 +89,7 @@ ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit
 class Wishes:
     """Arguments of one call: its own, then its `generation_config`'s, then the checkpoint's."""
 
-    def __init__(self, model, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
         self.arguments = {name: x for name, x in arguments.items() if x is not None}
         self.config = self.arguments.pop("generation_config", None)
         self.checkpoint = model.generation_config
@@ -182,7 +182,9 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def passed_on(wishes: Wishes, tokenizer, prompt_tokens: int, clock) -> dict[str, Any]:
+def passed_on(
+    wishes: Wishes, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, clock: Any
+) -> dict[str, Any]:
     """Arguments for `model.generate` besides ids, mask and cache.
 
     Greedy, and `DEFAULT_NEW_TOKENS` long, unless chosen otherwise. A checkpoint's wish to sample

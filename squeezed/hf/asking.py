@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,7 @@ class Asking:
         """The method with these settings."""
         return create(self.method, preset=self.preset, implementation=self.implementation)
 
-    def attentions(self, record: ContextRecord) -> list[ContextAttention]:
+    def attentions(self, record: ContextRecord) -> Sequence[ContextAttention]:
         """The method's view of every full-attention layer of a context."""
         return self.made().prepare(record, self.budget)
 

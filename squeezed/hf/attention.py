@@ -9,10 +9,10 @@ half of the keys.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -72,7 +72,7 @@ class Handover:
         self.answer, self.dtype, self.check = answer, dtype, check
         self.document, self.tokens = document, tokens
 
-    def to(self, *args, **kwargs) -> Handover:
+    def to(self, *args: Any, **kwargs: Any) -> Handover:
         """Where weights wait on another device, what layers share is moved with them."""
         return self
 
@@ -82,13 +82,22 @@ class Handover:
         raise SqueezedError(REMEDY)
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
         raise SqueezedError(REMEDY)
 
 
 def squeezed_attention_forward(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs
-):
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | Handover,
+    value: Tensor | Handover,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Attention as Transformers calls it: `query [B, Hq, Q, D]` -> `([B, Q, Hq, D], None)`.
 
     With an ordinary cache, or none, this is scaled-dot-product attention.
@@ -113,14 +122,14 @@ def squeezed_attention_forward(
     return output.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
-def refuse(module, kwargs: dict[str, Any], changes: dict[str, str]) -> None:
+def refuse(module: nn.Module, kwargs: dict[str, Any], changes: dict[str, str]) -> None:
     """Raise for arguments that change the attention formula in a way we do not reproduce."""
     for name, what in changes.items():
         if kwargs.get(name) is not None:
             raise _refusal(module, what)
 
 
-def _refusal(module, what: str) -> UnsupportedModelError:
+def _refusal(module: nn.Module, what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{type(module).__name__} uses {what}, which squeezed attention does not "
         "reproduce; use a model without them, or dense attention"
@@ -135,7 +144,7 @@ def squeezed_mask(
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> Tensor | None:
     """Mask `[B, 1, Q, K]` as Transformers asks for it, True where attended.
 
@@ -163,7 +172,7 @@ def squeezed_mask(
     return seen & real[:, rows][:, None, :, None] & real[:, columns][:, None, None, :]
 
 
-def check_mask_length(attention_mask: Tensor, q_offset, q_length: int) -> None:
+def check_mask_length(attention_mask: Tensor, q_offset: Tensor | int, q_length: int) -> None:
     """Raise `SqueezedError` for a mask `[B, tokens]` that ends before the input does."""
     if q_length == 1 and isinstance(q_offset, Tensor) and q_offset.device.type != "cpu":
         return  # a decode step on a GPU: to look would be to wait

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from squeezed.context.layers import WindowLayer
 from squeezed.context.record import ContextRecord
-from squeezed.hf.cache import ContextLayer, SqueezedCache, WindowedLayer
+from squeezed.hf.cache import ContextLayer, SqueezedCache, SuffixLayer, WindowedLayer
 from squeezed.hf.static import StaticContextLayer, StaticWindowedLayer
 from squeezed.methods.base import ContextAttention
 
@@ -23,11 +23,20 @@ def build_cache(
         attentions: a method's view of every layer with full attention.
     """
     views = iter(attentions)
-    seen = [layer if isinstance(layer, WindowLayer) else next(views) for layer in context.layers]
-    windowed, full, arguments = WindowedLayer, ContextLayer, ()
-    if suffix_tokens is not None:
-        windowed, full, arguments = StaticWindowedLayer, StaticContextLayer, (suffix_tokens,)
     built = [
-        (windowed if isinstance(layer, WindowLayer) else full)(layer, *arguments) for layer in seen
+        _windowed(layer, suffix_tokens)
+        if isinstance(layer, WindowLayer)
+        else _full(next(views), suffix_tokens)
+        for layer in context.layers
     ]
     return SqueezedCache(built, budget, context.tokens)
+
+
+def _windowed(layer: WindowLayer, suffix_tokens: int | None) -> SuffixLayer:
+    return (
+        WindowedLayer(layer) if suffix_tokens is None else StaticWindowedLayer(layer, suffix_tokens)
+    )
+
+
+def _full(view: ContextAttention, suffix_tokens: int | None) -> SuffixLayer:
+    return ContextLayer(view) if suffix_tokens is None else StaticContextLayer(view, suffix_tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,9 @@ class SuffixLayer(DynamicLayer):
         visible = self.window_tokens + self.completed + query_length
         return visible, self.tokens - self.window_tokens
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         self.prepare(key_states, value_states)
         return super().update(key_states, value_states)
 
@@ -190,7 +193,9 @@ class ContextLayer(SuffixLayer):
             self.queries_answered = torch.zeros_like(self.keys_read)
             self.tokens_answered = torch.zeros_like(self.keys_read)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         super().update(*self.stored(key_states, value_states))
         return self.hand_over()
 
@@ -269,13 +274,22 @@ class ContextLayer(SuffixLayer):
         self._account(query, valid, found.keys_read)
         return found.output
 
+    def counters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys read, queries and tokens answered; there since the first tokens came."""
+        read, queries, tokens = self.keys_read, self.queries_answered, self.tokens_answered
+        assert read is not None and queries is not None and tokens is not None
+        return read, queries, tokens
+
     def _account(self, query: Tensor, valid: Tensor | None, keys_read: Tensor) -> None:
         """Count in place: a compiled step must not make new tensors that outlive it."""
-        self.keys_read.add_(keys_read.sum())
-        answered = query.shape[0] * query.shape[2] if valid is None else valid.sum()
-        self.queries_answered.add_(answered)
+        read, queries, tokens = self.counters()
+        read.add_(keys_read.sum())
+        answered: Tensor | int = query.shape[0] * query.shape[2]
+        if valid is not None:
+            answered = valid.sum()
+        queries.add_(answered)
         if not self.asked_again:
-            self.tokens_answered.add_(answered)
+            tokens.add_(answered)
         self.asked_again = True
 
     def reset(self) -> None:
@@ -284,9 +298,8 @@ class ContextLayer(SuffixLayer):
 
     def restart_spending(self) -> None:
         if self.keys_read is not None:
-            self.keys_read.zero_()
-            self.queries_answered.zero_()
-            self.tokens_answered.zero_()
+            for counter in self.counters():
+                counter.zero_()
 
 
 class WindowedLayer(SuffixLayer):
@@ -302,12 +315,14 @@ class WindowedLayer(SuffixLayer):
         super().__init__(context.tokens, context.keys.shape[1])
         self.context = context
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         keys, values = super().update(key_states, value_states)
         batch = keys.shape[0]
-        stored = (self.context.keys.to(keys.dtype), self.context.values.to(values.dtype))
-        window = (x.expand(batch, -1, -1, -1) for x in stored)
-        return tuple(torch.cat(pair, 2) for pair in zip(window, (keys, values), strict=True))
+        window_keys = self.context.keys.to(keys.dtype).expand(batch, -1, -1, -1)
+        window_values = self.context.values.to(values.dtype).expand(batch, -1, -1, -1)
+        return torch.cat([window_keys, keys], 2), torch.cat([window_values, values], 2)
 
 
 @dataclass(frozen=True)
@@ -356,7 +371,9 @@ class SqueezedCache(Cache):
     def __copy__(self) -> SqueezedCache:
         return copy.deepcopy(self)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         if layer_idx >= len(self.layers):
             raise SqueezedError(
                 f"past_key_values: the cache has {len(self.layers)} layers, the model has more; "
@@ -427,9 +444,10 @@ class SqueezedCache(Cache):
         for layer in self.context_layers:
             if layer.keys_read is None:
                 continue
-            tokens = int(layer.tokens_answered)
-            read += float(layer.keys_read)
-            available += int(layer.queries_answered) * layer.context.selectable_keys
+            keys_read, queries, answered = layer.counters()
+            tokens = int(answered)
+            read += float(keys_read)
+            available += int(queries) * layer.context.selectable_keys
         return Spending(
             budget=read / available if available else 1.0,
             keys_read=read / tokens if tokens else 0.0,

@@ -7,12 +7,13 @@ then it reads a probe, a question-like text after the document, of which only th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from squeezed.context.captured import CapturedLayer
@@ -41,7 +42,9 @@ class CaptureLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.filled + key_states.shape[-2]  # copies take the buffers' dtype
@@ -80,7 +83,7 @@ class CaptureLayer(CacheLayerMixin):
 
 @torch.inference_mode()
 def capture(
-    model,
+    model: PreTrainedModel,
     tokens: Tensor,
     probe: Tensor,
     chunk: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Clock:
     def start(self) -> None:
         self.times, self.lengths = [time.perf_counter()], [0]
 
-    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if self.waits and input_ids.is_cuda:
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())

@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from squeezed.errors import SqueezedError
 from squeezed.system.failures import cause_of, explained, is_out_of_memory, readable_failures
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO_MODEL = "demo"
 """Stands for SmolLM2-135M-Instruct, which is fetched when first used."""
@@ -86,7 +90,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     report: Callable[[str], None] = lambda line: None,
-):
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready for `squeezed.index`.
 
     Args:
@@ -123,7 +127,7 @@ def _check_python() -> None:
         )
 
 
-def load_config(name: str, report: Callable[[str], None] = lambda line: None):
+def load_config(name: str, report: Callable[[str], None] = lambda line: None) -> PreTrainedConfig:
     """Only the configuration of a model; raises as `load_model` does."""
     _check_python()
     from transformers import AutoConfig
@@ -146,7 +150,7 @@ def readable_errors(name: str, source: ModelSource) -> Iterator[None]:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise explained(error) from error
+            raise explained(error) or error from error
         remedy = "check the name and the network, or give a local directory or .gguf file"
         if type(error).__name__ == "SafetensorError" or isinstance(error, EOFError):
             remedy = f"the weights at {source.location} are cut or damaged: download them again"
@@ -157,7 +161,7 @@ def readable_errors(name: str, source: ModelSource) -> Iterator[None]:
         ) from error
 
 
-def _dtype(name: str, source: ModelSource, target):
+def _dtype(name: str, source: ModelSource, target: torch.device) -> torch.dtype | str:
     """What `from_pretrained` takes for a name; `auto` is float32 where bfloat16 would crawl."""
     import torch
 
@@ -180,7 +184,7 @@ def has_fast_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _device(name: str):
+def _device(name: str) -> torch.device:
     import torch
 
     if name == "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -10,13 +11,16 @@ from squeezed.errors import SqueezedError
 from squeezed.hf.rope import End, rope_end
 from squeezed.hf.support import text_config
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 LEAST_PROBE = 16
 """Tokens without which a probe says nothing, and a document leaves no room for a question."""
 
 log = logging.getLogger("squeezed")
 
 
-def positions_end(model, document: int) -> End | None:
+def positions_end(model: PreTrainedModel, document: int) -> End | None:
     """The first end that a document of so many tokens must not pass with its questions."""
     config = text_config(model)
     window = getattr(config, "sliding_window", None)
@@ -26,11 +30,11 @@ def positions_end(model, document: int) -> End | None:
     return min((end for end in ends if end), key=lambda end: end.tokens, default=None)
 
 
-def _longest(model) -> int | None:
+def _longest(model: PreTrainedModel) -> int | None:
     return getattr(text_config(model), "max_position_embeddings", None)
 
 
-def _table_end(model, config) -> End | None:
+def _table_end(model: PreTrainedModel, config: PreTrainedConfig) -> End | None:
     """Where learned positions end: a table beside that of the tokens, as long as the positions."""
     longest, tokens = _longest(model), model.get_input_embeddings()
     for module in model.base_model.modules():
@@ -45,7 +49,7 @@ def _table_end(model, config) -> End | None:
     return None
 
 
-def check_document(model, document: int) -> int:
+def check_document(model: PreTrainedModel, document: int) -> int:
     """Tokens that a probe after a document of so many tokens may have.
 
     Raises:
@@ -67,7 +71,7 @@ def check_document(model, document: int) -> int:
     return end.tokens - document if end else 1 << 62
 
 
-def check_room(model, document: int, prompt: int, new_tokens: int) -> None:
+def check_room(model: PreTrainedModel, document: int, prompt: int, new_tokens: int) -> None:
     """Raise `SqueezedError` if an answer would pass an end; note where it passes the trained one.
 
     Args:

@@ -6,9 +6,11 @@ masks of its own, keys that it looks at behind the cache, layers that keep none.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from squeezed.errors import SqueezedError, UnsupportedModelError
@@ -23,7 +25,9 @@ TOKENS, PARTS = 8, 2
 class RehearsalLayer(CaptureLayer):
     """A full-attention layer that raises `_Refused` for what no cache of ours can answer."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         key, value = tuple(key_states.shape), tuple(value_states.shape)
         if key[-1] != value[-1]:
             raise _Refused(f"keys of {key[-1]} dimensions with values of {value[-1]}")
@@ -55,7 +59,7 @@ def _is_causal(mask: Tensor, rows: int) -> bool:
 
 
 @torch.inference_mode()
-def rehearse(model, kinds: list[LayerKind], tokens: Tensor) -> None:
+def rehearse(model: PreTrainedModel, kinds: list[LayerKind], tokens: Tensor) -> None:
     """Let `model` read the first of `tokens` `[P]` through a cache that looks on.
 
     Raises:
@@ -74,8 +78,8 @@ def rehearse(model, kinds: list[LayerKind], tokens: Tensor) -> None:
             for ids in part.tensor_split(PARTS, 1):
                 if ids.shape[1]:
                     model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    except _Refused as reason:
-        raise unsupported(config, str(reason)) from None
+    except _Refused as refused:
+        raise unsupported(config, str(refused)) from None
     except (UnsupportedModelError, torch.OutOfMemoryError):
         raise
     except SqueezedError as error:

@@ -9,8 +9,12 @@ length, where it is refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from squeezed.errors import SqueezedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class RopeChange:
     once: bool
 
 
-def rope_changes(config) -> list[RopeChange]:
+def rope_changes(config: PreTrainedConfig) -> list[RopeChange]:
     """Where the rotary frequencies of a text configuration change, for any kind of its layers."""
     own = getattr(config, "rope_parameters", None) or {}
     found = []
@@ -42,18 +46,18 @@ def rope_changes(config) -> list[RopeChange]:
     return found
 
 
-def rope_end(config, document: int) -> End | None:
+def rope_end(config: PreTrainedConfig, document: int) -> End | None:
     """The length up to which a document of so many tokens keeps its rotary frequencies."""
     ends = [x.tokens for x in rope_changes(config) if document <= x.tokens or not x.once]
     return End(min(ends), "its rotary frequencies change there") if ends else None
 
 
-def first_chunk(config, document: int) -> int:
+def first_chunk(config: PreTrainedConfig, document: int) -> int:
     """Tokens that the first forward pass must have, to use the frequencies of the whole."""
     return max((x.tokens + 1 for x in rope_changes(config) if document > x.tokens), default=1)
 
 
-def check_rope(config, document: int, tokens: int) -> None:
+def check_rope(config: PreTrainedConfig, document: int, tokens: int) -> None:
     """Raise `SqueezedError` if `tokens` are read with other frequencies than the document was."""
     end = rope_end(config, document)
     if end and tokens > end.tokens:

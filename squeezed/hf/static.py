@@ -8,6 +8,7 @@ the graph reads keeps its address.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class StaticSuffix(SuffixLayer):
         self.filled.add_(count)
 
     @property
-    def suffix_length(self):
+    def suffix_length(self) -> Any:
         return self.filled if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -132,10 +133,11 @@ class StaticContextLayer(StaticSuffix, ContextLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        counters = (self.keys_read, self.queries_answered, self.tokens_answered)
-        keep_address(*counters, *self.context.tensors())
+        keep_address(*self.counters(), *self.context.tensors())
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         self.write(*self.stored(key_states, value_states))
         return self.hand_over()
 
@@ -156,7 +158,9 @@ class StaticWindowedLayer(StaticSuffix, WindowedLayer):
         self.keys[:, :, : self.window_tokens] = self.context.keys
         self.values[:, :, : self.window_tokens] = self.context.values
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         self.write(key_states, value_states)
         return self.keys, self.values
 

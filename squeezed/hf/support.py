@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from squeezed.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 UNSUPPORTED_TYPES = {
     "gemma2": "soft-capped attention logits",
@@ -30,12 +34,12 @@ class LayerKind:
     readers: int = 1
 
 
-def text_config(model):
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The configuration of the language model inside `model`."""
     return model.config.get_text_config(decoder=True)
 
 
-def input_device(model) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids belong, also if the weights wait elsewhere until they are needed."""
     embedding = model.get_input_embeddings()
     offloaded = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
@@ -45,7 +49,7 @@ def input_device(model) -> torch.device:
     return model.device if weight is None else weight.device
 
 
-def layer_kinds(model) -> list[LayerKind]:
+def layer_kinds(model: PreTrainedModel) -> list[LayerKind]:
     """Kind of every layer that has keys; raises `UnsupportedModelError` with the reason.
 
     Layers that read an earlier layer's keys (Gemma 3n, Gemma 4) have no place in a cache.
@@ -77,7 +81,7 @@ def layer_kinds(model) -> list[LayerKind]:
     return kinds
 
 
-def _readers(config, types: list[str]) -> dict[int, int]:
+def _readers(config: PreTrainedConfig, types: list[str]) -> dict[int, int]:
     """Place of every layer with keys of its own -> how many layers read them."""
     modes = getattr(config, "kv_sharing_modes", None) or [None] * len(types)
     readers: dict[int, int] = {}
@@ -99,7 +103,7 @@ def _readers(config, types: list[str]) -> dict[int, int]:
     )
 
 
-def refuse(model, config) -> None:
+def refuse(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Raise `UnsupportedModelError` for attention that this package does not reproduce.
 
     What only shows when the model runs is found by `squeezed.hf.rehearsal`.
@@ -115,7 +119,7 @@ def refuse(model, config) -> None:
         raise unsupported(config, reason)
 
 
-def unsupported(config, reason: str) -> UnsupportedModelError:
+def unsupported(config: PreTrainedConfig, reason: str) -> UnsupportedModelError:
     """The refusal of a model that has `reason`."""
     return UnsupportedModelError(
         f"model type {config.model_type!r} has {reason}, which squeezed attention does not "

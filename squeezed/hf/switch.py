@@ -10,14 +10,14 @@ from threading import Condition, Lock, get_ident
 from weakref import WeakKeyDictionary
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from squeezed.errors import SqueezedError
 from squeezed.hf.attention import NAME
 
 
 @contextmanager
-def using_attention(model, name: str = NAME) -> Iterator[None]:
+def using_attention(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
     """Run the block with another attention implementation, in evaluation mode.
 
     Both come back as they were, module by module, when the last block on the model ends, in
@@ -36,7 +36,7 @@ def using_attention(model, name: str = NAME) -> Iterator[None]:
         switch.leave(inner, name, thread)
 
 
-def hold_attention(model, name: str = NAME) -> Callable[[], None]:
+def hold_attention(model: PreTrainedModel, name: str = NAME) -> Callable[[], None]:
     """Switch as `using_attention` does until the returned function is called, from any thread."""
     inner, session = _inner(model), _Session()
     switch = _switch_of(inner)
@@ -48,7 +48,7 @@ class _Session:
     """Who holds a model for longer than a block."""
 
 
-def _inner(model) -> PreTrainedModel:
+def _inner(model: PreTrainedModel) -> PreTrainedModel:
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
@@ -64,7 +64,7 @@ class _Switch:
 
     changed: Condition = field(default_factory=Condition)
     names: dict[Hashable, list[str]] = field(default_factory=dict)
-    configs: list[tuple[object, object]] = field(default_factory=list)
+    configs: list[tuple[PreTrainedConfig, str | None]] = field(default_factory=list)
     training: list[nn.Module] = field(default_factory=list)
     current: str | None = None
 

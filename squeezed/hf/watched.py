@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from squeezed.context.record import ContextRecord
 from squeezed.hf.asking import Asking
 from squeezed.hf.cache import SqueezedCache
 from squeezed.methods.base import ContextAttention
+
+if TYPE_CHECKING:
+    from squeezed.hf.fixed_context import FixedContext
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,16 @@ class WatchedLayer:
     queries_answered: int
     tokens_answered: int
 
+    def counters(self) -> tuple[int, int, int]:
+        """Keys read, queries and tokens answered, as of a cache layer."""
+        return self.keys_read, self.queries_answered, self.tokens_answered
+
 
 @dataclass(frozen=True)
 class Watched:
     """Queries and counts of one answer, for `squeezed.answers.sources` and `.reading`."""
 
-    record: ContextRecord
+    record: FixedContext
     asking: Asking
     context_layers: tuple[WatchedLayer, ...]
 
@@ -41,12 +48,12 @@ class Watched:
         return self.asking.budget
 
     @classmethod
-    def of(cls, record: ContextRecord, asking: Asking, cache: SqueezedCache) -> Watched:
+    def of(cls, record: FixedContext, asking: Asking, cache: SqueezedCache) -> Watched:
         """Of the answer that `cache`, made by `record.cache()`, has just given."""
         layers = []
         for layer in cache.context_layers:
+            assert layer.watch is not None
             first, *further = layer.watch
             watch = (first[:1, :, -1:].clone(), *further)
-            counts = (layer.keys_read, layer.queries_answered, layer.tokens_answered)
-            layers.append(WatchedLayer(layer.context, watch, *map(int, counts)))
+            layers.append(WatchedLayer(layer.context, watch, *map(int, layer.counters())))
         return cls(record, asking, tuple(layers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 from squeezed.config import ClusteringConfig
 from squeezed.context.captured import CapturedLayer, ObservedLayer
@@ -42,7 +43,7 @@ def cluster(
     }
     full = [place for place in waiting if place not in done]
     device = waiting[0].keys.device
-    shapes = [shape_of(x.keys, x.queries, x.scale) for x in map(waiting.get, full)]
+    shapes = [shape_of(x.keys, observed(x), x.scale) for x in (waiting[place] for place in full)]
     groups = [full[own] for own in in_groups(shapes, device)]
 
     def grow(group: list[int]) -> ObservedLayer:
@@ -50,7 +51,7 @@ def cluster(
         queries = [layer.queries if config.query_space else None for layer in own]
         keys, values = ([getattr(x, name) for x in own] for name in ("keys", "values"))
         tree = cluster_layers(keys, values, config, queries, own[0].scale)
-        seen = [layer.queries for layer in own]
+        seen = [observed(layer) for layer in own]
         return ObservedLayer(tree, torch.cat(seen) if len(own) > 1 else seen[0])
 
     joined: list[ObservedLayer] = []
@@ -60,3 +61,9 @@ def cluster(
     forest = Forest(tuple(joined), tuple(map(len, groups)))
     done |= {place: seen.layer for place, seen in zip(full, forest.layers(), strict=True)}
     return [done[place] for place in sorted(done)], forest
+
+
+def observed(layer: CapturedLayer) -> Tensor:
+    """The probe's queries of a layer with full attention."""
+    assert layer.queries is not None
+    return layer.queries

@@ -49,9 +49,9 @@ def calibrate(
     else:
         far_alpha = [_far_alpha(preset, weight) for weight in alpha]
         fitted = fit_thresholds(joined, alpha, preset, budgets, blocks, config.scores)
-    grids = forest.apart(fitted)
+    grids = [grid for grid in forest.apart(fitted) if grid is not None]
     per_token, per_block = (tuple(grid[kind] for grid in grids) for kind in range(2))
-    of_layers = (tuple(forest.apart(found)) for found in (alpha, far_alpha))
+    of_layers = [tuple(forest.apart(found)) for found in (alpha, far_alpha)]
     return Calibration(preset, budgets, per_token, per_block, *of_layers)
 
 

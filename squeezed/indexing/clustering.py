@@ -69,7 +69,8 @@ def cluster_layers(
     first, pinned = config.pinned(tokens)
     counts = config.counts(tokens)
     if not counts:
-        return _unclustered(torch.cat(keys), torch.cat(values), torch.cat(centres), scale)
+        whole = torch.cat(list(keys)), torch.cat(list(values))
+        return _unclustered(*whole, torch.cat(centres), scale)
     clustered = slice(first, first + tokens - pinned)
     points, space = _points(
         [k[:, clustered] for k in keys],
@@ -144,8 +145,13 @@ def _points(
         for own, k in zip(points, keys, strict=True):
             own.copy_(torch.nn.functional.normalize(k.float(), dim=-1))
         return points.flatten(0, 1), None
-    layers = zip(keys, values, queries, centres, points, strict=True)
-    spaces = [place_points(*layer, config) for layer in layers]
+    spaces = [
+        place_points(k, v, own_queries, centre, own, config)
+        for k, v, own_queries, centre, own in zip(
+            keys, values, queries, centres, points, strict=True
+        )
+        if own_queries is not None
+    ]
     parts = zip(*((s.factor, s.middle, s.energy) for s in spaces), strict=True)
     return points.flatten(0, 1), Space(*map(torch.cat, parts))
 

@@ -33,7 +33,7 @@ def fit_alpha(seen: ObservedLayer, queries: int) -> Tensor:
     at_once = max(1, CHUNK_KEYS // layer.clustered)
     chunks = [slice(h, h + at_once) for h in range(0, heads, at_once)]
     excess = torch.cat([_leaf_excess(query[some], layer, first[-1], some) for some in chunks])
-    fitted = []
+    fitted: list[Tensor] = []
     for depth in reversed(range(len(layer.levels))):
         level = layer.levels[depth]
         if level.child_offsets is not None:
@@ -71,6 +71,7 @@ def _leaf_excess(query: Tensor, layer: ClusteredLayer, first: Tensor, heads: sli
 
 def _excess_over(mass: Tensor, sizes: Tensor, first: Tensor, level: Level) -> Tensor:
     """The same over the nodes of a coarser level, from the finer level's mean mass."""
+    assert level.child_offsets is not None
     children = level.child_offsets.diff(dim=-1)
     spread = (mass - _spread(first, children, mass.shape[1])).clamp_(max=80.0).exp_()
     return _log_mean(spread.mul_(sizes[..., None]), children, level.sizes)

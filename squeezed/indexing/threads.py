@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import torch
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def each_in_a_thread(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

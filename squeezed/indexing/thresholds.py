@@ -95,13 +95,13 @@ def _fit_together(
     shares = shares.to(layers[0].queries.device)
     found: list[Tensor] = []
     for level in range(unpruned, depth):
-        counts = sum(
+        counts = [
             next(_histograms(seen, weights, blocks, budgets, unpruned, found, scores)).sum(
                 2, keepdim=True
             )
             for seen, weights in zip(layers, alpha, strict=True)
-        )
-        found.append(_upper_quantiles(counts, shares[:, level, None], scores))
+        ]
+        found.append(_upper_quantiles(sum(counts[1:], counts[0]), shares[:, level, None], scores))
     everything = shares.new_full((len(blocks), budgets, 1), NEG_INF)
     return torch.stack([everything] * unpruned + found, 2)
 

@@ -78,7 +78,7 @@ def try_out(
         norms.append(trial.dense.square().sum(-1).mean(-1).flatten())
         parts += [] if part is None else [part.flatten()]
     of_heads = torch.cat(errors, 1).double().unflatten(1, (heads, -1)).sum(-1)
-    far_alpha = alpha[-1] * torch.cat(parts) if parts else None
+    far_alpha = None if alpha is None or not parts else alpha[-1] * torch.cat(parts)
     return Trials(of_heads, torch.cat(norms).double(), far_alpha)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from squeezed.hf.cache import SqueezedCache, suffix_mask
 from squeezed.hf.support import input_device
 from squeezed.hf.switch import using_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ def compare(ours: Tensor, dense: Tensor, answer: Tensor) -> Agreement:
 
 
 @torch.inference_mode()
-def forced_logits(model, cache: SqueezedCache, parts: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def forced_logits(
+    model: PreTrainedModel, cache: SqueezedCache, parts: list[tuple[Tensor, Tensor]]
+) -> list[Tensor]:
     """Logits of every answer token given the true tokens before it, `[T, V]` float32 per question.
 
     The question selects as in `generate()`; answer tokens select alone, as in decoding. One forward

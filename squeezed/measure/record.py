@@ -11,6 +11,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ def command() -> str:
     return shlex.join([*program, *(str(_placeless(word)) for word in sys.argv[1:])])
 
 
-def _placeless(value: object) -> object:
+def _placeless(value: Any) -> Any:
     """The last part of an absolute path, and anything else as it is."""
     is_path = isinstance(value, (str, Path)) and Path(value).is_absolute()
     return Path(value).name if is_path else str(value) if isinstance(value, Path) else value

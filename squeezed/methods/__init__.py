@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 from squeezed.config import PRESETS
 from squeezed.errors import SqueezedError, expect
@@ -44,7 +45,7 @@ ALIASES: dict[str, tuple[str, dict]] = {
 __all__ = ["ALIASES", "METHODS", "ContextAttention", "Method", "create"]
 
 
-def create(name: str, **settings) -> Method:
+def create(name: str, **settings: Any) -> Method:
     """Make a method by its name or alias with those of `settings` that it has.
 
     Raises:
@@ -55,7 +56,7 @@ def create(name: str, **settings) -> Method:
     if known_as not in METHODS:
         known = ", ".join([*METHODS, *ALIASES])
         raise SqueezedError(f"method: expected one of {known}, got {name!r}; see squeezed.methods")
-    chosen = METHODS[known_as]
-    known = {field.name for field in fields(chosen) if field.init}
+    chosen: Any = METHODS[known_as]  # every one is a dataclass
+    has = {field.name for field in fields(chosen) if field.init}
     settings = settings | fixed
-    return chosen(**{key: value for key, value in settings.items() if key in known})
+    return chosen(**{key: value for key, value in settings.items() if key in has})

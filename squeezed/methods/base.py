@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -99,6 +100,6 @@ class Method(Protocol):
     name: str
     paper: str
 
-    def prepare(self, context: ContextRecord, budget: float) -> list[ContextAttention]:
+    def prepare(self, context: ContextRecord, budget: float) -> Sequence[ContextAttention]:
         """One `ContextAttention` per full-attention layer of `context`, at `budget` in (0, 1]."""
         ...

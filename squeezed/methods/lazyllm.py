@@ -36,6 +36,7 @@ class LazyLayer(MaskedLayer):
             shape = (batch, blocks, self.layer.clustered)
             self.survivors.alive = torch.ones(shape, dtype=torch.bool, device=place.device)
         alive = self.survivors.alive
+        assert alive is not None  # the first layer came before
         keep = alive[:, None].expand(-1, place.shape[1], -1, -1).gather(3, place)
         self.survivors.alive = self._choose(queries, keep, place, alive)
         return keep

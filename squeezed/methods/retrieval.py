@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ LINK_BYTES = 4
 INDEXES = ("hnsw", "flat")
 
 
-def build(keys: Tensor, kind: str):
+def build(keys: Tensor, kind: str) -> Any:
     """A faiss inner-product index over `keys [R, D]`.
 
     Raises:
@@ -36,26 +37,27 @@ def build(keys: Tensor, kind: str):
     if kind not in INDEXES:
         raise SqueezedError(f"index: expected one of {', '.join(INDEXES)}, got {kind!r}")
     dim = keys.shape[1]
-    if kind == "flat":
-        index = faiss.IndexFlatIP(dim)
-    else:
+    flat = kind == "flat"
+    index: Any = faiss.IndexFlatIP(dim) if flat else None
+    if index is None:
         index = faiss.IndexHNSWFlat(dim, LINKS, faiss.METRIC_INNER_PRODUCT)
     index.add(keys.float().cpu().contiguous().numpy())
     return index
 
 
-def visited_keys(index, queries: Tensor, count: int) -> tuple[float, float]:
+def visited_keys(index: Any, queries: Tensor, count: int) -> tuple[float, float]:
     """Keys compared and graph nodes left through their links while finding `count` keys each."""
     import faiss
 
+    statistics: Any = faiss.cvar
     if isinstance(index, faiss.IndexFlatIP):
         return float(queries.shape[0] * index.ntotal), 0.0
-    faiss.cvar.hnsw_stats.reset()
+    statistics.hnsw_stats.reset()
     _search(index, queries, count)
-    return float(faiss.cvar.hnsw_stats.ndis), float(faiss.cvar.hnsw_stats.nhops)
+    return float(statistics.hnsw_stats.ndis), float(statistics.hnsw_stats.nhops)
 
 
-def _search(index, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _search(index: Any, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Scores and rows of the best keys of `queries [n, D]`, `[n, count]`; row -1 for none."""
     if hasattr(index, "hnsw"):
         index.hnsw.efSearch = max(64, count)

@@ -34,7 +34,7 @@ class SqueezedLayer(ContextAttention):
     compute: Callable[..., Attended]
 
     @property
-    def rule(self) -> SelectionRule:
+    def rule(self) -> SelectionRule:  # type: ignore[override]  # not a field of its own
         return self.token
 
     def tensors(self) -> list[Tensor]:

@@ -31,6 +31,7 @@ def visited(layer: ClusteredLayer, found: Lookup) -> list[tuple[Tensor, Tensor]]
 
 def _parents(level: Level, children: Tensor) -> Tensor:
     """Whether any child of each node is set, `[B, Hkv, N, C'] -> [B, Hkv, N, C]`."""
+    assert level.child_offsets is not None
     parent = owners(level.child_offsets, children.shape[-1])
     index = parent[None, :, None].expand(children.shape)
     counts = torch.zeros(*children.shape[:3], level.nodes, device=children.device)
@@ -56,7 +57,8 @@ def step_bytes(layer: ClusteredLayer, found: Lookup, rule: SelectionRule) -> int
     parts, heads = LayerBytes.of(layer), len(layer.keys)
     kept = (found.kept.any(2).any(0) * layer.levels[-1].sizes).sum()
     walks = [
-        tuple(nodes.any(2).any(0).sum() for nodes in of_level) for of_level in visited(layer, found)
+        (scored.any(2).any(0).sum(), dropped.any(2).any(0).sum())
+        for scored, dropped in visited(layer, found)
     ]
     index = _of_walks(parts, walks, heads, rule.alpha is not None, rule.far_field)
     return int(parts.keys(heads * layer.pinned + kept) + index)

@@ -8,6 +8,7 @@ repeats itself.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class KeyStatistics:
     value_scale: float = 1.0
     query_scale: float = 2.0
 
-    def but(self, **changes: float | None) -> KeyStatistics:
+    def but(self, **changes: Any) -> KeyStatistics:
         return replace(self, **changes)
 
 
@@ -129,7 +130,9 @@ def draw(
     )  # fmt: skip
 
 
-def _stretch(tail: float | None, tokens: int, generator, device) -> Tensor | float:
+def _stretch(
+    tail: float | None, tokens: int, generator: torch.Generator, device: torch.device | str
+) -> Tensor | float:
     """How far out every token lies, `[tokens, 1]`: what makes a Gaussian Student's t."""
     if tail is None:
         return 1.0
@@ -137,7 +140,7 @@ def _stretch(tail: float | None, tokens: int, generator, device) -> Tensor | flo
     return halves.clamp(min=1e-2).rsqrt()[:, None]
 
 
-def _repeat(parts: Tensor, share: float, generator) -> Tensor:
+def _repeat(parts: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Make a share of the tokens near-copies of an earlier token."""
     heads, tokens, dim = parts.shape
     device = parts.device

@@ -80,7 +80,7 @@ class _Place:
         return cls(py_func, py_file)
 
     def ensure_cache_path(self) -> None:
-        kernel_directory().mkdir(parents=True, exist_ok=True)
+        Path(self.get_cache_path()).mkdir(parents=True, exist_ok=True)
 
     def get_cache_path(self) -> str:
         return str(kernel_directory())
@@ -97,11 +97,11 @@ class _Kernel(CompileResultCacheImpl):
 
     _locator_classes = (_Place,)
 
-    def reduce(self, cres):
+    def reduce(self, cres: Any) -> tuple[bytes, bytes]:
         packed = dumps(super().reduce(cres))
         return hashlib.sha256(packed).digest(), packed
 
-    def rebuild(self, target_context, reduced_data):
+    def rebuild(self, target_context: Any, reduced_data: tuple[bytes, bytes]) -> Any:
         digest, packed = reduced_data
         if hashlib.sha256(packed).digest() != digest:
             raise ValueError("a cached kernel was altered")
@@ -113,7 +113,7 @@ class KernelCache(FunctionCache):
 
     _impl_class = _Kernel
 
-    def load_overload(self, sig, target_context):
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             found = super().load_overload(sig, target_context)
             if found is None or found.signature.args == normalize_signature(sig)[0]:
@@ -123,7 +123,7 @@ class KernelCache(FunctionCache):
         self._forget()
         return None
 
-    def save_overload(self, sig, data):
+    def save_overload(self, sig: Any, data: Any) -> None:
         try:
             super().save_overload(sig, data)
         except Exception as error:

@@ -46,6 +46,6 @@ def attend_units(
     output, log_mass = np.empty(q.shape, np.float32), np.empty(q.shape[:2], np.float32)
     far = found.top, found.mass, found.acc
     tasks.combine(pieces, bounds, top, mass, acc, *far, output, log_mass)
-    output = torch.from_numpy(output).view_as(rows.queries)
-    log_mass = torch.from_numpy(log_mass).view(output.shape[:3])
-    return output, log_mass, torch.from_numpy(found.keys_read.sum(0))
+    found_output = torch.from_numpy(output).view_as(rows.queries)
+    found_mass = torch.from_numpy(log_mass).view(found_output.shape[:3])
+    return found_output, found_mass, torch.from_numpy(found.keys_read.sum(0))

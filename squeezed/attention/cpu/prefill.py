@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -69,12 +70,12 @@ def gather(
     kept = torch.empty(0, dtype=torch.int64)
     far = [(torch.empty(rows.rows, 0), torch.empty(0, dim), torch.empty(0))]
     if layer.levels:
-        leaves = torch.from_numpy(found.state[head, unit]) == KEPT
+        leaves = torch.from_numpy(found.state[head, unit]).eq(int(KEPT))
         owned = leaves.repeat_interleave(layer.levels[-1].key_offsets[head].diff())
         kept = owned.nonzero()[:, 0] + pinned
     energy = torch.from_numpy(found.far_energy)
     for level, state, logits in found.visited if rule.far_field != "none" else ():
-        nodes = (torch.from_numpy(state[head, unit]) == DROPPED).nonzero()[:, 0]
+        nodes = torch.from_numpy(state[head, unit]).eq(int(DROPPED)).nonzero()[:, 0]
         own = slice(unit * rows.rows, (unit + 1) * rows.rows)
         sizes = level.key_offsets[head].diff()[nodes]
         variance = level.variance[head, nodes]
@@ -120,5 +121,5 @@ def _softmax_sum(parts: list[Part]) -> tuple[Tensor, Tensor, Tensor]:
     top = torch.stack(tops).amax(0) if tops else parts[0][0].new_zeros(len(parts[0][0]))
     top = top.masked_fill(top == -torch.inf, 0.0)[:, None]
     weights = [(logits.sub_(top).exp_(), values) for logits, values in parts]
-    mass = sum(w.sum(-1, keepdim=True) for w, _ in weights)
-    return sum(w @ values for w, values in weights), mass, top
+    mass = reduce(torch.add, (w.sum(-1, keepdim=True) for w, _ in weights))
+    return reduce(torch.add, (w @ values for w, values in weights)), mass, top

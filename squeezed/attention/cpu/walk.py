@@ -44,7 +44,8 @@ class Walk:
         heads, width, _ = self.q.shape
         alpha = None if rule.alpha is None else rule.alpha[depth]
         self.key_offsets = level.key_offsets.contiguous().numpy()
-        children = level.child_offsets.contiguous().numpy() if below else self.key_offsets
+        below_it = level.child_offsets
+        children = self.key_offsets if below_it is None else below_it.contiguous().numpy()
         state, self.state = self.state, np.zeros((heads, self.rows.units, below), np.uint8)
         if self.in_kernel:
             logits = np.empty((heads, width, level.nodes), np.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -88,10 +90,11 @@ def softmax_over(
     nothing = (logits == NEG_INF).all(-1, keepdim=True)
     weights = torch.softmax(logits, -1).masked_fill(nothing, 0.0)
     sizes = [part.shape[-1] for part, _ in parts]
-    output = sum(
+    outputs = (
         torch.einsum("bhgqk,bhkd->bhgqd", share, values.expand(len(share), -1, -1, -1))
         for share, (_, values) in zip(weights.split(sizes, -1), parts, strict=True)
     )
+    output = reduce(torch.add, outputs)
     return output, logits.logsumexp(-1), weights
 
 

@@ -58,7 +58,7 @@ def decode_tokens(
             count = len(part)
             tile = min(step, power_of_two(count))
             recent = None
-            if suffix is not None:
+            if suffix is not None and seen is not None:
                 recent = Suffix(
                     suffix.keys[request].expand(tile, -1, -1, -1),
                     suffix.values[request].expand(tile, -1, -1, -1),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from triton.errors import TritonError
@@ -55,7 +56,7 @@ INTERPRETER = Gpu(multiprocessors=2, generation=0, shared_bytes=1 << 30)
 def of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return INTERPRETER
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)  # whose stub lacks a field
     return Gpu(found.multi_processor_count, found.major, found.shared_memory_per_block_optin)
 
 

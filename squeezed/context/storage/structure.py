@@ -233,6 +233,7 @@ def layer_of(
         return WindowLayer(tensors["keys"], tensors["values"], int(tensors["window_tokens"]))
     assert scale is not None
     levels = tuple(_level(tensors, depth) for depth in range(len(outline.nodes)))
+    assert scale is not None
     found = {field.name: tensors[field.name] for field in CLUSTERED if field.name != "pinned"}
     return ClusteredLayer(levels=levels, pinned=int(tensors["pinned"]), scale=scale, **found)
 

@@ -82,7 +82,10 @@ class Runs:
         run = run.clamp(max=len(sizes) - 1)
         needed = tile < tiles_end[-1]
         return Runs(
-            *(t.int() for t in (start, end, last - clusters, last)),
+            start=start.int(),
+            end=end.int(),
+            first=(last - clusters).int(),
+            last=last.int(),
             tile_run=run.int(),
             tile_start=torch.where(needed, start[run] + (tile - before) * per_tile, points).int(),
             points_per_tile=per_tile,
@@ -202,7 +205,7 @@ def describe_level(
         nodes, tokens if space is None else tokens - space.energy.shape[1], DIM=dim,
         BLOCK_D=triton.next_power_of_2(dim), BLOCK_P=16, SPACE=space is not None, num_warps=2,
     )  # fmt: skip
-    if space is not None:
+    if space is not None and exact is not None:
         middle = torch.baddbmm(space.middle, exact, space.factor, beta=-1)
         variance = real_spread(variance - middle.square().mean(-1), variance)
     children = None if child_offsets is None else child_offsets.to(torch.int32)

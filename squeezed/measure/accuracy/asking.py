@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,11 @@ from squeezed.hf.support import input_device
 from squeezed.hf.switch import using_attention
 from squeezed.measure.agreement import left_padded
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def filler_id(tokenizer) -> int:
+
+def filler_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """An id for padding: what it is does not matter, its place is masked."""
     for name in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0):
         if name is not None:
@@ -22,7 +27,12 @@ def filler_id(tokenizer) -> int:
 
 @torch.inference_mode()
 def generate_answers(
-    model, tokenizer, context: FixedContext, cache: SqueezedCache, questions: list[Tensor], new: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: FixedContext,
+    cache: SqueezedCache,
+    questions: list[Tensor],
+    new: int,
 ) -> list[str]:
     """Greedy answers to question ids, as `squeezed.generate` would give them one by one."""
     ids, mask = left_padded(questions, filler_id(tokenizer))

@@ -8,6 +8,7 @@ pinned ones, and whatever the method reads to choose; relative to reading every 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,7 +51,7 @@ class Meter:
     _valid: Tensor | None = field(default=None, repr=False)
     _answering: Tensor | None = field(default=None, repr=False)
 
-    def wrap(self, layers: list[ContextAttention]) -> list[MeteredLayer]:
+    def wrap(self, layers: Sequence[ContextAttention]) -> list[MeteredLayer]:
         self.errors = [ErrorHistogram() for _ in layers]
         return [MeteredLayer(layer, self, i) for i, layer in enumerate(layers)]
 
@@ -134,11 +135,11 @@ class MeteredLayer(ContextAttention):
     index: int
 
     @property
-    def layer(self) -> ClusteredLayer:
+    def layer(self) -> ClusteredLayer:  # type: ignore[override]  # not a field of its own
         return self.inner.layer
 
     @property
-    def rule(self) -> SelectionRule | None:
+    def rule(self) -> SelectionRule | None:  # type: ignore[override]
         return self.inner.rule
 
     def tensors(self) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ def collect(files: Iterable[Path]) -> dict[tuple[str, str], Table]:
     tables: dict[tuple[str, str], Table] = {}
     seen: set[tuple] = set()
     for file in files:
-        suite = None
+        suite = ""
         for row in read_rows(file):
             if row["kind"] == "header":
                 suite = f"{row['suite']}, {row['model']}, {row['context_tokens']:,} tokens"
@@ -183,7 +184,10 @@ def _plot_one(table: Table, name: str, title: str, path: Path) -> None:
         points = [point for point in points if point[1] > 0 or not logarithmic]
         if points:
             x, mean, low, high = (np.array(column) for column in zip(*points, strict=True))
-            style = {"color": f"C{place % 10}", "marker": MARKERS[place % len(MARKERS)]}
+            style: dict[str, Any] = {
+                "color": f"C{place % 10}",
+                "marker": MARKERS[place % len(MARKERS)],
+            }
             axes.errorbar(x, mean, [mean - low, high - mean], label=method, capsize=2, **style)
     axes.set(xscale="log", xlabel="bytes of the context read per token, % of dense", ylabel=name)
     axes.set_yscale("log" if logarithmic else "linear")

@@ -6,7 +6,7 @@ Dense attention runs first on each document and is what the others are compared 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,6 +16,7 @@ from squeezed.answers.session import Session
 from squeezed.config import IndexConfig
 from squeezed.hf.asking import Asking
 from squeezed.hf.build import build_cache
+from squeezed.hf.cache import SqueezedCache
 from squeezed.hf.fixed_context import FixedContext
 from squeezed.hf.support import text_config
 from squeezed.measure.accuracy.asking import generate_answers
@@ -25,6 +26,7 @@ from squeezed.measure.accuracy.metrics import score
 from squeezed.measure.accuracy.results import ResultFile
 from squeezed.measure.agreement import compare, forced_logits
 from squeezed.methods import Method, create
+from squeezed.methods.base import ContextAttention
 
 REFERENCE = "dense"
 
@@ -62,11 +64,13 @@ class Asked:
 class Runner:
     """Runs documents through methods and writes what comes out."""
 
-    def __init__(self, session: Session, options: RunOptions, results: ResultFile, log) -> None:
+    def __init__(
+        self, session: Session, options: RunOptions, results: ResultFile, log: Callable[[str], None]
+    ) -> None:
         self.session, self.options = session, options
         self.model, self.tokenizer = session.model, session.tokenizer
         self.results = results
-        self.log: Callable[[str], None] = log
+        self.log = log
         self.reference = create(REFERENCE)
         self.methods: dict[str, Method] = {
             name: create(name, implementation=options.implementation)
@@ -158,7 +162,7 @@ class Runner:
         questions: list[Question],
         name: str,
         budget: float,
-        layers: list,
+        layers: Sequence[ContextAttention],
         errors: list[ErrorHistogram],
     ) -> None:
         meter = Meter(measure_errors=self.options.measure_errors and name != REFERENCE)
@@ -196,7 +200,9 @@ class Runner:
     def _ids(self, asked: Asked, question: Question) -> Tensor:
         return asked.document.template.question_ids(self.tokenizer, question.text)
 
-    def _force(self, asked: Asked, questions: list[Question], cache) -> list[dict[str, float]]:
+    def _force(
+        self, asked: Asked, questions: list[Question], cache: SqueezedCache
+    ) -> list[dict[str, float]]:
         """Scores against dense; the reference run fills `asked.dense`, resumed runs redo it."""
         parts = [(self._ids(asked, q), self._forced_ids(q)) for q in questions]
         missing = [i for i, q in enumerate(questions) if q.id not in asked.dense]
@@ -205,20 +211,24 @@ class Runner:
             found = forced_logits(self.model, dense, [parts[i] for i in missing])
             for i, logits in zip(missing, found, strict=True):
                 asked.dense[questions[i].id] = logits
-        logits = forced_logits(self.model, cache, parts)
+        forced = forced_logits(self.model, cache, parts)
         return [
             compare(ours, asked.dense[q.id], answer).scores()
-            for ours, q, (_, answer) in zip(logits, questions, parts, strict=True)
+            for ours, q, (_, answer) in zip(forced, questions, parts, strict=True)
         ]
 
-    def _generate(self, asked: Asked, questions: list[Question], cache) -> dict[str, str]:
+    def _generate(
+        self, asked: Asked, questions: list[Question], cache: SqueezedCache
+    ) -> dict[str, str]:
         ids = [self._ids(asked, q) for q in questions]
         new = max(q.max_new_tokens for q in questions)
         texts = generate_answers(self.model, self.tokenizer, asked.context, cache, ids, new)
         return {q.id: text.strip() for q, text in zip(questions, texts, strict=True)}
 
 
-def limited(documents: Iterable[Document], most: int | None, questions: int | None):
+def limited(
+    documents: Iterable[Document], most: int | None, questions: int | None
+) -> Iterator[Document]:
     """At most `most` documents per task, each with at most `questions` questions."""
     seen: dict[str, int] = {}
     for document in documents:

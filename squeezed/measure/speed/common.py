@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
+from squeezed.config import FarField
 from squeezed.errors import SqueezedError
 
 COLD_BYTES = 256 << 20
@@ -83,7 +85,7 @@ def copy_bandwidth(gigabytes: float = 4.0) -> float:
 
 def plot_lines(
     path: Path,
-    lines: dict[str, tuple[Sequence[float], Sequence[float]]],
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     labels: tuple[str, str, str],
     limits: Sequence[str] = (),
 ) -> None:
@@ -95,7 +97,9 @@ def plot_lines(
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name, (x, y) in lines.items():
-        style = {"linestyle": "--", "color": "grey"} if name in limits else {"marker": "o"}
+        style: dict[str, Any] = (
+            {"linestyle": "--", "color": "grey"} if name in limits else {"marker": "o"}
+        )
         axes.plot(x, y, label=name, **style)
     axes.set(xscale="log", yscale="log", title=labels[0], xlabel=labels[1], ylabel=labels[2])
     axes.set_xscale("log", base=2)
@@ -104,6 +108,15 @@ def plot_lines(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def far_fields_of(names: Sequence[str]) -> tuple[FarField, ...]:
+    """Words of a command line as far fields; raises `SqueezedError` for others."""
+    known = get_args(FarField)
+    for name in names:
+        if name not in known:
+            raise SqueezedError(f"far-fields: expected some of {', '.join(known)}, got {name!r}")
+    return tuple(name for each in names for name in known if name == each)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import torch
@@ -46,7 +47,7 @@ class Step:
     layer: ClusteredLayer
     suffix: Tensor
 
-    def squeezed(self, rule: SelectionRule, implementation=cpu) -> Attended:
+    def squeezed(self, rule: SelectionRule, implementation: ModuleType = cpu) -> Attended:
         return implementation.attend(self.query, self.layer, rule, Suffix(self.suffix, self.suffix))
 
     def bytes_read(self, rule: SelectionRule) -> int:
@@ -134,7 +135,7 @@ def summary(times: dict[str, list[float]], facts: dict[str, dict]) -> dict:
     """Medians and deciles; ratios are taken turn by turn against the dense form of least median."""
     bandwidth = 2 * COPY_BYTES / (statistics.median(times["memory copy"]) * 1e-6)
     dense = {name: statistics.median(t) for name, t in times.items() if name.startswith("dense")}
-    best = min(dense, key=dense.get)
+    best = min(dense, key=lambda name: dense[name])
     methods = {name: asdict(timing_of(t)) for name, t in times.items()}
     for name, known in facts.items():
         ratios = [d / t for d, t in zip(times[best], times[name], strict=True)]
@@ -162,6 +163,9 @@ def report(row: dict) -> None:
     print_table(["method", "µs", "10-90 %", "read", "limit µs", "speed-up"], lines)
 
 
+TIMED = ["float32", "bfloat16"]
+
+
 def main(
     tokens: Annotated[int, typer.Option(help="Context tokens.")] = 32768,
     kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = 8,
@@ -170,10 +174,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Requests that share the context.")] = 1,
     suffix: Annotated[int, typer.Option(help="Recent tokens of every request.")] = 64,
     budget: Annotated[float, typer.Option(help="Share of the clustered keys read.")] = 0.1,
-    dtype: Annotated[list[str], typer.Option(help="float32, bfloat16, float16.")] = (
-        "float32",
-        "bfloat16",
-    ),
+    dtype: Annotated[list[str], typer.Option(help="float32, bfloat16, float16.")] = TIMED,
     threads: Annotated[int, typer.Option(help="Threads of torch and of Numba.")] = 2,
     turns: Annotated[int, typer.Option(help="Timed calls per method.")] = 40,
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path(

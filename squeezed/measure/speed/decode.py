@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,12 +15,14 @@ from squeezed.attention import reference
 from squeezed.attention.interface import Suffix
 from squeezed.attention.reference.lookup import lookup
 from squeezed.attention.triton.decode import launch as decode
+from squeezed.config import FarField
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
 from squeezed.measure.record import write_record
 from squeezed.measure.speed.common import (
     copy_bandwidth,
+    far_fields_of,
     plot_lines,
     print_table,
     require_gpu,
@@ -61,8 +64,8 @@ def oracle_error(
 
 
 def measure(
-    sizes: Sizes, budget: float, far_fields: list[str], agreement: float, coarse_ratio: float,
-    bandwidth: float, replays: int, dense: bool = True,
+    sizes: Sizes, budget: float, far_fields: Sequence[FarField], agreement: float,
+    coarse_ratio: float, bandwidth: float, replays: int, dense: bool = True,
 ) -> dict:  # fmt: skip
     """One case: its bytes, its times, its distance from the limit and from the best dense."""
     held = 4 * sizes.kv_heads * sizes.tokens * sizes.dim
@@ -71,7 +74,12 @@ def measure(
     query = random_queries(sizes, agreement, "cuda")
     recent = torch.randn(sizes.batch, sizes.kv_heads, sizes.recent, sizes.dim, device="cuda")
     recent = recent.to(sizes.dtype)
-    result = {**asdict(sizes), "dtype": str(sizes.dtype), "budget": budget, "agreement": agreement}
+    result: dict[str, Any] = {
+        **asdict(sizes),
+        "dtype": str(sizes.dtype),
+        "budget": budget,
+        "agreement": agreement,
+    }
     result |= {"coarse_ratio": coarse_ratio, "layers_rotated": count, "methods": {}}
     for far_field in far_fields:
         rules = [rule_for_budget(query, layer, budget, coarse_ratio, far_field) for layer in layers]
@@ -90,9 +98,9 @@ def measure(
     result["physical_bytes"] = physical_bytes(query, layers[0], rules[0])
     result["physical_us"] = result["physical_bytes"] / bandwidth * 1e6
     if dense:
-        for name, calls in dense_peers(query, layers).items():
-            timing = time_or_reason(calls, replays)
-            result["methods"][name] = timing if isinstance(timing, str) else asdict(timing)
+        for name, peer in dense_peers(query, layers).items():
+            timed = time_or_reason(peer, replays)
+            result["methods"][name] = timed if isinstance(timed, str) else asdict(timed)
     return summarised(result, far_fields[0])
 
 
@@ -109,7 +117,7 @@ def summarised(result: dict, far_field: str) -> dict:
     result["share_of_limit"] = result["physical_us"] / ours
     result["union_of_keys_and_values"] = result["physical_bytes"] / held
     if peers:
-        best = min(peers, key=peers.get)
+        best = min(peers, key=lambda name: peers[name])
         result |= {"best_dense": best, "best_dense_us": peers[best]}
         result["speed_up"] = peers[best] / ours
     return result
@@ -119,7 +127,7 @@ def run(
     contexts: list[int], heads: int = 32, kv_heads: int = 8, dim: int = 128,
     batches: tuple[int, ...] = (1,), budget: float = 0.1, agreement: float = 0.0,
     coarse_ratio: float = 3.0, shares: tuple[float, ...] = (0.01, 0.05),
-    far_fields: tuple[str, ...] = ("none", "second_order"), keys_kept: int | None = None,
+    far_fields: Sequence[FarField] = ("none", "second_order"), keys_kept: int | None = None,
     recent: int = 128, replays: int = 30, dense: bool = True,
 ) -> list[dict]:  # fmt: skip
     """Time every context length and batch; `keys_kept` per head overrides `budget`."""
@@ -131,14 +139,14 @@ def run(
             sizes = Sizes(heads, kv_heads, dim, tokens, batch, recent, shares=shares)
             share = keys_kept / tokens if keys_kept else budget
             row = measure(
-                sizes, share, list(far_fields), agreement, coarse_ratio, bandwidth, replays, dense
+                sizes, share, far_fields, agreement, coarse_ratio, bandwidth, replays, dense
             )
             rows.append(row | {"copy_bytes_per_s": bandwidth})
             torch.cuda.empty_cache()
     return rows
 
 
-def report(rows: list[dict], far_fields: tuple[str, ...]) -> None:
+def report(rows: list[dict], far_fields: Sequence[str]) -> None:
     """Print one line per case: microseconds, speed-up over the best dense, share of the limit."""
     header = ["heads", "context", "requests", "read"]
     header += [f"far {f}" for f in far_fields] + ["limit", "of limit", "dense", "by", "speed-up"]
@@ -160,7 +168,7 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
     """Time against context length (or requests, if only they vary), one line per method."""
     axis = "tokens" if len({r["tokens"] for r in rows}) > 1 else "batch"
     names = list(dict.fromkeys(name for row in rows for name in row["methods"]))
-    lines = {}
+    lines: dict[str, tuple[list[float], list[float]]] = {}
     for name in names:
         timed = [r for r in rows if isinstance(r["methods"].get(name), dict)]
         if timed:
@@ -171,16 +179,16 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
     plot_lines(path, lines, (title, x_label, "one decode step, one layer, µs"), ["physical limit"])
 
 
+CONTEXTS, BATCHES, SHARES = [32768, 131072, 524288], [1], [0.01, 0.05]
+FAR_FIELDS: list[str] = ["none", "second_order"]
+
+
 def main(
-    contexts: Annotated[list[int], typer.Option(help="Context lengths, tokens.")] = (
-        32768,
-        131072,
-        524288,
-    ),
+    contexts: Annotated[list[int], typer.Option(help="Context lengths, tokens.")] = CONTEXTS,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
     kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
     dim: Annotated[int, typer.Option(help="Head dimension.")] = 128,
-    batches: Annotated[list[int], typer.Option(help="Requests that share the context.")] = (1,),
+    batches: Annotated[list[int], typer.Option(help="Requests that share the context.")] = BATCHES,
     budget: Annotated[float, typer.Option(help="Share of the context's keys read.")] = 0.1,
     keys_kept: Annotated[int, typer.Option(help="Keys read per head; overrides --budget.")] = 0,
     agreement: Annotated[
@@ -189,14 +197,10 @@ def main(
     coarse_ratio: Annotated[
         float, typer.Option(help="Keys a level keeps, over those of the next.")
     ] = 3.0,
-    shares: Annotated[list[float], typer.Option(help="Clusters per token, coarse to fine.")] = (
-        0.01,
-        0.05,
-    ),
-    far_fields: Annotated[list[str], typer.Option(help="Far fields to time.")] = (
-        "none",
-        "second_order",
-    ),
+    shares: Annotated[
+        list[float], typer.Option(help="Clusters per token, coarse to fine.")
+    ] = SHARES,
+    far_fields: Annotated[list[str], typer.Option(help="Far fields to time.")] = FAR_FIELDS,
     recent: Annotated[int, typer.Option(help="Recent tokens per request.")] = 128,
     replays: Annotated[int, typer.Option(help="Timed graph replays.")] = 30,
     dense: Annotated[bool, typer.Option(help="Time the dense peers too.")] = True,
@@ -212,7 +216,7 @@ def main(
     settings["output"] = str(output)
     rows = run(
         contexts, heads, kv_heads, dim, tuple(batches), budget, agreement, coarse_ratio,
-        tuple(shares), tuple(far_fields), keys_kept or None, recent, replays, dense,
+        tuple(shares), far_fields_of(far_fields), keys_kept or None, recent, replays, dense,
     )  # fmt: skip
     write_record(output.with_suffix(".json"), settings, rows, at_commit=at_commit or None)
     title = f"{kv_heads} KV heads x {heads // kv_heads}, D {dim}, {torch.cuda.get_device_name()}"

@@ -30,14 +30,15 @@ def dense_peers(query: Tensor, layers: list[ClusteredLayer]) -> dict[str, list[C
     def over_layers(rows: Tensor, backend: SDPBackend) -> list[Callable]:
         return [partial(_sdpa, rows, x.keys[None], x.values[None], backend) for x in layers]
 
-    peers = {}
+    peers: dict[str, list[Callable]] = {}
     for library, backend in LIBRARIES.items():
         peers[f"{library}, packed"] = over_layers(packed, backend)
         if heads != kv_heads:
             peers[library] = over_layers(by_head, backend)
     tokens = query[:, :, 0].contiguous()  # [B, Hq, D]
     flashinfer = [_flashinfer(tokens, layer.keys, layer.values, False) for layer in layers]
-    return peers | ({"FlashInfer": flashinfer} if all(flashinfer) else {})
+    there = [call for call in flashinfer if call is not None]
+    return peers | ({"FlashInfer": there} if there else {})
 
 
 def prefill_peers(query: Tensor, keys: Tensor, values: Tensor) -> dict[str, Callable]:
@@ -47,7 +48,7 @@ def prefill_peers(query: Tensor, keys: Tensor, values: Tensor) -> dict[str, Call
     go without, and compute under 1 % more.
     """
     causal = causal_lower_right(query.shape[2], keys.shape[2])
-    peers = {
+    peers: dict[str, Callable] = {
         "torch flash": partial(_sdpa, query, keys, values, LIBRARIES["torch flash"], causal),
         "cuDNN": partial(_sdpa, query, keys, values, LIBRARIES["cuDNN"]),
     }

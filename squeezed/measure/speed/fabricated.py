@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from squeezed.config import BEST, IndexConfig
 from squeezed.context.captured import CapturedLayer, ObservedLayer
@@ -49,11 +49,18 @@ def stretched(captured: Tensor, tokens: int, noise: float = 0.3) -> Tensor:
     return longer
 
 
-def context_of(model, seeds: list[CapturedLayer], tokens: int, budget: float) -> FixedContext:
-    """A context of `tokens` tokens, clustered and calibrated as any other."""
+def context_of(
+    model: PreTrainedModel | None, seeds: list[CapturedLayer], tokens: int, budget: float
+) -> FixedContext:
+    """A context of `tokens` tokens, clustered and calibrated as any other.
+
+    Args:
+        model: that it belongs to; `None` for none yet.
+    """
     config = IndexConfig(presets=(BEST,), budgets=(budget / 2, budget, min(0.9, budget * 2)))
     layers, seen = [], []
     for seed in seeds:
+        assert seed.queries is not None  # every layer of such a model attends in full
         keys, values = stretched(seed.keys, tokens), stretched(seed.values, tokens)
         layers.append(cluster_layer(keys, values, config.clustering, seed.queries, seed.scale))
         seen.append(ObservedLayer(layers[-1], seed.queries))
@@ -64,13 +71,15 @@ def context_of(model, seeds: list[CapturedLayer], tokens: int, budget: float) ->
         calibrations={BEST.name: calibrate(Forest.of(seen), BEST, config.budgets)},
         config=config,
         template=PromptTemplate.plain(),
-        model=model_fingerprint(model),
+        model={} if model is None else model_fingerprint(model),
         tokenizer="",
         seconds={},
     )
 
 
-def dense_cache(model, seeds: list[CapturedLayer], tokens: int, suffix: int) -> StaticCache:
+def dense_cache(
+    model: PreTrainedModel, seeds: list[CapturedLayer], tokens: int, suffix: int
+) -> StaticCache:
     """Transformers' static cache, filled with the same keys and values."""
     cache = StaticCache(config=model.config, max_cache_len=tokens + suffix)
     for layer, seed in zip(cache.layers, seeds, strict=True):

@@ -12,15 +12,17 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from squeezed.config import DEFAULT_BUDGET
+from squeezed.context.captured import CapturedLayer
 from squeezed.hf.cache import suffix_mask
 from squeezed.hf.capture import capture
 from squeezed.hf.clock import Clock
@@ -46,7 +48,15 @@ class Run:
     budget_spent: float
 
 
-def packed_dense(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def packed_dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """Dense attention that reads each key once for all query heads of its group.
 
     A decoding step leaves the mask out: with one, PyTorch has no kernel that splits the context
@@ -68,7 +78,9 @@ AttentionInterface.register(PACKED, packed_dense)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
-def measure(model, method: str, attention: str, cache, tokens: int, new_tokens: int) -> Run:
+def measure(
+    model: PreTrainedModel, method: str, attention: str, cache: Cache, tokens: int, new_tokens: int
+) -> Run:
     """Generate once; the first steps compile and warm up, the rest are timed."""
     question = torch.randint(0, model.config.vocab_size, (1, QUESTION_TOKENS), device=model.device)
     watch = Clock(waits=True)
@@ -125,7 +137,15 @@ def run(
     return results
 
 
-def _one(model, seeds, method: str, tokens: int, suffix: int, budget: float, new: int) -> Run:
+def _one(
+    model: PreTrainedModel,
+    seeds: list[CapturedLayer],
+    method: str,
+    tokens: int,
+    suffix: int,
+    budget: float,
+    new: int,
+) -> Run:
     torch.compiler.reset()
     with torch.inference_mode(False), torch.no_grad():
         if method == "squeezed":

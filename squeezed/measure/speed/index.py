@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -75,7 +75,7 @@ def measure(shape: Shape, context: int, presets: list[str]) -> dict:
         lambda: cluster(handed_over(captured), context, config.clustering)
     )
     kv_bytes = sum(seen.layer.kv_bytes() for seen in forest.joined)
-    row = {
+    row: dict[str, Any] = {
         "context": context,
         "layers": shape.layers,
         "cluster_s": seconds,
@@ -114,13 +114,16 @@ def report(rows: list[dict], presets: list[str]) -> None:
     print_table([*header, "peak extra / KV", "index / KV"], lines)
 
 
+CONTEXTS, CALIBRATED = [32768, 131072], ["best", "paper"]
+
+
 def main(
-    contexts: Annotated[list[int], typer.Option(help="Context lengths, tokens.")] = (32768, 131072),
+    contexts: Annotated[list[int], typer.Option(help="Context lengths, tokens.")] = CONTEXTS,
     layers: Annotated[int, typer.Option(help="Attention layers.")] = 32,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
     kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
     dim: Annotated[int, typer.Option(help="Head dimension.")] = 128,
-    presets: Annotated[list[str], typer.Option(help="Presets to calibrate.")] = ("best", "paper"),
+    presets: Annotated[list[str], typer.Option(help="Presets to calibrate.")] = CALIBRATED,
     output: Annotated[Path, typer.Option(help="Where to write, without the suffix.")] = Path(
         "index"
     ),

@@ -6,19 +6,28 @@ Dense peers run in the same process (`squeezed.measure.speed.dense`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from squeezed.attention import reference
 from squeezed.attention.triton.prefill.launch import prefill
+from squeezed.config import FarField
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
 from squeezed.measure.record import write_record
-from squeezed.measure.speed.common import Timing, print_table, require_gpu, time_in_graph
+from squeezed.measure.speed.common import (
+    Timing,
+    far_fields_of,
+    print_table,
+    require_gpu,
+    time_in_graph,
+)
 from squeezed.measure.speed.dense import prefill_peers, time_or_reason
 from squeezed.measure.speed.prefill_cases import Case, Inputs, rule_for
 from squeezed.testing.rules import with_far_field
@@ -64,14 +73,14 @@ def dense_times(inputs: Inputs, replays: int) -> dict[str, Timing]:
     return found
 
 
-def measure(inputs: Inputs, case: Case, far_fields: tuple[str, ...], replays: int) -> dict:
+def measure(inputs: Inputs, case: Case, far_fields: Sequence[FarField], replays: int) -> dict:
     """Check against the reference, then time ours and the dense peers."""
     rule = rule_for(inputs, case)
-    row = asdict(case) | {"methods": {}, "budget_read": inputs.share_read(rule)}
+    row: dict[str, Any] = asdict(case) | {"methods": {}, "budget_read": inputs.share_read(rule)}
     for far_field in far_fields:
         ruled = with_far_field(rule, far_field, inputs.query)
         error = oracle_error(inputs, ruled)
-        timing = time_in_graph([lambda ruled=ruled: prefill(*inputs.arguments(ruled))], replays)
+        timing = time_in_graph([partial(prefill, *inputs.arguments(ruled))], replays)
         row["methods"][f"squeezed, far field {far_field}"] = asdict(timing) | {"error": error}
     dense = dense_times(inputs, replays)
     row["methods"] |= {name: asdict(timing) for name, timing in dense.items()}
@@ -96,7 +105,7 @@ def run(
     dim: int,
     budget: float,
     query_blocks: list[int],
-    far_fields: tuple[str, ...],
+    far_fields: Sequence[FarField],
     replays: int,
 ) -> list[dict]:
     """One record per context, number of user tokens and block of queries."""
@@ -114,7 +123,7 @@ def run(
     return records
 
 
-def report(records: list[dict], far_fields: tuple[str, ...]) -> None:
+def report(records: list[dict], far_fields: Sequence[str]) -> None:
     header = ["heads", "context", "tokens", "block", "read", *[f"far {f}" for f in far_fields]]
     lines = [
         [f"{r['kv_heads']}x{r['heads'] // r['kv_heads']}", f"{r['context'] // 1024}K", r["rows"]]
@@ -126,18 +135,19 @@ def report(records: list[dict], far_fields: tuple[str, ...]) -> None:
     print_table([*header, "dense", "by", "speed-up"], lines)
 
 
+CONTEXTS, ROWS, BLOCKS = [32768, 131072], [128, 1024], [128]
+FAR_FIELDS: list[str] = ["none", "second_order"]
+
+
 def main(
-    contexts: Annotated[list[int], typer.Option(help="Context lengths, tokens.")] = (32768, 131072),
-    rows: Annotated[list[int], typer.Option(help="User tokens.")] = (128, 1024),
+    contexts: Annotated[list[int], typer.Option(help="Context lengths, tokens.")] = CONTEXTS,
+    rows: Annotated[list[int], typer.Option(help="User tokens.")] = ROWS,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
     kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 32,
     dim: Annotated[int, typer.Option(help="Head dimension.")] = 128,
     budget: Annotated[float, typer.Option(help="Share of the clustered keys read.")] = 0.1,
-    query_blocks: Annotated[list[int], typer.Option(help="Tokens that select together.")] = (128,),
-    far_fields: Annotated[list[str], typer.Option(help="Far fields to time.")] = (
-        "none",
-        "second_order",
-    ),
+    query_blocks: Annotated[list[int], typer.Option(help="Tokens that select together.")] = BLOCKS,
+    far_fields: Annotated[list[str], typer.Option(help="Far fields to time.")] = FAR_FIELDS,
     replays: Annotated[int, typer.Option(help="Timed graph replays.")] = 15,
     output: Annotated[Path, typer.Option(help="Where to write, without the suffix.")] = Path(
         "prefill"
@@ -149,7 +159,15 @@ def main(
     """Time prefill of user tokens over a squeezed context against the best dense attention."""
     settings = dict(locals()) | {"output": str(output)}
     records = run(
-        contexts, rows, heads, kv_heads, dim, budget, query_blocks, tuple(far_fields), replays
+        contexts,
+        rows,
+        heads,
+        kv_heads,
+        dim,
+        budget,
+        query_blocks,
+        far_fields_of(far_fields),
+        replays,
     )
     write_record(output.with_suffix(".json"), settings, records, at_commit=at_commit or None)
     report(records, tuple(far_fields))

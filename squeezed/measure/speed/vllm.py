@@ -26,8 +26,9 @@ import typer
 
 from squeezed.config import BEST, DEFAULT_BUDGET, IndexConfig
 from squeezed.context.captured import CapturedLayer
-from squeezed.context.storage.directory import save
-from squeezed.context.storage.manifest import MANIFEST, OBSERVED, layer_file, write_manifest
+from squeezed.context.storage.manifest import manifest_text
+from squeezed.context.storage.names import MANIFEST, common_token, layer_file, observed_file
+from squeezed.context.storage.saving import save
 from squeezed.errors import SqueezedError
 from squeezed.measure.speed.fabricated import context_of
 
@@ -123,10 +124,11 @@ def context_directory(
 def repeated(one, path: Path, layers: int) -> Path:
     """Let a saved context of one layer be one of `layers` alike, by links to its file."""
     files = json.loads((path / MANIFEST).read_text())["files"]
-    record = files[layer_file(0)]
-    (path / OBSERVED).unlink(missing_ok=True)
+    token = common_token(files) or ""
+    record = files[layer_file(0, token)]
+    (path / observed_file(token)).unlink(missing_ok=True)
     for number in range(1, layers):
-        os.link(path / layer_file(0), path / layer_file(number))
+        os.link(path / layer_file(0, token), path / layer_file(number, token))
     tensors = ("per_token", "per_block", "alpha", "far_alpha")
     many = replace(
         one,
@@ -138,7 +140,8 @@ def repeated(one, path: Path, layers: int) -> Path:
             for name, found in one.calibrations.items()
         },
     )
-    write_manifest(path, many, {layer_file(number): record for number in range(layers)})
+    records = {layer_file(number, token): record for number in range(layers)}
+    (path / MANIFEST).write_bytes(manifest_text(many, records))
     return path
 
 

@@ -92,7 +92,8 @@ def decode_many(
     for members in groups.values():
         own = None if suffix is None else _of_requests(suffix, members)
         layer, rule = layers[members[0]], rules[members[0]]
-        found = decode_step(_rows(query, members), layer, rule, own, _rows(valid, members))
+        real = None if valid is None else _rows(valid, members)
+        found = decode_step(_rows(query, members), layer, rule, own, real)
         for place, request in enumerate(members):
             for target, source in zip(together, found, strict=True):
                 target[request].copy_(source[place])
@@ -100,13 +101,12 @@ def decode_many(
 
 
 def _of_requests(suffix: Suffix, members: list[int]) -> Suffix:
-    return Suffix(*(_rows(part, members) for part in (suffix.keys, suffix.values, suffix.mask)))
+    mask = None if suffix.mask is None else _rows(suffix.mask, members)
+    return Suffix(_rows(suffix.keys, members), _rows(suffix.values, members), mask)
 
 
-def _rows(tensor: Tensor | None, members: list[int]) -> Tensor | None:
+def _rows(tensor: Tensor, members: list[int]) -> Tensor:
     """Rows of a batch, by slices: an index tensor would be a copy from the host."""
-    if tensor is None:
-        return None
     if members == list(range(members[0], members[-1] + 1)):
         return tensor[members[0] : members[-1] + 1]
     return torch.cat([tensor[request : request + 1] for request in members])
@@ -136,7 +136,7 @@ def check(query: Tensor, layer: ClusteredLayer, suffix: Suffix | None) -> None:
         raise SqueezedError(
             f"layer: expected at most {MAX_TOKENS:,} tokens, got {layer.tokens:,}; split the text"
         )
-    own = () if suffix is None else (suffix.keys, suffix.values)
+    own: tuple[Tensor, ...] = () if suffix is None else (suffix.keys, suffix.values)
     for name, tensor in zip(("suffix.keys", "suffix.values"), own, strict=False):
         if tensor.dtype != query.dtype:
             raise SqueezedError(f"{name}: expected {query.dtype}, got {tensor.dtype}; cast it")

@@ -6,11 +6,14 @@ here has the signature that every implementation shares.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from squeezed.attention.interface import Attended, Suffix
 from squeezed.attention.triton.decode import launch as decode
+from squeezed.config import FarField
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
 
@@ -78,9 +81,13 @@ def step_of_parts(
     columns = (centroids, mean_values, variance, key_offsets, children)
     levels = tuple(Level(*parts) for parts in zip(*columns, strict=True))
     layer = ClusteredLayer(keys, values, positions, pinned, levels, value_slope, centre, scale)
-    rule = SelectionRule(log_thresholds, alpha, far_field, far_alpha=far_alpha)
-    suffix = None if suffix_keys is None else Suffix(suffix_keys, suffix_values, suffix_mask)
-    return tuple(decode.decode_step(query, layer, rule, suffix, valid))
+    kind = cast(FarField, far_field)  # an operator takes no literal
+    rule = SelectionRule(log_thresholds, alpha, kind, far_alpha=far_alpha)
+    suffix = None
+    if suffix_keys is not None and suffix_values is not None:
+        suffix = Suffix(suffix_keys, suffix_values, suffix_mask)
+    output, log_mass, keys_read = decode.decode_step(query, layer, rule, suffix, valid)
+    return output, log_mass, keys_read
 
 
 @step_of_parts.register_fake

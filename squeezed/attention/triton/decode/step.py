@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from squeezed.attention.interface import Suffix
 from squeezed.attention.triton.decode import attention, combine, descend
 from squeezed.attention.triton.decode import open as lookup
 from squeezed.attention.triton.decode.workspace import (
@@ -18,12 +19,23 @@ from squeezed.attention.triton.decode.workspace import (
     plan,
     power_of_two,
 )
+from squeezed.context.layers import ClusteredLayer
+from squeezed.context.rule import SelectionRule
 
 
 class Step:
     """One decode step over one scratch; every method is one launch."""
 
-    def __init__(self, query, layer, rule, suffix, valid, shape: Shape, tuning: Tuning):
+    def __init__(
+        self,
+        query: Tensor,
+        layer: ClusteredLayer,
+        rule: SelectionRule,
+        suffix: Suffix | None,
+        valid: Tensor | None,
+        shape: Shape,
+        tuning: Tuning,
+    ) -> None:
         self.query, self.layer, self.rule, self.tuning = query, layer, rule, tuning
         self.suffix, self.valid = suffix, valid
         self.shape, self.cut = shape, plan(shape, tuning)
@@ -70,7 +82,7 @@ class Step:
             self.query, self.layer.keys, self.layer.values,
             top.centroids if top else self.query, top.variance if top else self.query,
             top.key_offsets if top else self.query,
-            top.child_offsets if cut.nested else self.query, self._alpha(0), keys, values,
+            top.child_offsets if top and cut.nested else self.query, self._alpha(0), keys, values,
             self.query if mask is None else mask, s.scores, s.parents_of, s.norm_highs,
             s.norm_masses, s.sums, s.highs, s.masses, s.counters, s.read_counts, self.keys_read,
             self.query.stride(0), self.query.stride(1), keys.stride(0), keys.stride(1),

@@ -106,6 +106,7 @@ def lookup(
         state, counts = walk.select(query, valid, partial, candidates)
         candidates, gone = walk.expand(state, counts, candidates)
         dropped += [gone] if rule.far_field != "none" else []
+    assert candidates is not None  # the tree has a level
     return Found(candidates, tuple(dropped))
 
 

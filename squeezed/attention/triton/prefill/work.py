@@ -121,7 +121,7 @@ class Work:
         mask, mask_strides = bounds, (0, 0, 0)
         if suffix is not None:
             keys, values = suffix.keys, suffix.values
-        if not _is_causal(suffix):
+        if suffix is not None and suffix.mask is not None:
             mask, mask_strides = suffix.mask.view(torch.int8), _mask_strides(suffix.mask)
         if tile.hopper:
             keys, values = map(aligned, (keys, values))

@@ -8,17 +8,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from squeezed.context.prompt import PromptTemplate
 from squeezed.errors import SqueezedError
 from squeezed.measure.accuracy.data import read_text, required
 from squeezed.measure.accuracy.examples import Document, Question, Suite, SuiteOptions
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 LEAD_TOKENS = 32  # selected as a user's input before comparison starts
 FORCED_TOKENS = 160
 
 
-def documents(options: SuiteOptions, tokenizer) -> Iterator[Document]:
+def documents(options: SuiteOptions, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
     """Windows of every text under `options.data` (a file, or a directory of .txt files)."""
     path = required(options.data, "a text file or a directory of .txt files", "fidelity")
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
@@ -34,7 +38,7 @@ def documents(options: SuiteOptions, tokenizer) -> Iterator[Document]:
         )
 
 
-def windows(file: Path, context: int, tokenizer) -> Iterator[Document]:
+def windows(file: Path, context: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
     """Consecutive windows of one text; a rest too short to be compared is left out."""
     before = tokenizer.bos_token if PromptTemplate.of(tokenizer).between.startswith("\n\nQ") else ""
     template = PromptTemplate(before or "", "", "")

@@ -7,8 +7,12 @@ import re
 import uuid
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 from squeezed.errors import SqueezedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NOISE = (
     "The grass is green.",
@@ -79,7 +83,12 @@ def hide(needles: list[str], hay: list[str], rng: random.Random, joint: str = " 
     return joint.join(hidden)
 
 
-def longest_fit(build: Callable[[int], str], tokenizer, tokens: int, most: int = 1 << 20) -> str:
+def longest_fit(
+    build: Callable[[int], str],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    most: int = 1 << 20,
+) -> str:
     """`build(n)` for the largest `n` whose text has at most `tokens` tokens.
 
     Raises:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from squeezed.context.prompt import PromptTemplate
 from squeezed.errors import SqueezedError
@@ -23,10 +24,13 @@ from squeezed.measure.accuracy.examples import (
 )
 from squeezed.measure.accuracy.suites.longbench_prompts import FIRST_LINE, TASKS, Task
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 HUB = ("zai-org/LongBench", "data.zip")
 
 
-def documents(options: SuiteOptions, tokenizer) -> Iterator[Document]:
+def documents(options: SuiteOptions, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
     """Examples of every chosen task that has a file; prompts are cut to `context_tokens`."""
     folder = required(options.data, "a directory", "longbench") if options.data else from_hub()
     found = False
@@ -106,7 +110,9 @@ def _gold(gold: object, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(gold), ()
 
 
-def _document(name: str, number: int, parts: Parts, tokens: int, tokenizer) -> Document:
+def _document(
+    name: str, number: int, parts: Parts, tokens: int, tokenizer: PreTrainedTokenizerBase
+) -> Document:
     task = TASKS[name]
     context, asked, answers, classes = parts
     template = PromptTemplate.of(tokenizer) if task.chat else PromptTemplate.plain()
@@ -126,7 +132,7 @@ def _document(name: str, number: int, parts: Parts, tokens: int, tokenizer) -> D
     return Document(f"{name}-{number}", name, text, shown, (question,))
 
 
-def without_middle(text: str, tokens: int, tokenizer) -> str:
+def without_middle(text: str, tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """At most `tokens` tokens: the first and the last half of them, as LongBench truncates."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) <= tokens:

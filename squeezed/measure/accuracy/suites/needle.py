@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from squeezed.context.prompt import PromptTemplate
 from squeezed.measure.accuracy.data import read_text, required
@@ -15,6 +16,9 @@ from squeezed.measure.accuracy.suites.haystack import (
     needle,
     sentences,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NEEDLES = 8
 ROOM = 160  # tokens for template, question and answer
@@ -39,7 +43,7 @@ def begun_template(template: PromptTemplate, before: str) -> PromptTemplate:
     return PromptTemplate(template.before + before, "\n\n", "")
 
 
-def documents(options: SuiteOptions, tokenizer) -> Iterator[Document]:
+def documents(options: SuiteOptions, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
     """One haystack per seed; without a limit four, so that there are 32 questions."""
     path = required(options.data, "the essays (a .txt file, or .json with a field text)", "niah")
     essays, template = read_text(path), PromptTemplate.of(tokenizer)
@@ -51,7 +55,9 @@ def documents(options: SuiteOptions, tokenizer) -> Iterator[Document]:
         start = rng.randrange(max(1, len(essays) - 60 * options.context_tokens))
         state = rng.getstate()
 
-        def build(count: int, needles=needles, start=start, state=state) -> str:
+        def build(
+            count: int, needles: Any = needles, start: int = start, state: Any = state
+        ) -> str:
             again = random.Random()
             again.setstate(state)
             return hide(needles, sentences(essays[start:], count), again)

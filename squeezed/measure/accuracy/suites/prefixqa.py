@@ -7,17 +7,22 @@ answers).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from squeezed.context.prompt import PromptTemplate
 from squeezed.errors import SqueezedError
 from squeezed.measure.accuracy.data import field, read_json, required
 from squeezed.measure.accuracy.examples import Document, Question, Suite, SuiteOptions
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 INSTRUCTION = "Answer with a few words from the paper."
 NEW_TOKENS = 24
 
 
-def documents(options: SuiteOptions, tokenizer) -> Iterator[Document]:
+def documents(options: SuiteOptions, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
     """Papers from short to long, so that a limit on documents takes those most models can hold."""
     path = required(options.data, "the directory of PreFixQA", "prefixqa")
     texts_file, pairs_file = (
@@ -35,7 +40,7 @@ def documents(options: SuiteOptions, tokenizer) -> Iterator[Document]:
         yield Document(title, "papers", text, template, tuple(_questions(asked, pairs_file)))
 
 
-def _questions(asked: dict, file) -> Iterator[Question]:
+def _questions(asked: dict, file: Path) -> Iterator[Question]:
     for text in asked:
         answers = field(asked, text, list, f"{file}: line 1")
         yield Question(

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from squeezed.context.prompt import PromptTemplate
 from squeezed.measure.accuracy.examples import (
@@ -29,6 +30,9 @@ from squeezed.measure.accuracy.suites.ruler_words import (
     frequent_words,
     variable_tracking,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EXAMPLES = 10  # per task without a limit
 
@@ -65,7 +69,7 @@ TASKS: dict[str, Callable[[Path | None, random.Random, int], tuple]] = {
 }
 
 
-def documents(options: SuiteOptions, tokenizer) -> Iterator[Document]:
+def documents(options: SuiteOptions, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
     """Examples of every chosen task, one document and one question each."""
     for task in chosen_tasks("ruler", TASKS, options.tasks):
         for number in range(options.documents or EXAMPLES):
@@ -74,7 +78,9 @@ def documents(options: SuiteOptions, tokenizer) -> Iterator[Document]:
             yield _document(task, number, sample, options.context_tokens, tokenizer)
 
 
-def _document(task: str, number: int, sample: Sample, tokens: int, tokenizer) -> Document:
+def _document(
+    task: str, number: int, sample: Sample, tokens: int, tokenizer: PreTrainedTokenizerBase
+) -> Document:
     template = PromptTemplate.of(tokenizer)
     shown = begun_template(template, sample.before)
     question = answering(template, sample.ask)

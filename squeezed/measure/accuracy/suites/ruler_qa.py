@@ -28,7 +28,8 @@ Asked = tuple[str, tuple[str, ...], tuple[str, ...]]
 
 @cache
 def squad(path: Path) -> tuple[list[Asked], list[str]]:
-    asked, paragraphs = [], []
+    asked: list[Asked] = []
+    paragraphs: list[str] = []
     for article in field(read_json(path), "data", list, str(path)):
         for paragraph in field(article, "paragraphs", list, str(path)):
             text = field(paragraph, "context", str, str(path))
@@ -43,7 +44,8 @@ def squad(path: Path) -> tuple[list[Asked], list[str]]:
 
 @cache
 def hotpotqa(path: Path) -> tuple[list[Asked], list[str]]:
-    asked, paragraphs = [], []
+    asked: list[Asked] = []
+    paragraphs: list[str] = []
     for number, row in enumerate(read_json(path)):
         where = f"{path}: record {number}"
         own = [f"{title}\n{''.join(lines)}" for title, lines in field(row, "context", list, where)]
