@@ -13,7 +13,8 @@ from squeezed.context.bytes import LayerBytes
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.record import ContextRecord
 from squeezed.errors import SqueezedError
-from squeezed.hf.cache import ContextLayer, SqueezedCache
+from squeezed.hf.cache import SqueezedCache
+from squeezed.hf.cache_layers import ContextLayer
 from squeezed.hf.watched import Watched, WatchedLayer
 
 

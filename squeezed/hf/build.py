@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from squeezed.context.layers import WindowLayer
 from squeezed.context.record import ContextRecord
-from squeezed.hf.cache import ContextLayer, SqueezedCache, SuffixLayer, WindowedLayer
+from squeezed.hf.cache import SqueezedCache
+from squeezed.hf.cache_layers import ContextLayer, WindowedLayer
 from squeezed.hf.static import StaticContextLayer, StaticWindowedLayer
+from squeezed.hf.suffix import SuffixLayer
 from squeezed.methods.base import ContextAttention
 
 

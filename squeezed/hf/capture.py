@@ -119,11 +119,13 @@ def capture(
             read(tokens[done : done + rows])
             done = min(done + rows, count)
             progress(done)
-        windows = [
-            CapturedLayer(layer.keys[0].clone(), layer.values[0].clone(), None, 0.0)
-            for layer in layers
+        windows = {  # the probe would slide them on
+            place: CapturedLayer(layer.keys[0].clone(), layer.values[0].clone(), None, 0.0)
+            for place, layer in enumerate(layers)
             if not isinstance(layer, CaptureLayer)
-        ]
+        }
         read(probe)
-    windows.reverse()
-    return [x.captured() if isinstance(x, CaptureLayer) else windows.pop() for x in layers]
+    return [
+        layer.captured() if isinstance(layer, CaptureLayer) else windows[place]
+        for place, layer in enumerate(layers)
+    ]

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from squeezed.context.layers import WindowLayer
 from squeezed.errors import SqueezedError
-from squeezed.hf.cache import ContextLayer, SuffixLayer, WindowedLayer, check_new_tokens, check_rows
+from squeezed.hf.cache_layers import ContextLayer, WindowedLayer
+from squeezed.hf.suffix import SuffixLayer, check_new_tokens, check_rows
 from squeezed.methods.base import ContextAttention
 
 

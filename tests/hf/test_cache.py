@@ -9,7 +9,7 @@ from tiny import document, tiny_model, tiny_tokenizer
 import squeezed
 from squeezed.context.prompt import PromptTemplate
 from squeezed.errors import SqueezedError
-from squeezed.hf import cache as cache_module
+from squeezed.hf import cache_layers as cache_module
 from squeezed.hf.cache import suffix_mask
 from squeezed.hf.switch import using_attention
 
