@@ -15,7 +15,8 @@ import squeezed
 OPTIONAL = {
     "squeezed.attention.triton": ("triton",),
     "squeezed.indexing.triton": ("triton",),
-    "squeezed.vllm": ("vllm", "fastapi", "prometheus_client", "psutil"),
+    "squeezed.measure.speed": ("triton",),
+    "squeezed.vllm": ("vllm", "triton", "fastapi", "prometheus_client", "psutil"),
 }
 """What only these need: a CPU build of torch brings no Triton, and vLLM, with what it brings, is an
 extra."""
