@@ -196,7 +196,7 @@ def resolve(meta: SqueezedMetadata) -> Step | None:
         0 if row.reader is None else context_of(row).tokens // builder.block_size for row in rows
     ]
     own, groups = builder.build_own(common, held), grouped(rows)
-    only_decodes = not groups.prefills and all(row.new == 1 for row in rows)
+    only_decodes = not groups.prefills and all(row.new <= 1 for row in rows)
     alike = None
     if only_decodes:
         own = builder.in_place(own)

@@ -25,7 +25,7 @@ from squeezed.config import IndexConfig
 from squeezed.context.captured import CapturedLayer, handed_over
 from squeezed.context.prompt import PromptTemplate
 from squeezed.context.record import ContextRecord
-from squeezed.context.storage import directory
+from squeezed.context.storage.saving import save
 from squeezed.errors import SqueezedError, expect, shown, whole
 from squeezed.indexing.build import cluster
 from squeezed.indexing.calibrate import calibrate
@@ -144,7 +144,8 @@ class Job:
             )
             clustered = time.perf_counter()
             calibrations = {
-                preset.name: calibrate(forest, preset, config.budgets) for preset in config.presets
+                preset.name: calibrate(forest, preset, config.budgets, config.calibration)
+                for preset in config.presets
             }
             seconds = {
                 "prefill": read - self.started,
@@ -163,7 +164,7 @@ class Job:
                 seconds=seconds,
                 observed=tuple(seen.queries for seen in forest.layers()),
             )
-            directory.save(record, order.path)
+            save(record, order.path)
         self.state = {"state": "saved", "tokens": order.document_tokens, "seconds": seconds}
         log.info("contexts: %s was made of %d tokens", order.name, order.document_tokens)
 

@@ -195,7 +195,7 @@ class SchedulerHalf:
         self.late: dict[str, Late] = {}
         self.failed_at: float | None = None
         self.load_seconds: list[float] = []
-        self.told_at = time.monotonic()
+        self.told_at, self.some_ended = time.monotonic(), False
 
     def arrive(self, request) -> None:
         arguments = (request.sampling_params.extra_args or {}) if request.sampling_params else {}
@@ -343,6 +343,7 @@ class SchedulerHalf:
     def finished(self, request) -> dict | None:
         """What the answer says; its numbers may still come with this step's end."""
         self.indexing.discard(request.request_id)
+        self.some_ended = True
         self._unchain(request.request_id)
         reading = self.serving.end(request.request_id)
         report = reading.report() if reading else None
@@ -355,9 +356,9 @@ class SchedulerHalf:
     def stats(self):
         """What happened since the last report: when a request ended, or after a while."""
         now = time.monotonic()
-        if not self.late and now - self.told_at < STATS_SECONDS:
+        if not self.some_ended and now - self.told_at < STATS_SECONDS:
             return None
-        self.told_at = now
+        self.told_at, self.some_ended = now, False
         taken, self.load_seconds = self.load_seconds, []
         return metrics.Stats.of(self.serving, taken)
 

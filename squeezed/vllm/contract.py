@@ -20,7 +20,7 @@ HIT = "block_hashes max_length kv_cache_group_ids block_pool kv_cache_spec"
 BUILD = "common_prefix_len common_attn_metadata fast_build"
 
 SYMBOLS: dict[str, dict[str, str]] = {
-    "vllm": {"__version__": ""},
+    "vllm": {"__version__": "", "SamplingParams": "max_tokens temperature extra_args"},
     "vllm.config": {"get_current_vllm_config": ""},
     "vllm.distributed.parallel_state": {"get_tp_group": ""},
     "vllm.distributed.kv_transfer.kv_connector.factory": {

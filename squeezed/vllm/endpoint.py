@@ -2,16 +2,33 @@
 
 `GET /v1/squeezed/requests/{id}`: what a request read, by the id that its answer has; streamed
 answers say it nowhere else. `GET /v1/contexts`: what is registered, and what is refused and why.
+`POST /v1/contexts` with `{"name": ..., "text": ...}`: index a document in this server. `DELETE
+/v1/contexts/{name}`: remove a context; who reads it goes on.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
+import shutil
+from dataclasses import asdict
 from typing import Any
+from uuid import uuid4
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from squeezed.config import IndexConfig
+from squeezed.context.prompt import PromptTemplate
+from squeezed.context.text import check_text
+from squeezed.errors import SqueezedError, expect
+from squeezed.hf.identity.vocabulary import tokenizer_fingerprint
+from squeezed.indexing.probe import probe_question
+from squeezed.vllm import capture
+from squeezed.vllm.capture import checked_name
 from squeezed.vllm.settings import Settings
+
+POLL_SECONDS = 0.1
 
 
 class SqueezedEndpoint:
@@ -23,6 +40,8 @@ class SqueezedEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         app.get("/v1/squeezed/requests/{request}")(report)
         app.get("/v1/contexts")(contexts)
+        app.post("/v1/contexts")(make)
+        app.delete("/v1/contexts/{name}")(remove)
 
     async def init_state(self, engine_client, state, args) -> None:
         state.squeezed_engine = engine_client
@@ -54,6 +73,74 @@ async def contexts(http: Request) -> JSONResponse:
     ]
     refused = [{"id": name, "why": why} for name, why in sorted(catalogue.refused.items())]
     return JSONResponse({"object": "list", "data": data, "refused": refused})
+
+
+async def make(http: Request) -> JSONResponse:
+    """Index a document: 201 when its context is saved, 400 with the reason where it cannot be."""
+    engine, catalogue = http.app.state.squeezed_engine, http.app.state.squeezed_catalogue
+    if catalogue is None:
+        return _error(501, "this server has no contexts")
+    try:
+        body = expect("body", await http.json(), dict, "an object with name and text")
+        name, text = checked_name(body.get("name")), check_text("text", body.get("text"))
+        if not text.strip():
+            raise SqueezedError("text: the document is empty; give at least one word")
+        sent = await read(engine, name, text)
+    except ValueError as error:  # ours, and vLLM's for a prompt that is too long
+        return _error(400, str(error))
+    if sent is not None:
+        return _error(400, sent)
+    while True:
+        state = (await engine.collective_rpc("squeezed_indexing", args=(name,)))[0]
+        if state is None or state["state"] == "failed":
+            return _error(400, (state or {}).get("why", "the server forgot this document"))
+        if state["state"] == "saved":
+            catalogue.look()
+            return JSONResponse({"id": name, "object": "context", **state}, status_code=201)
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def read(engine, name: str, text: str) -> str | None:
+    """Let the engine read document and probe; why it refused, or `None`."""
+    from vllm import SamplingParams
+
+    tokenizer = engine.get_tokenizer()
+    template = PromptTemplate.of(tokenizer)
+    document = template.document_ids(tokenizer, text).tolist()
+    probe = template.question_ids(
+        tokenizer, probe_question(text, IndexConfig().calibration.probe)
+    ).tolist()
+    order = {
+        "name": name,
+        "document_tokens": len(document),
+        "template": asdict(template),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    sampling = SamplingParams(
+        max_tokens=1, temperature=0, extra_args={capture.ARGUMENT: json.dumps(order)}
+    )
+    prompt = {"prompt_token_ids": document + probe}
+    said = None
+    async for output in engine.generate(prompt, sampling, f"index-{name}-{uuid4().hex}"):
+        said = output.kv_transfer_params
+    return ((said or {}).get("squeezed") or {}).get("fallback")
+
+
+async def remove(name: str, http: Request) -> JSONResponse:
+    """Remove a context's directory; its readers have it in memory."""
+    catalogue = http.app.state.squeezed_catalogue
+    if catalogue is None:
+        return _error(501, "this server has no contexts")
+    catalogue.look()
+    try:
+        path = catalogue.named(name).path
+        away = path.with_name(f".removed-{uuid4().hex}")
+        path.rename(away)  # in one step: nobody sees half of it
+        shutil.rmtree(away)
+    except (SqueezedError, OSError) as error:
+        return _error(404, str(error))
+    catalogue.look()
+    return JSONResponse({"id": name, "object": "context", "deleted": True})
 
 
 def joined(ranks: list[dict[str, Any]]) -> dict[str, Any]:

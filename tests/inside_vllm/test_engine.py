@@ -1,6 +1,7 @@
 """Requests over contexts inside vLLM, on a CPU: what they answer, say, and leave alone.
 
-The pool holds 800 tokens, a step 64: prompts are read in chunks beside the decoding of others.
+The pool holds 800 tokens, a step 64: prompts are read in chunks beside the decoding of others. The
+memory for contexts holds two of the three.
 """
 
 import shutil
@@ -13,13 +14,17 @@ BLOCKS, BLOCK = 26, 32  # one block is vLLM's null block
 
 @pytest.fixture(scope="module")
 def llm(place):
-    return engine(
+    files = [f for name in ("one", "two") for f in (place / "contexts" / f"{name}.sqz").iterdir()]
+    memory = sum(file.stat().st_size for file in files if file.name.startswith("layer"))
+    made = engine(
         place,
-        {"scan_seconds": 0.1, "own_tokens": 800, "context_memory": 1.0},
+        {"scan_seconds": 0.1, "own_tokens": 800, "context_memory": memory * 1.02 / (1 << 30)},
         max_num_batched_tokens=64,
         max_num_seqs=8,
         num_gpu_blocks_override=BLOCKS,
     )
+    yield made
+    made.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,23 @@ def test_a_crowd_is_answered_as_each_alone(llm, crowd):
     assert read == ["one", "one", "one", "one", "two", "two", None, None]
     assert together[0]["said"]["keys_read"] < together[1]["said"]["keys_read"]
     assert together[4]["said"]["budget_spent"] == 1.0
+
+
+def test_more_contexts_than_fit_are_served_in_turns(llm, answers):
+    """None goes while it is read, and who waits for room is served."""
+    some = [
+        ([*answers["contexts"][name], 50 + i], {"squeezed_context": name})
+        for i, name in enumerate(("one", "two", "three", "one", "three", "two"))
+    ]
+    before = metric(llm, "squeezed_evictions")
+    together = ask(llm, some)
+    assert [one["said"].get("context") for one in together] == [
+        e["squeezed_context"] for _, e in some
+    ]
+    assert metric(llm, "squeezed_evictions") > before
+    assert metric(llm, "squeezed_resident_bytes") <= metric(llm, "squeezed_capacity_bytes")
+    alone = [ask(llm, [request])[0] for request in some]
+    assert tokens(together) == tokens(alone)
 
 
 def test_preempted_requests_answer_as_alone(llm, answers):

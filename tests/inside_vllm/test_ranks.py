@@ -10,7 +10,9 @@ from engines import ask, engine
 
 @pytest.fixture(scope="module")
 def llm(place):
-    return engine(place, tensor_parallel_size=2, distributed_executor_backend="mp")
+    made = engine(place, tensor_parallel_size=2, distributed_executor_backend="mp")
+    yield made
+    made.llm_engine.engine_core.shutdown()
 
 
 def test_two_ranks_answer_as_transformers(llm, answers):

@@ -9,8 +9,17 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
+import torch
+from engines import until
+
+from squeezed.context.storage.directory import load
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from reference import TEXTS
+from tiny import document
 
 
 def free_port():
@@ -58,6 +67,19 @@ class Server:
             {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
         )
         return urllib.request.urlopen(request, timeout=120)
+
+    def send(self, method, path, body=None):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json", "Authorization": "Bearer secret"},
+            method=method,
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=240) as found:
+                return found.status, json.loads(found.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
 
     def get(self, path):
         with self.open(path) as found:
@@ -162,6 +184,61 @@ def test_metrics_are_vllms_and_ours(server):
     kinds = [line for line in lines if line.startswith("squeezed_requests_total{")]
     assert any('kind="context"' in line for line in kinds)
     assert any('kind="fallback"' in line for line in kinds)
+
+
+def test_a_document_is_indexed_by_the_server_and_removed(server, place, answers):
+    """Its keys are those that Transformers makes, and answers over it are those over that."""
+    text = document(*TEXTS["one"][:2])
+    status, made = server.send("POST", "/v1/contexts", {"name": "own", "text": text})
+    assert status == 201, made
+    assert made["tokens"] == len(answers["contexts"]["one"])
+    own, known = (load(place / "contexts" / f"{name}.sqz") for name in ("own", "one"))
+    assert own.tokens.tolist() == known.tokens.tolist() == answers["contexts"]["one"]
+    assert own.tokenizer == known.tokenizer and own.template == known.template
+    for mine, its in zip(own.layers, known.layers, strict=True):
+        for name in ("keys", "values"):
+            pair = (in_order(x, getattr(x, name)) for x in (mine, its))
+            torch.testing.assert_close(*pair, atol=2e-4, rtol=2e-4)
+    wanted = answers["asked"][0]
+    until(lambda: is_found(server, "own", wanted["prompt"]))
+    for budget in (1.0, 0.1):
+        asked = {"squeezed_context": "own", "squeezed_budget": budget}
+        answer = json.loads(server.complete(wanted["prompt"], asked, max_tokens=16))
+        said = answer["kv_transfer_params"]["squeezed"]
+        assert said["context"] == "own" and said["budget_spent"] == pytest.approx(budget, rel=0.3)
+        assert budget < 1 or tokens(answer) == wanted["tokens"]
+    assert server.send("DELETE", "/v1/contexts/own")[0] == 200
+    assert not (place / "contexts" / "own.sqz").exists()
+    assert server.send("DELETE", "/v1/contexts/own")[0] == 404
+
+
+def in_order(layer, rows):
+    """Keys or values in the document's order, as the model makes them."""
+    order = layer.positions.long().argsort(1)[..., None].expand_as(rows)
+    centre = layer.centre[:, None] if rows is layer.keys else 0
+    return (rows + centre).gather(1, order)
+
+
+def is_found(server, name, ids):
+    """Whether the engine, which looks by itself, has found a context."""
+    answer = json.loads(server.complete(ids, {"squeezed_context": name}, max_tokens=1))
+    return answer["kv_transfer_params"]["squeezed"]["context"] == name
+
+
+@pytest.mark.parametrize(
+    "body, why",
+    [
+        ({"name": "../evil", "text": "some words"}, "name"),
+        ({"name": "own", "text": "  "}, "text"),
+        ({"name": "own"}, "text"),
+        ({"name": "own", "text": "alpha " * 3000}, "token"),
+        ([], ""),
+    ],
+)
+def test_what_cannot_be_indexed_is_refused_with_the_reason(server, place, body, why):
+    status, answer = server.send("POST", "/v1/contexts", body)
+    assert status == 400 and why in answer["error"]["message"]
+    assert not (place / "contexts" / "own.sqz").exists()
 
 
 def test_a_second_replica_answers_alike_from_the_same_directory(server, place, answers, tmp_path):
