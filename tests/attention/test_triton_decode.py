@@ -17,6 +17,7 @@ from squeezed.attention.triton.decode.workspace import Tuning
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
+from squeezed.testing.compared import assert_matches_reference
 
 # The interpreter multiplies no bfloat16.
 DTYPES = (torch.float16, gpu(torch.bfloat16))
@@ -81,22 +82,9 @@ def scaled(layer, query, scale=None):
 def assert_equals_reference(
     query, layer, rule, keys, values, mask=None, scale=None, tuning=TUNING, valid=None
 ):
-    """Error against float64 at most twice that of the reference in the working precision."""
-    output, log_mass, read = run(query, layer, rule, keys, values, mask, scale, tuning, valid)
+    found = run(query, layer, rule, keys, values, mask, scale, tuning, valid)
     suffix = None if keys is None else Suffix(keys, values, mask)
-    arguments = (scaled(layer, query, scale), rule, suffix, valid)
-    exact, exact_mass, expected_read = reference.attend(query.double(), *arguments)
-    rounded = reference.attend(query, *arguments)
-    own = (rounded.output.double() - exact).norm()
-    epsilon = torch.finfo(query.dtype).eps
-    assert (output.double() - exact).norm() <= 2 * own + epsilon / 2 * exact.norm()
-    assert read.tolist() == expected_read.tolist()
-    finite = exact_mass.isfinite()
-    assert log_mass.isfinite().equal(finite) and log_mass.shape == query.shape[:3]
-    own, away = ((x.double() - exact_mass)[finite] for x in (rounded.log_mass, log_mass))
-    # Products of 16-bit numbers are exact; their sums, and those of weights, are float32.
-    rounding = 16 * torch.finfo(torch.float32).eps * (1 + exact_mass[finite].abs())
-    assert (away.abs() <= 2 * own.abs().max() + rounding).all() if len(away) else True
+    assert_matches_reference(found, query, scaled(layer, query, scale), rule, suffix, valid)
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from squeezed.attention.triton.prefill.hopper import kernel as prefill_hopper
 from squeezed.attention.triton.prefill.launch import prefill
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
+from squeezed.testing.compared import assert_matches_reference
 
 DEVICE = interpreter.DEVICE
 KV_HEADS = 2
@@ -93,27 +94,12 @@ def check(layer, rule, query, keys, values, mask=None, scale=None):
     group = query.shape[1] // layer.keys.shape[0]
     rule = replace(rule, far_alpha=far_alpha_for(layer, rule.far_field, group))
     valid = None if mask is None else mask.any(-1)[:, 0]
-    operands = layer, rule, Suffix(keys, values, mask), valid
-    exact, exact_mass, _ = reference(query.double(), *operands)
-    rounded, rounded_mass, expected = reference(query, *operands)
-    output, log_mass, keys_read = prefill(query, *operands)
-    own = (rounded.double() - exact).norm()
-    assert log_mass.isfinite().equal(exact_mass.isfinite())
-    assert close_masses(log_mass, exact_mass, rounded_mass)
-    floor = 8 * torch.finfo(query.dtype).eps * exact.norm()
-    if query.dtype != torch.float32:
-        floor /= 8  # one rounding of the weights, as the tensor cores take them
-    assert (output.double() - exact).norm() <= 2 * own + floor
-    assert keys_read.tolist() == expected.tolist()
-    return output, keys_read
-
-
-def close_masses(found, exact, rounded):
-    """Within twice the reference's own error, and the rounding of sums in float32."""
-    finite = exact.isfinite()
-    own, away = ((x.double() - exact)[finite].abs() for x in (rounded, found))
-    rounding = 16 * torch.finfo(torch.float32).eps * (1 + exact[finite].abs())
-    return bool((away <= 2 * own.max() + rounding).all())
+    operands = query, layer, rule, Suffix(keys, values, mask), valid
+    found = prefill(*operands)
+    # In 16 bits one rounding of the weights, as the tensor cores take them.
+    roundings = 8 if query.dtype == torch.float32 else 1
+    assert_matches_reference(found, *operands, floor=roundings * torch.finfo(query.dtype).eps)
+    return found.output, found.keys_read
 
 
 @pytest.fixture(autouse=True)
