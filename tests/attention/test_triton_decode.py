@@ -6,6 +6,7 @@ import interpreter  # before any kernel
 import pytest
 import torch
 from devices import gpu
+from squeezed.testing.compared import assert_matches_reference
 from trees import far_alpha_for, random_layer
 
 from squeezed.attention import Suffix, reference, triton
@@ -17,7 +18,6 @@ from squeezed.attention.triton.decode.workspace import Tuning
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
-from squeezed.testing.compared import assert_matches_reference
 
 # The interpreter multiplies no bfloat16.
 DTYPES = (torch.float16, gpu(torch.bfloat16))

@@ -7,6 +7,7 @@ import interpreter
 import pytest
 import torch
 from devices import gpu
+from squeezed.testing.compared import assert_matches_reference
 from trees import far_alpha_for, random_layer
 
 from squeezed.attention import Suffix
@@ -18,7 +19,6 @@ from squeezed.attention.triton.prefill.hopper import kernel as prefill_hopper
 from squeezed.attention.triton.prefill.launch import prefill
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
-from squeezed.testing.compared import assert_matches_reference
 
 DEVICE = interpreter.DEVICE
 KV_HEADS = 2

@@ -7,16 +7,8 @@ import squeezed
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model("gemma3")
-
-
-@pytest.fixture(scope="module")
-def context(model):
-    config = squeezed.IndexConfig(
-        clustering=squeezed.ClusteringConfig(levels=(0.05, 0.2), pinned_last=20)
-    )
-    return squeezed.index(model, tiny_tokenizer(), document(), config)
+def context():
+    return squeezed.index(tiny_model(), tiny_tokenizer(), document())
 
 
 def test_budget_one_keeps_everything(context):
@@ -30,13 +22,13 @@ def test_bad_budget_is_refused(context, budget):
         context.cache(budget)
 
 
-def test_unknown_preset_and_implementation_are_refused(context, model):
+def test_unknown_preset_and_implementation_are_refused(context):
     with pytest.raises(squeezed.SqueezedError, match="preset"):
         context.cache(preset="fast")
     with pytest.raises(squeezed.SqueezedError, match="implementation"):
-        squeezed.generate(model, tiny_tokenizer(), context, "x", implementation="warp")
+        squeezed.generate(tiny_model(), tiny_tokenizer(), context, "x", implementation="warp")
 
 
-def test_triton_is_not_replaced_in_silence(context, model):
+def test_triton_is_not_replaced_in_silence(context):
     with pytest.raises(squeezed.SqueezedError, match="needs a context on a GPU"):
-        squeezed.generate(model, tiny_tokenizer(), context, "x", implementation="triton")
+        squeezed.generate(tiny_model(), tiny_tokenizer(), context, "x", implementation="triton")
