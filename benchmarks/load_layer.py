@@ -31,6 +31,7 @@ from squeezed.config import IndexConfig
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.prompt import PromptTemplate
 from squeezed.context.record import ContextRecord
+from squeezed.context.rows import Rows
 from squeezed.context.storage.directory import load
 from squeezed.context.storage.names import layer_file
 from squeezed.context.storage.saving import save
@@ -61,8 +62,7 @@ def record(tokens: int) -> ContextRecord:
         for depth, (count, keys) in enumerate(zip(nodes, ends, strict=True))
     )
     layer = ClusteredLayer(
-        random_numbers(HEADS, tokens, DIM),
-        random_numbers(HEADS, tokens, DIM),
+        Rows(random_numbers(HEADS, tokens, DIM), random_numbers(HEADS, tokens, DIM)),
         torch.arange(tokens).int().expand(HEADS, -1).contiguous(),
         PINNED,
         levels,
@@ -74,7 +74,6 @@ def record(tokens: int) -> ContextRecord:
         torch.zeros(tokens, dtype=torch.long),
         (layer,),
         (None,),
-        (0.1,),
         {},
         IndexConfig(),
         PromptTemplate.plain(),

@@ -8,6 +8,7 @@ import torch
 
 from squeezed.attention import Suffix, choose, implementation
 from squeezed.context.layers import ClusteredLayer, Level
+from squeezed.context.rows import Rows
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
 
@@ -56,8 +57,7 @@ def _layer(keys: torch.Tensor, values: torch.Tensor) -> ClusteredLayer:
     level = Level(means, mean_values, variance, ends.expand(HEADS, -1).contiguous())
     positions = torch.arange(keys.shape[1], dtype=torch.int16, device=keys.device)
     return ClusteredLayer(
-        keys=keys.contiguous(),
-        values=values.contiguous(),
+        rows=Rows(keys.contiguous(), values.contiguous()),
         positions=positions.expand(HEADS, -1),
         pinned=PINNED,
         levels=(level,),

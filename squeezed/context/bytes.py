@@ -27,19 +27,21 @@ class LayerBytes:
 
     dim: int
     element_bytes: int
+    key_bytes: int | None = None  # of a key with its value, where they are not plain numbers
 
     @classmethod
     def of(cls, layer: ClusteredLayer) -> LayerBytes:
-        return cls(layer.keys.shape[2], layer.keys.element_size())
+        centre = layer.centre
+        return cls(centre.shape[1], centre.element_size(), layer.rows.bytes_per_row)
 
     @property
     def row(self) -> int:
-        """A key, a value, or a mean of them."""
+        """A plain key or value, or a mean of them."""
         return self.dim * self.element_bytes
 
     def keys(self, count: Count) -> Count:
         """So many keys, each with its value."""
-        return 2 * self.row * count
+        return (2 * self.row if self.key_bytes is None else self.key_bytes) * count
 
     def nodes(
         self, scored: Count, dropped: Count, second_order: bool, far_field: FarField

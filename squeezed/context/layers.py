@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from squeezed.context.rows import Rows
+
 
 @dataclass(frozen=True)
 class Level:
@@ -49,9 +51,9 @@ class ClusteredLayer:
     """A full-attention layer: exact keys and values, sorted by cluster, and the tree above them.
 
     Attributes:
-        keys, values: `[Hkv, P, D]`. Rows `[0, pinned)` are the pinned tokens, in document order and
-            read by every query; the rest lie in the order of the leaves. Keys are relative to
-            `centre`: those of the model are `keys + centre`.
+        rows: keys and values, `[Hkv, P, D]`. Rows `[0, pinned)` are the pinned tokens, in document
+            order and read by every query; the rest lie in the order of the leaves. Keys are
+            relative to `centre`: those of the model are `keys + centre`.
         positions: `[Hkv, P]`, the document position of every row; int16 where that holds them.
         pinned: number of pinned rows, the same for all heads.
         levels: coarse to fine; empty if the document is too short to cluster.
@@ -65,8 +67,7 @@ class ClusteredLayer:
         scale: softmax scale, by which queries' products with keys are multiplied.
     """
 
-    keys: Tensor
-    values: Tensor
+    rows: Rows
     positions: Tensor
     pinned: int
     levels: tuple[Level, ...]
@@ -75,8 +76,18 @@ class ClusteredLayer:
     scale: float
 
     @property
+    def keys(self) -> Tensor:
+        """`[Hkv, P, D]`, if they are plain."""
+        return self.rows.plain()[0]
+
+    @property
+    def values(self) -> Tensor:
+        """`[Hkv, P, D]`, if they are plain."""
+        return self.rows.plain()[1]
+
+    @property
     def tokens(self) -> int:
-        return self.keys.shape[1]
+        return self.rows.tokens
 
     def centred(self, keys: Tensor) -> Tensor:
         """Keys of the model `[..., Hkv, S, D]`, of the user's tokens say, relative to `centre`."""
@@ -102,7 +113,7 @@ class ClusteredLayer:
         return self.tokens - self.pinned
 
     def kv_bytes(self) -> int:
-        return _bytes(self.keys, self.values)
+        return self.rows.kv_bytes()
 
     def index_bytes(self) -> int:
         """Bytes held on top of keys and values."""
@@ -111,15 +122,17 @@ class ClusteredLayer:
     def tensors(self) -> list[Tensor]:
         """Every tensor of the layer and of its levels."""
         records: tuple[Level | ClusteredLayer, ...] = (self, *self.levels)
-        return [tensor for record in records for tensor in _tensors(record).values()]
+        own = [tensor for record in records for tensor in _tensors(record).values()]
+        return [*self.rows.tensors(), *own]
 
     def of_heads(self, own: slice) -> ClusteredLayer:
         """Some KV heads alone, as views."""
         levels = tuple(_sliced(level, own) for level in self.levels)
-        return replace(_sliced(self, own), levels=levels)
+        return replace(_sliced(self, own), rows=self.rows.of_heads(own), levels=levels)
 
     def to(self, device: torch.device | str) -> ClusteredLayer:
-        return replace(_moved(self, device), levels=tuple(lv.to(device) for lv in self.levels))
+        levels = tuple(level.to(device) for level in self.levels)
+        return replace(_moved(self, device), rows=self.rows.to(device), levels=levels)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch.linalg import vector_norm
 
 from squeezed.config import ClusteringConfig, SpaceConfig
 from squeezed.context.layers import ClusteredLayer, Level
+from squeezed.context.rows import Rows
 from squeezed.indexing import kmeans, statistics
 from squeezed.indexing.finite import check_layer
 from squeezed.indexing.kmeans import take_rows
@@ -95,17 +96,16 @@ def cluster_layers(
     behind = sorted_keys[:, pinned:], sorted_values[:, pinned:]
     slope = value_slope(*behind, levels[-1], config.space.plain_share)
     slope = _held(slope, sorted_keys.dtype)
-    return ClusteredLayer(
-        sorted_keys, sorted_values, _narrow(positions), pinned, levels, slope, centre, scale
-    )
+    held = Rows(sorted_keys, sorted_values)
+    return ClusteredLayer(held, _narrow(positions), pinned, levels, slope, centre, scale)
 
 
 def _unclustered(keys: Tensor, values: Tensor, centre: Tensor, scale: float) -> ClusteredLayer:
     heads, tokens, dim = keys.shape
     positions = _narrow(torch.arange(tokens, device=keys.device).repeat(heads, 1))
     flat = keys.new_zeros(heads, dim, dim)
-    keys = keys - centre[:, None]
-    return ClusteredLayer(keys, values, positions, tokens, (), flat, centre, scale)
+    rows = Rows(keys - centre[:, None], values)
+    return ClusteredLayer(rows, positions, tokens, (), flat, centre, scale)
 
 
 def common_part(keys: Tensor, deviations: float) -> Tensor:

@@ -144,13 +144,14 @@ def masked_attention(
         Output `[B, Hkv, G, Q, D]` and log mass `[B, Hkv, G, Q]`, in the queries' precision.
     """
     batch, kv_heads, group, rows, _ = queries.q.shape
-    dtype, values = queries.q.dtype, layer.values.to(queries.q.dtype)
+    dtype = queries.q.dtype
+    keys, values = layer.rows.wide(dtype)
     step = max(1, MOST_LOGITS // (batch * kv_heads * group * layer.tokens))
     found = []
     for first in range(0, rows, step):
         own = slice(first, min(first + step, rows))
         part = replace(queries, q=queries.q[:, :, :, own], valid=queries.valid[:, own])
-        context = part.logits(layer.keys)
+        context = part.logits(keys)
         read = keep[:, :, queries.blocks[own]].unsqueeze(2)
         context[..., layer.pinned :].masked_fill_(~read, NEG_INF)
         parts = [(context, values)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from squeezed.context.layers import ClusteredLayer, Level
+from squeezed.context.rows import Rows
 
 CENTRE, OFFSET, NOISE = 0.75, 0.55, 0.6
 """Standard deviation of every dimension of coarse centres, leaf offsets and keys around a leaf."""
@@ -122,7 +123,8 @@ def tree_over(
         order = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)
         positions = order.expand(len(keys), -1)
     pinned, centre = int(leaves[0, 0]), torch.zeros_like(keys[:, 0])
-    return ClusteredLayer(keys, values, positions, pinned, levels, slope, centre, scale)
+    rows = Rows(keys, values)
+    return ClusteredLayer(rows, positions, pinned, levels, slope, centre, scale)
 
 
 def _level(keys: Tensor, values: Tensor, rows: Tensor, below: Tensor | None) -> Level:

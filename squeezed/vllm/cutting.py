@@ -70,8 +70,8 @@ def without_last(layer: ClusteredLayer, dropped: int) -> ClusteredLayer:
     kept = torch.cat([torch.arange(start), torch.arange(layer.pinned, layer.tokens)])
     kept = kept.to(layer.keys.device)
     levels = tuple(replace(lv, key_offsets=lv.key_offsets - dropped) for lv in layer.levels)
-    rows = {name: getattr(layer, name)[:, kept] for name in ("keys", "values", "positions")}
-    return replace(layer, **rows, pinned=start, levels=levels)
+    rows, positions = layer.rows.of_tokens(kept), layer.positions[:, kept]
+    return replace(layer, rows=rows, positions=positions, pinned=start, levels=levels)
 
 
 def in_place(layer: ClusteredLayer, device: torch.device) -> ClusteredLayer:
@@ -86,7 +86,7 @@ def in_place(layer: ClusteredLayer, device: torch.device) -> ClusteredLayer:
         return replace(record, **held)
 
     levels: tuple[Level, ...] = tuple(own(level) for level in layer.levels)
-    return replace(own(layer), levels=levels)
+    return replace(own(layer), rows=own(layer.rows), levels=levels)
 
 
 def bytes_on(outline: Outline, tokens: int, share: Share) -> int:

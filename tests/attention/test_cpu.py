@@ -12,9 +12,8 @@ import pytest
 import torch
 from trees import far_alpha_for, random_layer
 
-from squeezed.attention import Suffix, cpu, reference
+from squeezed.attention import Suffix, cpu, reference, scores
 from squeezed.attention.cpu import decode, walk
-from squeezed.attention.reference import lookup
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
 
@@ -53,9 +52,9 @@ def rule_for(layer, query, far_field="none", block=1, shares=(0.5, 0.3), second_
     for depth, share in enumerate(shares[-len(layer.levels) :]):
         if share == 1:
             continue
-        for head, scores in enumerate(_scores(layer, query, rule, depth)):
-            at = int(len(scores) * (1 - share))
-            near = scores[max(0, at - 5) : at + 6]
+        for head, found in enumerate(_scores(layer, query, rule, depth)):
+            at = int(len(found) * (1 - share))
+            near = found[max(0, at - 5) : at + 6]
             widest = int(near.diff().argmax())
             rule.log_thresholds[depth, head] = float(near[widest] + near[widest + 1]) / 2
     return rule
@@ -63,17 +62,17 @@ def rule_for(layer, query, far_field="none", block=1, shares=(0.5, 0.3), second_
 
 def _scores(layer, query, rule, depth):
     """Block scores of every head's filled nodes of one level, ascending."""
-    q = lookup.grouped(query.double(), layer.keys.shape[0])
+    q = scores.grouped(query.double(), layer.keys.shape[0])
     alphas = [None] * len(layer.levels) if rule.alpha is None else rule.alpha
     coarse, logits = (
-        lookup.second_order(
-            lookup.node_logits(q, layer.levels[d], SCALE), q, layer.levels[d], alphas[d], SCALE
+        scores.second_order(
+            scores.node_logits(q, layer.levels[d], SCALE), q, layer.levels[d], alphas[d], SCALE
         )
         for d in (0, depth)
     )
-    normaliser = lookup.log_normaliser(coarse, layer.levels[0].sizes)
-    scores = lookup.block_scores(logits - normaliser, rule.query_block, None)
-    each = (head.flatten() for head in scores.unbind(1))
+    normaliser = scores.log_normaliser(coarse, layer.levels[0].sizes)
+    of_blocks = scores.block_scores(logits - normaliser, rule.query_block, None)
+    each = (head.flatten() for head in of_blocks.unbind(1))
     return [head[head.isfinite()].sort().values for head in each]
 
 

@@ -17,6 +17,7 @@ from squeezed.attention.scores import query_blocks
 from squeezed.config import BEST, ClusteringConfig
 from squeezed.context.captured import ObservedLayer
 from squeezed.context.layers import ClusteredLayer
+from squeezed.context.rows import Rows
 from squeezed.indexing.calibrate import calibrate
 from squeezed.indexing.clustering import cluster_layer
 from squeezed.indexing.forest import Forest
@@ -54,7 +55,7 @@ def plain_twin(layer):
     zero = torch.zeros_like(layer.centre).double()
     slope = layer.value_slope.double()
     return ClusteredLayer(
-        keys, values, layer.positions, layer.pinned, levels, slope, zero, layer.scale
+        Rows(keys, values), layer.positions, layer.pinned, levels, slope, zero, layer.scale
     )
 
 

@@ -11,6 +11,7 @@ from trees import far_alpha_for, random_layer
 from squeezed.attention.interface import Suffix
 from squeezed.attention.reference import attend
 from squeezed.attention.reference.lookup import lookup
+from squeezed.context.rows import Rows
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
 
@@ -125,8 +126,7 @@ def test_order_of_clusters_does_not_matter():
     pick = torch.stack(rows)[..., None].expand_as(layer.keys)
     shuffled = replace(
         layer,
-        keys=layer.keys.gather(1, pick),
-        values=layer.values.gather(1, pick),
+        rows=Rows(layer.keys.gather(1, pick), layer.values.gather(1, pick)),
         levels=(
             replace(
                 level,

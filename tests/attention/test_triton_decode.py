@@ -16,6 +16,7 @@ from squeezed.attention.triton.decode import operator
 from squeezed.attention.triton.decode.step import Step
 from squeezed.attention.triton.decode.workspace import Tuning
 from squeezed.context.layers import ClusteredLayer, Level
+from squeezed.context.rows import Rows
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
 
@@ -296,7 +297,8 @@ def _reversed(layer):
         centroids=level.centroids.flip(1), mean_values=level.mean_values.flip(1),
         variance=level.variance.flip(1), key_offsets=offsets.contiguous(),
     )  # fmt: skip
-    return replace(layer, keys=rows(layer.keys), values=rows(layer.values), levels=(turned,))
+    turned_rows = Rows(rows(layer.keys), rows(layer.values))
+    return replace(layer, rows=turned_rows, levels=(turned,))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -348,7 +350,9 @@ def test_offsets_beyond_31_bits_equal_reference():
     level = Level(centroids.bfloat16(), centroids.bfloat16(), torch.zeros(1, 3), ends).to("cuda")
     slope = keys.new_zeros(1, keys.shape[2], keys.shape[2])
     centre = keys.new_zeros(1, 128)
-    layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,), slope, centre, 1.0)
+    layer = ClusteredLayer(
+        Rows(keys, keys), torch.zeros(1, 1).int(), 16, (level,), slope, centre, 1.0
+    )
     query, recent, values = inputs(layer_of(kv_heads=1, dim=128, dtype=torch.bfloat16))
     query[0, 0, 0] = 2000 * centroids[0, 2]  # only the last cluster, far beyond 2^31 elements
     rule = SelectionRule.for_all_heads((-8.0,), layer, None, "none")

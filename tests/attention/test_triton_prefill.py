@@ -18,6 +18,7 @@ from squeezed.attention.triton.prefill import launch
 from squeezed.attention.triton.prefill.hopper import kernel as prefill_hopper
 from squeezed.attention.triton.prefill.launch import prefill
 from squeezed.context.layers import ClusteredLayer, Level
+from squeezed.context.rows import Rows
 from squeezed.context.rule import SelectionRule
 
 DEVICE = interpreter.DEVICE
@@ -348,7 +349,9 @@ def test_prefill_offsets_beyond_31_bits_equal_reference(kernel):
     level = Level(centroids.bfloat16(), centroids.bfloat16(), torch.zeros(1, 3), ends).to("cuda")
     slope = keys.new_zeros(1, 128, 128)
     centre = keys.new_zeros(1, 128)
-    layer = ClusteredLayer(keys, keys, torch.zeros(1, 1).int(), 16, (level,), slope, centre, 0.1)
+    layer = ClusteredLayer(
+        Rows(keys, keys), torch.zeros(1, 1).int(), 16, (level,), slope, centre, 0.1
+    )
     query, recent, values = inputs(kv_heads=1, rows=128, suffix=128, dim=128, dtype=keys.dtype)
     query[:] = 2000 * centroids[0, 2]  # only the last cluster, far beyond 2^31 elements
     rule = SelectionRule.for_all_heads((-8.0,), layer, None, "none", 128)

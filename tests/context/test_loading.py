@@ -468,8 +468,8 @@ def test_a_layer_that_could_not_be_loaded_is_not_saved(tmp_path):
 def test_every_field_of_a_layer_is_in_the_table():
     layer = CONTEXT.layers[0]
     tensors = tensors_of(layer)
-    in_description = {"levels", "scale"}
-    assert set(vars(layer)) - in_description == {field.name for field in CLUSTERED}
+    held, elsewhere = {*vars(layer), *vars(layer.rows)}, {"rows", "encoding", "levels", "scale"}
+    assert held - elsewhere == {field.name for field in CLUSTERED}
     assert set(vars(layer.levels[0])) == {field.name for field in LEVEL}
     check_layer(tensors, Outline.of(layer), TOKENS)
 

@@ -36,7 +36,7 @@ def attend_units(
     top, mass = np.empty((2, len(bounds) - 1, width), np.float32)
     acc = np.empty((len(bounds) - 1, width, dim), np.float32)
     exact.attend_exact(
-        pieces, bounds, q, flat(layer.keys), flat(layer.values), layer.tokens, found.state,
+        pieces, bounds, q, *map(flat, layer.rows.plain()), layer.tokens, found.state,
         found.key_offsets, suffix.keys, suffix.values, suffix.strides, rows.batch.numpy(),
         rows.mask.numpy(), top, mass, acc,
     )  # fmt: skip

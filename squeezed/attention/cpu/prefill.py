@@ -64,7 +64,7 @@ def gather(
     rule: SelectionRule,
 ) -> Gathered:  # fmt: skip
     """Copy what the unit reads, widened to float32."""
-    keys, values = layer.keys[head], layer.values[head]
+    keys, values = (rows_of[head] for rows_of in layer.rows.plain())
     pinned = layer.pinned if layer.levels else layer.tokens
     batch, dim = int(rows.batch[unit]), keys.shape[1]
     kept = torch.empty(0, dtype=torch.int64)

@@ -36,7 +36,8 @@ def attend(
     """
     q = grouped(query, layer.keys.shape[0])
     batch, rows = q.shape[0], q.shape[3]
-    context = layer.scale * torch.einsum("bhgqd,hpd->bhgqp", q, layer.keys.to(q.dtype))
+    keys, values = layer.rows.wide(q.dtype)
+    context = layer.scale * torch.einsum("bhgqd,hpd->bhgqp", q, keys)
     parts, far_variance = [], None
     keys_read = torch.zeros(batch, dtype=torch.int64, device=q.device)
     if layer.levels:
@@ -47,7 +48,7 @@ def attend(
         if rule.far_field == "second_order":
             far_variance = found.far_variance
         keys_read = _keys_read(found, layer, rule, valid, rows)
-    parts.append((context, layer.values.to(q.dtype)))
+    parts.append((context, values))
     if suffix is not None:
         parts.append((suffix.logits(q, layer.scale), suffix.values.to(q.dtype)))
     output, log_mass, weights = softmax_over(parts, valid)

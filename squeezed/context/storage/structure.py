@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from squeezed.context.layers import ClusteredLayer, Level, WindowLayer
+from squeezed.context.rows import Rows
 from squeezed.context.storage.strict import Count, Malformed, PositiveCount
 from squeezed.errors import shown
 
@@ -233,9 +234,10 @@ def layer_of(
         return WindowLayer(tensors["keys"], tensors["values"], int(tensors["window_tokens"]))
     assert scale is not None
     levels = tuple(_level(tensors, depth) for depth in range(len(outline.nodes)))
-    assert scale is not None
-    found = {field.name: tensors[field.name] for field in CLUSTERED if field.name != "pinned"}
-    return ClusteredLayer(levels=levels, pinned=int(tensors["pinned"]), scale=scale, **found)
+    rows, pinned = Rows(tensors["keys"], tensors["values"]), int(tensors["pinned"])
+    apart = ("keys", "values", "pinned")
+    found = {field.name: tensors[field.name] for field in CLUSTERED if field.name not in apart}
+    return ClusteredLayer(rows=rows, levels=levels, pinned=pinned, scale=scale, **found)
 
 
 def _level(tensors: Mapping[str, Tensor], depth: int) -> Level:

@@ -145,7 +145,8 @@ def check(query: Tensor, layer: ClusteredLayer, suffix: Suffix | None) -> None:
                 f"{name}: expected rows contiguous and keys and values laid out alike, got strides "
                 f"{tensor.stride()}; call contiguous()"
             )
-    for name, tensor in (("layer.keys", layer.keys), ("layer.values", layer.values)):
+    plain = layer.rows.plain()
+    for name, tensor in zip(("layer.keys", "layer.values"), plain, strict=True):
         if not tensor.is_contiguous() or tensor.dtype != query.dtype:
             raise SqueezedError(
                 f"{name}: expected contiguous {query.dtype}, got {tensor.dtype} with strides "

@@ -15,6 +15,7 @@ from squeezed.attention.interface import Attended, Suffix
 from squeezed.attention.triton.decode import launch as decode
 from squeezed.config import FarField
 from squeezed.context.layers import ClusteredLayer, Level
+from squeezed.context.rows import Rows
 from squeezed.context.rule import SelectionRule
 
 
@@ -30,8 +31,7 @@ def decode_step(
     own = (None, None, None) if suffix is None else (suffix.keys, suffix.values, suffix.mask)
     found = step_of_parts(
         query,
-        layer.keys,
-        layer.values,
+        *layer.rows.plain(),
         layer.positions,
         layer.value_slope,
         layer.centre,
@@ -80,7 +80,8 @@ def step_of_parts(
     children = [*child_offsets, None] if centroids else []
     columns = (centroids, mean_values, variance, key_offsets, children)
     levels = tuple(Level(*parts) for parts in zip(*columns, strict=True))
-    layer = ClusteredLayer(keys, values, positions, pinned, levels, value_slope, centre, scale)
+    rows = Rows(keys, values)
+    layer = ClusteredLayer(rows, positions, pinned, levels, value_slope, centre, scale)
     kind = cast(FarField, far_field)  # an operator takes no literal
     rule = SelectionRule(log_thresholds, alpha, kind, far_alpha=far_alpha)
     suffix = None

@@ -79,7 +79,7 @@ class Step:
         top = self.layer.levels[0] if self.layer.levels else None
         programs = cut.pinned_chunks + cut.splits + cut.tile_batch * cut.recent_chunks
         lookup.open_kernel[cut.problems, programs](
-            self.query, self.layer.keys, self.layer.values,
+            self.query, *self.layer.rows.plain(),
             top.centroids if top else self.query, top.variance if top else self.query,
             top.key_offsets if top else self.query,
             top.child_offsets if top and cut.nested else self.query, self._alpha(0), keys, values,
@@ -132,7 +132,7 @@ class Step:
     def attend_lists(self) -> None:
         cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
         attention.attend_kernel[(cut.programs,)](
-            self.query, self.layer.keys, self.layer.values, s.runs, s.run_bits,
+            self.query, *self.layer.rows.plain(), s.runs, s.run_bits,
             tuple(level.mean_values for level in self.layer.levels), cut.bounds, s.far_nodes,
             s.far_variances, s.far_logits, s.counters, s.sums, s.highs, s.masses, s.spreads,
             self.query.stride(0), self.query.stride(1), shape.batch, cut.problems, shape.tokens,

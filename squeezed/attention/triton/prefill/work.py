@@ -127,7 +127,7 @@ class Work:
             keys, values = map(aligned, (keys, values))
         kernel, settings = self._kernel(query)
         kernel[(self.programs,)](
-            query, *query.stride()[:3], layer.keys, layer.values, layer.tokens,
+            query, *query.stride()[:3], *layer.rows.plain(), layer.tokens,
             keys, *keys.stride()[:3], values, *values.stride()[:3],
             mask, *mask_strides, ends, bounds, found.nodes, found.count,
             tuple(lv.centroids for lv in levels), tuple(lv.mean_values for lv in levels),
