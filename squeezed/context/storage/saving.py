@@ -27,6 +27,10 @@ from squeezed.context.storage.strict import Malformed
 from squeezed.context.storage.structure import check_layer, tensors_of
 from squeezed.errors import ContextFileError, shown
 
+LONGEST_NAME = 248
+"""Bytes: a file system's names end at 255, and a context is a directory, which travels as an archive
+of its name and `.tar.gz`."""
+
 
 def save(context: ContextRecord, path: Path) -> Path:
     """Write `context` to the directory `path`, replacing an older context only when complete.
@@ -102,11 +106,17 @@ def resolve(path: Path) -> Path:
     """The real place of `path`, links followed.
 
     Raises:
-        ContextFileError: a path without a name, or a link to nothing.
+        ContextFileError: a path without a name, or with too long a one, or a link to nothing.
     """
     if path.name in ("", "..") or "\0" in str(path):
         raise ContextFileError(
             f"output: {shown(path)} does not name a directory; name one, as in manual.sqz"
+        )
+    length = len(os.fsencode(path.name))
+    if length > LONGEST_NAME:
+        raise ContextFileError(
+            f"output: expected a name of at most {LONGEST_NAME} bytes, so that NAME.tar.gz is one too, "
+            f"got {length}; choose a shorter name"
         )
     real = Path(os.path.realpath(path))
     if path.is_symlink() and not os.path.lexists(real):
