@@ -28,8 +28,8 @@ from squeezed.context.storage.structure import check_layer, tensors_of
 from squeezed.errors import ContextFileError, shown
 
 LONGEST_NAME = 248
-"""Bytes: a file system's names end at 255, and a context is a directory, which travels as an archive
-of its name and `.tar.gz`."""
+"""Bytes: a file system's names end at 255, and a context is a directory, which travels as an
+archive of its name and `.tar.gz`."""
 
 
 def save(context: ContextRecord, path: Path) -> Path:
@@ -115,8 +115,8 @@ def resolve(path: Path) -> Path:
     length = len(os.fsencode(path.name))
     if length > LONGEST_NAME:
         raise ContextFileError(
-            f"output: expected a name of at most {LONGEST_NAME} bytes, so that NAME.tar.gz is one too, "
-            f"got {length}; choose a shorter name"
+            f"output: expected a name of at most {LONGEST_NAME} bytes, so that NAME.tar.gz is one "
+            f"too, got {length}; choose a shorter name"
         )
     real = Path(os.path.realpath(path))
     if path.is_symlink() and not os.path.lexists(real):
