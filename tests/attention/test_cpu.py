@@ -12,10 +12,13 @@ import pytest
 import torch
 from trees import far_alpha_for, random_layer
 
-from squeezed.attention import Suffix, cpu, reference, scores
+from squeezed.attention import Suffix, cpu, reference
 from squeezed.attention.cpu import decode, walk
+from squeezed.attention.scores import block_scores, grouped
+from squeezed.attention.walk import scored_levels
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
+from squeezed.testing.compared import assert_matches_reference
 
 SCALE = 0.2
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,9 +55,9 @@ def rule_for(layer, query, far_field="none", block=1, shares=(0.5, 0.3), second_
     for depth, share in enumerate(shares[-len(layer.levels) :]):
         if share == 1:
             continue
-        for head, found in enumerate(_scores(layer, query, rule, depth)):
-            at = int(len(found) * (1 - share))
-            near = found[max(0, at - 5) : at + 6]
+        for head, scores in enumerate(_scores(layer, query, rule, depth)):
+            at = int(len(scores) * (1 - share))
+            near = scores[max(0, at - 5) : at + 6]
             widest = int(near.diff().argmax())
             rule.log_thresholds[depth, head] = float(near[widest] + near[widest + 1]) / 2
     return rule
@@ -62,31 +65,17 @@ def rule_for(layer, query, far_field="none", block=1, shares=(0.5, 0.3), second_
 
 def _scores(layer, query, rule, depth):
     """Block scores of every head's filled nodes of one level, ascending."""
-    q = scores.grouped(query.double(), layer.keys.shape[0])
-    alphas = [None] * len(layer.levels) if rule.alpha is None else rule.alpha
-    coarse, logits = (
-        scores.second_order(
-            scores.node_logits(q, layer.levels[d], SCALE), q, layer.levels[d], alphas[d], SCALE
-        )
-        for d in (0, depth)
-    )
-    normaliser = scores.log_normaliser(coarse, layer.levels[0].sizes)
-    of_blocks = scores.block_scores(logits - normaliser, rule.query_block, None)
-    each = (head.flatten() for head in of_blocks.unbind(1))
+    q = grouped(query.double(), layer.keys.shape[0])
+    level = list(scored_levels(q, replace(layer, scale=SCALE), rule.alpha))[depth]
+    scores = block_scores(level.log_scores, rule.query_block, None)
+    each = (head.flatten() for head in scores.unbind(1))
     return [head[head.isfinite()].sort().values for head in each]
 
 
-def assert_close(got, query, layer, rule, keys, values, mask=None, floor=2e-7):
-    """At most twice the reference's own error in the working precision, plus a small floor."""
-    output, _, keys_read = got
+def assert_close(got, query, layer, rule, keys, values, mask=None, floor=None):
     valid = None if mask is None else mask.any(-1)[:, 0]
-    arguments = (layer, rule, Suffix(keys, values, mask), valid)
-    exact, _, exact_read = reference.attend(query.double(), *arguments)
-    single = reference.attend(query.float(), *arguments).output
-    own = (single.to(query.dtype).double() - exact).abs().max()
-    assert output.dtype == query.dtype and output.shape == query.shape
-    assert keys_read.tolist() == exact_read.tolist()
-    assert (output.double() - exact).abs().max() <= 2 * own + floor
+    suffix = Suffix(keys, values, mask)
+    assert_matches_reference(got, query, layer, rule, suffix, valid, floor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -95,9 +95,7 @@ def check(attend, kind, dtype, budgets, block=False, rows=6, device="cpu", token
         miss = (output.double() - exact)[same].norm() / exact[same].norm()
         assert same.float().mean() > 0.25 and output.isfinite().all()
         assert miss <= torch.finfo(dtype).eps, f"budget {budget}: {miss:.5f}"
-        leaf = int(
-            layer.levels[-1].sizes.max()
-        )  # that rounding moves, for a whole block of queries
+        leaf = int(layer.levels[-1].sizes.max())  # moved by rounding, for all queries of a block
         moved = leaf * min(rule.query_block, rows) if block else 20
         assert abs(int(read.sum()) - int(expected.sum())) <= 0.02 * int(expected.sum()) + moved
 
