@@ -5,6 +5,8 @@
 # make docs    the site, into build/site; a broken link, or one that needs the network, fails
 # make package sdist and wheel into dist, and the wheel tried in an environment of its own
 # make vllm    the tests that run vLLM, in an environment of their own; skipped without its wheel
+# make oldest  tests with the lowest supported releases, or TESTS="tests/hf ..." of them
+# make newest  tests with the highest
 # make format  put the style right
 # All create the virtual environment in .venv first; remove that directory to start over.
 
@@ -14,10 +16,11 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 EMPTY := build/empty
+TESTS ?= tests
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types docs package vllm format clean
+.PHONY: demo test lint types docs package vllm oldest newest format clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -48,6 +51,12 @@ package: $(INSTALLED)
 
 vllm: $(INSTALLED)
 	PYTHON=$(PYTHON) timeout --kill-after=30 720 sh tests/inside_vllm/run.sh $(VENV)-vllm
+
+oldest newest:
+	test -x build/$@/bin/python || $(PYTHON) -m venv build/$@
+	build/$@/bin/python -m pip install --quiet --constraint constraints-$@.txt torch
+	build/$@/bin/python -m pip install --quiet --constraint constraints-$@.txt --editable ".[dev,eval]"
+	OMP_NUM_THREADS=1 build/$@/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

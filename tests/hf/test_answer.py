@@ -60,6 +60,7 @@ LOOKING_BACK = {
 }
 
 
+@pytest.mark.transformers("5.23")
 @pytest.mark.parametrize("name", LOOKING_BACK)
 def test_generate_with_processors_that_look_back_equals_dense(name, model, context):
     arguments = {"max_new_tokens": 10} | LOOKING_BACK[name]

@@ -44,6 +44,7 @@ MODELS = {
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 
 
+@pytest.mark.transformers("5.23")
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("length", [400, SWITCH + 1, 900])
 def test_longrope_equals_dense_on_both_sides_of_its_switch(kind, length):

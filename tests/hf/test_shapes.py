@@ -85,6 +85,7 @@ def sharing(kind, types, shared, **changes):
     return model
 
 
+@pytest.mark.transformers("5.23")
 @pytest.mark.parametrize("kind", SHARING)
 @pytest.mark.parametrize(
     ("types", "shared"), [([S, F, S, F, S, F], 2), ([F, F, S, F, F], 2), ([F, S, F, S, F, F], 4)]
@@ -98,6 +99,7 @@ def test_layers_that_share_keys_equal_dense(kind, types, shared):
     assert divergence(model, context, budget=0.05) > 1e-6
 
 
+@pytest.mark.transformers("5.23")
 @pytest.mark.parametrize("kind", SHARING)
 def test_generate_with_shared_keys_equals_dense_and_counts_every_reader(kind):
     model = sharing(kind, [S, F, S, F, F], 2)
@@ -114,6 +116,7 @@ def test_generate_with_shared_keys_equals_dense_and_counts_every_reader(kind):
     assert one_owner < answer.spending.keys_read <= three_readers
 
 
+@pytest.mark.transformers("5.23")
 def test_queries_of_sharing_layers_calibrate_too():
     model = sharing("Gemma3nText", [S, F, S, F, F], 2)
     assert [kind.readers for kind in layer_kinds(model)] == [1, 3, 1]
