@@ -49,7 +49,7 @@ class Server:
             env=environment,
         )
 
-    def wait(self, seconds=240):
+    def wait(self, seconds=400):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             assert self.process.poll() is None, "the server ended"

@@ -32,6 +32,9 @@ from squeezed.context.storage.saving import save
 from squeezed.errors import SqueezedError
 from squeezed.measure.speed.fabricated import context_of
 
+Case = tuple[int, int]
+"""Tokens of the document, and requests at once."""
+
 KINDS = ("dense", "fp8", "squeezed")
 QUESTION_TOKENS = 32
 WARM_STEPS, TIMED_STEPS = 8, 64
@@ -145,30 +148,65 @@ def repeated(one, path: Path, layers: int) -> Path:
     return path
 
 
-def engine(kind: str, model: Path, contexts: Path, longest: int, arguments: dict):
-    """vLLM in this process."""
+def engine(kind: str, model: Path, contexts: Path, cases: list[Case], shape: dict, given: dict):
+    """vLLM in this process; `given` are further arguments of its `LLM`."""
     from vllm import LLM
 
+    from squeezed.vllm import register
     from squeezed.vllm.launch import transfer_config
     from squeezed.vllm.settings import Settings
 
-    given = {
+    register()  # where the package was not installed, vLLM does not find it
+    longest, most = (max(numbers) for numbers in zip(*cases, strict=True))
+    arguments = {
         "skip_tokenizer_init": True,
         "load_format": "dummy",
         "max_model_len": longest + 1024,
+        "max_num_seqs": most,
         "enable_prefix_caching": True,
         "distributed_executor_backend": "uni",
     }
     if kind == "fp8":
-        given["kv_cache_dtype"] = "fp8"
+        arguments["kv_cache_dtype"] = "fp8"
     if kind == "squeezed":
-        settings = Settings(
-            (contexts,), own_tokens=2048, context_memory=arguments.pop("context_memory", None)
-        )
-        given["kv_transfer_config"] = json.loads(transfer_config(settings))
-        if torch.cuda.is_available():
-            given |= {"attention_backend": "CUSTOM", "block_size": 16}
-    return LLM(str(model), **(given | arguments))
+        memory = context_gib({tokens for tokens, _ in cases}, shape)
+        settings = Settings((contexts,), own_tokens=4096, context_memory=memory)
+        arguments["kv_transfer_config"] = json.loads(transfer_config(settings))
+    if torch.cuda.is_available():
+        arguments |= on_gpu(kind, sorted({requests for _, requests in cases}))
+    return LLM(str(model), **(arguments | given))
+
+
+def on_gpu(kind: str, sizes: list[int]) -> dict:
+    """Arguments for a GPU: dense steps are one graph, ours are graphs between attention."""
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    if kind == "squeezed":
+        graphs = {"mode": 3, "backend": "eager", "cudagraph_mode": "PIECEWISE"}
+    found = {
+        "gpu_memory_utilization": 0.9,
+        "max_num_batched_tokens": 8192,
+        "compilation_config": graphs | {"cudagraph_capture_sizes": sizes},
+    }
+    if kind == "squeezed":
+        found |= {"attention_backend": "CUSTOM", "block_size": 16}
+    return found
+
+
+def context_gib(lengths: set[int], shape: dict) -> float:
+    """Memory for contexts of these lengths, in GiB; an index takes at most 8 % on top."""
+    numbers = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+    itemsize = 2 if torch.cuda.is_available() else 4
+    return 1.1 * sum(lengths) * numbers * itemsize / (1 << 30)
+
+
+def spread(model: torch.nn.Module) -> None:
+    """Random weights in the place of vLLM's own, by which all queries are zero: queries here are
+    as large as those that calibrated the contexts."""
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data.fill_(1)
+        elif weight.numel():
+            weight.data.normal_(std=weight.shape[-1] ** -0.5)
 
 
 def timed(llm, prompts: list[list[int]], budget: float) -> tuple[list[float], float, float | None]:
@@ -231,7 +269,7 @@ def measure(llm, kind: str, tokens: int, requests: int, vocabulary: int, budget:
     )
 
 
-def parsed(cases: str) -> list[tuple[int, int]]:
+def parsed(cases: str) -> list[Case]:
     """`131072x4,...` as pairs of document tokens and requests."""
     try:
         return [tuple(map(int, case.split("x"))) for case in cases.split(",")]
@@ -262,8 +300,8 @@ def main(
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "SQUEEZED_VLLM": "1",
     }
-    on_gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -272,11 +310,11 @@ def main(
         if kind == "squeezed":
             for tokens in sorted({tokens for tokens, _ in wanted}):
                 context_directory(place / "contexts", shape, tokens, budget, device, dtype)
-        if on_gpu:
+        if cuda:
             torch.cuda.empty_cache()
-        longest = max(tokens for tokens, _ in wanted)
         given = {"dtype": str(dtype).removeprefix("torch."), **json.loads(arguments)}
-        llm = engine(kind, model, place / "contexts", longest, given)
+        llm = engine(kind, model, place / "contexts", wanted, shape, given)
+        llm.apply_model(spread)
         for tokens, requests in wanted:
             rows.append(measure(llm, kind, tokens, requests, shape["vocab_size"], budget))
             print(rows[-1], flush=True)
