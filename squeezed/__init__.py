@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from squeezed.moved import find_moved
 from squeezed.system.forks import survive_forks
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 survive_forks()
+find_moved()
 
 
 def __getattr__(name: str) -> Any:

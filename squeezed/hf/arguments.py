@@ -76,7 +76,7 @@ NUMBERS = {
 AT_LEAST_ONE = ("num_beams", "num_return_sequences")
 
 METHODS = {
-    "streamer": (("put", "end"), "a streamer, with put() and end()"),
+    "streamer": (("put",), "a streamer, with put(tokens), and end() if it is to know the end"),
     "assistant_model": (("config", "generate"), "a Transformers model"),
 }
 
@@ -182,6 +182,16 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+class Endless:
+    """A streamer that need not know the end: Transformers asks for `end()` when all is done."""
+
+    def __init__(self, streamer: Any) -> None:
+        self.put = streamer.put
+
+    def end(self) -> None:
+        pass
+
+
 def passed_on(
     wishes: Wishes, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, clock: Any
 ) -> dict[str, Any]:
@@ -205,6 +215,8 @@ def passed_on(
         found["cache_implementation"] = None
     if wishes.chosen("stop_strings") is not None or "assistant_tokenizer" in found:
         found["tokenizer"] = tokenizer
+    if (streamer := found.get("streamer")) is not None and not hasattr(streamer, "end"):
+        found["streamer"] = Endless(streamer)
     for name, extra in (("stopping_criteria", [clock]), ("logits_processor", [])):
         given = found.get(name, [])
         found[name] = [*(given if isinstance(given, Iterable) else [given]), *extra]

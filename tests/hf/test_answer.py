@@ -232,6 +232,24 @@ def test_generate_refuses_by_name_before_the_model_runs(name, model, context, mo
     assert "\n" not in str(refused.value)
 
 
+class OnlyPut:
+    """As short as a streamer may be."""
+
+    def __init__(self):
+        self.seen = []
+
+    def put(self, tokens):
+        self.seen.append(tokens)
+
+
+def test_a_streamer_without_an_end_gets_every_token(model, context):
+    streamer = OnlyPut()
+    answer = ask(model, context, streamer=streamer, max_new_tokens=4)
+    prompt, *tokens = streamer.seen
+    assert len(prompt.flatten()) > 0
+    assert torch.cat([part.flatten() for part in tokens]).equal(answer.tokens)
+
+
 WRONG_KINDS = {
     "max_new_tokens": ["5", 2.5, True],
     "max_length": ["900"],
