@@ -26,7 +26,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(INSTALLED)
 	$(BIN)/squeezed demo
 
-test: $(INSTALLED) lint types docs package
+test: $(INSTALLED) lint types docs package vllm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: $(INSTALLED)

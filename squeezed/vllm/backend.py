@@ -136,6 +136,8 @@ class SqueezedBuilder(FlashAttentionMetadataBuilder):
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         plain = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if not isinstance(self.kv_cache_spec, ContextAttentionSpec):
+            return plain  # of layers that see a window: null blocks there are what it left behind
         return SqueezedMetadata(**vars(plain), builder=self, common=common_attn_metadata)
 
     def build_own(self, common, held: list[int]) -> FlashAttentionMetadata:

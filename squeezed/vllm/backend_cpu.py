@@ -69,6 +69,8 @@ class SqueezedCPUBuilder(CPUAttentionMetadataBuilder):
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         plain = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if not isinstance(self.kv_cache_spec, ContextAttentionSpec):
+            return plain  # of layers that see a window: null blocks there are what it left behind
         return SqueezedCPUMetadata(**vars(plain), builder=self, common=common_attn_metadata)
 
 

