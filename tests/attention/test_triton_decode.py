@@ -6,7 +6,6 @@ import interpreter  # before any kernel
 import pytest
 import torch
 from devices import gpu
-from squeezed.testing.compared import assert_matches_reference
 from trees import far_alpha_for, random_layer
 
 from squeezed.attention import Suffix, reference, triton
@@ -19,6 +18,7 @@ from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rows import Rows
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
+from squeezed.testing.compared import assert_matches_reference
 
 # The interpreter multiplies no bfloat16.
 DTYPES = (torch.float16, gpu(torch.bfloat16))

@@ -7,7 +7,6 @@ import interpreter
 import pytest
 import torch
 from devices import gpu
-from squeezed.testing.compared import assert_matches_reference
 from trees import far_alpha_for, random_layer
 
 from squeezed.attention import Suffix
@@ -20,6 +19,7 @@ from squeezed.attention.triton.prefill.launch import prefill
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rows import Rows
 from squeezed.context.rule import SelectionRule
+from squeezed.testing.compared import assert_matches_reference
 
 DEVICE = interpreter.DEVICE
 KV_HEADS = 2
