@@ -24,31 +24,22 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from squeezed.attention.interface import Attended
 from squeezed.vllm.arena import HeldContext
-from squeezed.vllm.blocks import ContextAttentionSpec
+from squeezed.vllm.blocks import ContextAttentionSpec, ContextBlocks
 from squeezed.vllm.join import join
 from squeezed.vllm.rows import ALONE, WHOLE, Groups, Row, grouped, rows_of
 from squeezed.vllm.settings import Settings
 from squeezed.vllm.worker import WORKER
 
 
-class SqueezedBackend(FlashAttentionBackend):
+class SqueezedBackend(ContextBlocks, FlashAttentionBackend):
     """FlashAttention, and contexts."""
-
-    settings: Settings | None = None
 
     @staticmethod
     def get_name() -> str:
         return "CUSTOM"
-
-    @classmethod
-    def customize_spec(cls, spec):
-        if type(spec) is not FullAttentionSpec or cls.settings is None:
-            return spec
-        return ContextAttentionSpec.of(spec, cls.settings.own_tokens)
 
     @staticmethod
     def get_impl_cls():

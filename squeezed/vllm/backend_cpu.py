@@ -18,26 +18,17 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from squeezed.attention.interface import Suffix
 from squeezed.errors import SqueezedError
-from squeezed.vllm.blocks import ContextAttentionSpec
+from squeezed.vllm.blocks import ContextAttentionSpec, ContextBlocks
 from squeezed.vllm.rows import WHOLE, Groups, Row, grouped, rows_of
 from squeezed.vllm.settings import Settings
 from squeezed.vllm.worker import WORKER
 
 
-class SqueezedCPUBackend(CPUAttentionBackend):
+class SqueezedCPUBackend(ContextBlocks, CPUAttentionBackend):
     """In the place of vLLM's; without our connector it does what that does."""
-
-    settings: Settings | None = None
-
-    @classmethod
-    def customize_spec(cls, spec):
-        if type(spec) is not FullAttentionSpec or cls.settings is None:
-            return spec
-        return ContextAttentionSpec.of(spec, cls.settings.own_tokens)
 
     @staticmethod
     def get_impl_cls():

@@ -15,6 +15,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from squeezed.vllm.settings import Settings
+
 ENDS: dict[bytes, int] = {}
 """Hash that a request over a context has for the context's last block -> blocks of the context.
 
@@ -44,6 +46,22 @@ class ContextAttentionSpec(FullAttentionSpec):
         usual = super().max_memory_usage_bytes(vllm_config)
         own = -(-self.own_tokens // self.block_size) * self.page_size_bytes
         return min(usual, own) if own else usual
+
+
+class ContextBlocks:
+    """What an attention backend of ours does with vLLM's spec, ahead of the backend it extends.
+
+    Attributes:
+        settings: of the engine; `None` where our connector is not, and all is as in vLLM.
+    """
+
+    settings: Settings | None = None
+
+    @classmethod
+    def customize_spec(cls, spec):
+        if type(spec) is not FullAttentionSpec or cls.settings is None:
+            return spec
+        return ContextAttentionSpec.of(spec, cls.settings.own_tokens)
 
 
 class ContextAttentionManager(FullAttentionManager):
