@@ -159,7 +159,7 @@ def _catalogue(engine_client):
     settings = Settings.of_engine(config)
     if settings is None:
         return None
-    from squeezed.vllm.connector import catalogue_of
+    from squeezed.vllm.scheduler import catalogue_of
 
     return catalogue_of(config, settings)
 
