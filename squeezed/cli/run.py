@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from squeezed.cli.interrupts import Interrupts
@@ -62,13 +63,20 @@ def _failed(words: list[str], error: Exception) -> int:
         from squeezed.cli.app import COMMANDS
 
         command = f"squeezed {words[0]}" if words[0] in COMMANDS else "squeezed"
-        say_error(f"{usage().rstrip('.')}; see {command} --help")
+        say_error(f"{usage().rstrip('.')}{_given(error)}; see {command} --help")
     elif known is not None:
         say_error(str(known))
     else:
         say_error(_fault(error))
         return FAULT_STATUS
     return USAGE_STATUS
+
+
+def _given(error: Exception) -> str:
+    """The wrong value, where Typer read it with Pydantic, whose message leaves it out."""
+    problems: Callable[[], list[dict]] = getattr(error.__cause__, "errors", list)
+    found = problems()
+    return f", got {found[0]['input']!r}" if found else ""
 
 
 def _fault(error: Exception) -> str:

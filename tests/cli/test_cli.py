@@ -184,7 +184,7 @@ def test_budget_outside_the_range_is_refused(capsys, place, budget):
         ("--dtype", "int3", "bfloat16"),
         ("--device", "toaster", "auto"),
         ("--max-new-tokens", "0", "at least 1"),
-        ("--budget", "much", "--budget"),
+        ("--budget", "much", "'much'"),
         ("--colour", "red", "--help"),
     ],
 )
