@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from squeezed.moved import find_moved
 from squeezed.system.forks import survive_forks
+from squeezed.system.platforms import refuse_unsupported_system
 
 if TYPE_CHECKING:
     from squeezed.answers.session import Session
@@ -49,6 +50,7 @@ __all__ = [
     "merge",
 ]
 
+refuse_unsupported_system()
 survive_forks()
 find_moved()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,10 +67,12 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _of_machine() -> Iterator[int]:
-    """What Linux can hand out, swap included."""
+    """What Linux can hand out, swap included; of another system, all that the machine has."""
     held = _named_numbers(PROC / "meminfo")
     if "MemAvailable" in held:
         yield 1024 * (held["MemAvailable"] + held.get("SwapFree", 0))
+    elif {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
+        yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _of_control_groups() -> Iterator[int]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import os
 import socket
-from contextlib import suppress
+import uuid
 from pathlib import Path
 
 try:
     import fcntl
     import resource
-except ImportError:  # Windows: no locks, so nothing of others is ever cleared
+except ImportError:  # no locks, so nothing of others is ever cleared
     fcntl = resource = None  # type: ignore[assignment]
 
 OF_DESCRIPTOR = "/proc/self/fd"
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def unnamed(directory: Path) -> int | None:
@@ -85,10 +87,23 @@ def flush(path: Path) -> None:
 def flush_open(descriptor: int) -> None:
     """Have an open file's content on the disk."""
     try:
-        os.fsync(descriptor)
+        if not _flush_drive(descriptor):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EBADF):  # a directory that cannot be flushed
             raise
+
+
+def _flush_drive(descriptor: int) -> bool:
+    """Whether the drive wrote what it holds, too: on macOS `fsync` does not ask it to."""
+    command = getattr(fcntl, "F_FULLFSYNC", None)
+    if command is None:
+        return False
+    try:
+        fcntl.fcntl(descriptor, command)
+    except OSError:  # a file system without
+        return False
+    return True
 
 
 def lock(descriptor: int) -> bool | None:
@@ -119,6 +134,8 @@ def leads_to(path: Path, descriptor: int) -> bool:
 @functools.cache
 def kernel() -> str:
     """Eight hexadecimal digits that processes share exactly if they see each other's locks."""
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
-    return os.fsencode(socket.gethostname()).hex()[:8].ljust(8, "0")
+    try:
+        return BOOT.read_text()[:8]
+    except OSError:  # not Linux: the machine's name and network card; both, for names are shared
+        machine = f"{socket.gethostname()} {uuid.getnode()}"
+        return hashlib.sha256(machine.encode(errors="surrogateescape")).hexdigest()[:8]

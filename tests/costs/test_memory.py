@@ -70,9 +70,16 @@ def free():
 
 
 def test_free_memory_of_a_machine_counts_swap(system):
-    assert free() is None
     system(proc__meminfo="MemTotal:  900 kB\nMemAvailable:  500 kB\nSwapFree:  70 kB\n")
     assert free() == 570 * 1024
+
+
+def test_memory_of_a_machine_that_does_not_say_what_is_free_is_all_it_has(system, monkeypatch):
+    sizes = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(memory.os, "sysconf", sizes.__getitem__)
+    assert free() == 4096 * 1000
+    monkeypatch.setattr(memory.os, "sysconf_names", {})
+    assert free() is None
 
 
 def test_free_memory_is_what_the_tightest_group_leaves(system, tmp_path):

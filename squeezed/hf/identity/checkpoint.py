@@ -21,7 +21,8 @@ from torch import Tensor
 
 from squeezed.context.record import ContextRecord
 from squeezed.errors import ContextFileError, shown
-from squeezed.hf.identity.fingerprint import _another_model, _sameness, _text
+from squeezed.hf.identity.entries import sameness, text_of
+from squeezed.hf.identity.fingerprint import another_model
 from squeezed.hf.identity.sketch import ROUNDINGS, sketch
 from squeezed.hf.identity.weights import BUFFER, PLAIN
 
@@ -51,7 +52,7 @@ class Checkpoint:
         """Raise `ContextFileError` unless this checkpoint, so run, made the context."""
         what = self._shape(record) or self._engine(record.model) or self._weights(record.model)
         if what:
-            raise _another_model(what)
+            raise another_model(what)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a context that the engine makes says of its model; Transformers can check it too."""
@@ -99,7 +100,7 @@ class Checkpoint:
         known = model.get("weights", {}) if isinstance(model, dict) else {}
         own = self.entries()
         for name in sorted(known.keys() & own.keys()):
-            if not _sameness(own[name], known[name]):
+            if not sameness(own[name], known[name]):
                 return f"{name} differs"
         return None
 
@@ -157,4 +158,4 @@ def _entry(tensor: Tensor, logarithm: bool = False) -> list:
     )
     rows = len(tensor) if tensor.dim() else 1
     own = np.append(made.buckets.ravel(), made.norm)
-    return [PLAIN, made.dtype, rows, _text(own), _text(*made.rounded.values())]
+    return [PLAIN, made.dtype, rows, text_of(own), text_of(*made.rounded.values())]

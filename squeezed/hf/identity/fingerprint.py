@@ -1,6 +1,6 @@
 """Fingerprint of a model: does this context belong to it?
 
-Two parts. Sketches of every weight, buffer and adapter of the decoder (`weights.py`), which tell
+Two parts. Sketches of every weight, buffer and adapter of the decoder (`entries.py`), which tell
 any edit from a change of type; and the keys and values of a few tokens (`behaviour.py`), which tell
 what sketches cannot see. Neither is a hash of files, of a configuration or of names: the same
 weights saved again, in another place, on other devices, with another id for padding, are the same.
@@ -8,15 +8,12 @@ weights saved again, in another place, on other devices, with another id for pad
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
 from threading import RLock
 from weakref import WeakKeyDictionary
 
-import numpy as np
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -24,19 +21,15 @@ from squeezed.context.record import ContextRecord
 from squeezed.errors import ContextFileError
 from squeezed.hf.identity.behaviour import PROJECTIONS as PROJECTED
 from squeezed.hf.identity.behaviour import Behaviour, observe, spread_ids
-from squeezed.hf.identity.sketch import BASE, PROJECTIONS, ROUNDINGS, Sketch, type_name
+from squeezed.hf.identity.entries import EXACT, entry_of, numbers_of, sameness, text_of
+from squeezed.hf.identity.state import model_state
 from squeezed.hf.identity.weights import (
-    ADAPTED,
     BUFFER,
-    MEASURED,
     PACKED,
-    Part,
     decoder_of,
     follows_length,
-    model_state,
     modules_in_use,
     parts,
-    sketched,
 )
 from squeezed.hf.support import layer_kinds
 
@@ -75,7 +68,7 @@ def _fingerprint(model: PreTrainedModel, decoder: PreTrainedModel, like: dict | 
     known = (like or {}).get("weights", {})
     return {
         "weights": {
-            part.name: _entry(part, known.get(part.name) if like else None)
+            part.name: entry_of(part, known.get(part.name) if like else None)
             for part in found
             if part.tensor is not None
         },
@@ -101,36 +94,13 @@ def difference(one: dict, other: dict) -> str | None:
                 return f"only one of the two has {name}"
     exact = True
     for name in sorted(mine.keys() & its.keys()):
-        same = _sameness(mine[name], its[name])
+        same = sameness(mine[name], its[name])
         if not same:
             return f"{name} differs"
         exact &= same == EXACT
     return _other_number(one["numbers"], other["numbers"]) or _other_behaviour(
         one["behaviour"], other["behaviour"], exact, one["packed"] or other["packed"]
     )
-
-
-EXACT, ROUNDED = "exact", "rounded"
-
-
-def _sameness(one: list, other: list) -> str | None:
-    """`EXACT` for equal weights, `ROUNDED` for equal ones stored otherwise, else `None`."""
-    kinds, types = {one[0], other[0]}, {one[1], other[1]}
-    if PACKED in kinds and len(kinds) > 1:
-        return ROUNDED  # only one side is quantised: behaviour decides
-    mine, its = _sketch(one), _sketch(other)
-    if mine.equals(its):
-        return EXACT
-    if mine.rounds_to(its):
-        return ROUNDED
-    # where rounding to 16 bits may part equal weights in a way that no sketch foresaw
-    unforeseen = len(kinds) > 1 or MEASURED in kinds or (ADAPTED in kinds and len(types) > 1)
-    if not unforeseen or types.isdisjoint(("bfloat16", "float16")):
-        return None
-    if mine.adds_to(its) or its.adds_to(mine):
-        return None
-    slack = 3 if MEASURED in kinds else 1  # products were rounded too, twice
-    return ROUNDED if mine.is_near(its, slack) else None
 
 
 def _other_number(mine: dict, its: dict) -> str | None:
@@ -155,9 +125,9 @@ def check_model(model: PreTrainedModel, context: ContextRecord) -> None:
     """
     windows = tuple(kind.sliding_window for kind in layer_kinds(model))
     if len(windows) != len(context.windows):
-        raise _another_model(f"{len(context.windows)} layers, not {len(windows)}")
+        raise another_model(f"{len(context.windows)} layers, not {len(windows)}")
     if windows != tuple(context.windows):
-        raise _another_model("its sliding windows differ")
+        raise another_model("its sliding windows differ")
     with _ONE_CHECK:
         _check_weights(model, decoder_of(model), context.model)
 
@@ -172,7 +142,7 @@ def _check_weights(model: PreTrainedModel, decoder: PreTrainedModel, made: dict)
         return
     what = difference(model_fingerprint(model, like=made), made)
     if what:
-        raise _another_model(what)
+        raise another_model(what)
     if looked_at:
         _agreed[decoder] = (looked_at, [*agreed, made])
 
@@ -196,63 +166,22 @@ def check_attention(fingerprint: dict, layer: int, module: nn.Module) -> None:
         what = f"{made_of} layers, not {count}"
     for part in parts(module):
         made = known.get(part.name) if part.tensor is not None else None
-        if made and not any(_sameness(_entry(part, one), one) for one in made):
+        if made and not any(sameness(entry_of(part, one), one) for one in made):
             what = what or f"{part.name} of layer {layer} differs"
     if what:
-        raise _another_model(what)
+        raise another_model(what)
 
 
 _IN_LAYER = re.compile(r"(?:.*?\.)?(\d+)\.[a-z_]+\.(.+)")
 """A weight's name: the number of its layer, a module of the layer, the name in that module."""
 
 
-def _another_model(what: str) -> ContextFileError:
+def another_model(what: str) -> ContextFileError:
+    """The error for a context of another model, of which `what` says how it differs."""
     return ContextFileError(
         f"model: this context was made by another model ({what}); use that model, with the "
         "adapters it had, or index the document again with this one"
     )
-
-
-def _entry(part: Part, known: list | None) -> list:
-    """`[kind, dtype, rows, own, rounded]`; roundings only where `known` is met by nothing else."""
-    assert part.tensor is not None
-    rows = len(part.tensor) if part.tensor.dim() else 1
-    if known is None:
-        return _written(part, rows, True)
-    longer = isinstance(part.owner, nn.Embedding) and rows > known[2]
-    entry = _written(part, rows, False, known[2] if longer else None)
-    if _sameness(entry, known):
-        return entry
-    return _written(part, rows, True, known[2] if longer else None)
-
-
-def _written(part: Part, rows: int, rounded: bool, first_rows: int | None = None) -> list:
-    made = sketched(part, rounded, first_rows)
-    own = np.append(made.buckets.ravel(), made.norm)
-    return [part.kind, made.dtype, rows, _text(own), _text(*made.rounded.values())]
-
-
-def _sketch(entry: list) -> Sketch:
-    kind, dtype, _, own, rounded = entry
-    roundings = map(type_name, ROUNDINGS.get(getattr(torch, dtype), ()))
-    names = [BASE] if kind in (ADAPTED, MEASURED) else roundings
-    *buckets, norm = _numbers_of(own)
-    return Sketch(
-        dtype=dtype,
-        buckets=np.reshape(buckets, (PROJECTIONS, -1)),
-        rounded=dict(zip(names, _numbers_of(rounded).reshape(-1, PROJECTIONS), strict=False)),
-        norm=float(norm),
-    )
-
-
-def _text(*arrays: np.ndarray) -> str:
-    """Numbers as text, in float32."""
-    joined = np.concatenate([array.ravel() for array in arrays] or [np.empty(0)])
-    return base64.b64encode(joined.astype("<f4").tobytes()).decode()
-
-
-def _numbers_of(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), "<f4")
 
 
 def _behaviour(model: PreTrainedModel, decoder: PreTrainedModel, like: dict | None) -> dict | None:
@@ -269,7 +198,7 @@ def _behaviour(model: PreTrainedModel, decoder: PreTrainedModel, like: dict | No
         kept = wanted, observe(model, decoder, ids)
         _behaved[decoder] = kept
     seen = kept[1]
-    return {"ids": list(ids), "dtype": seen.dtype, "projected": _text(seen.projected)}
+    return {"ids": list(ids), "dtype": seen.dtype, "projected": text_of(seen.projected)}
 
 
 def _is_large(decoder: nn.Module) -> bool:
@@ -277,7 +206,7 @@ def _is_large(decoder: nn.Module) -> bool:
 
 
 def _behaviour_of(record: dict) -> Behaviour:
-    projected = _numbers_of(record["projected"]).reshape(-1, 2, len(record["ids"]), PROJECTED)
+    projected = numbers_of(record["projected"]).reshape(-1, 2, len(record["ids"]), PROJECTED)
     return Behaviour(tuple(record["ids"]), record["dtype"], projected)
 
 
