@@ -32,7 +32,8 @@ def refuse_unsupported_system() -> None:
 
 def _is_command() -> bool:
     """Whether this process is `squeezed`, or `python -m squeezed.cli`."""
-    program, *_ = [*getattr(sys, "argv", []), ""]
+    arguments = getattr(sys, "argv", None) or [""]  # an interpreter inside a program has none
+    program = arguments[0]
     if program == "-m":  # not yet replaced by the module's file
         return any(word.startswith("squeezed.cli") for word in sys.orig_argv)
     return PurePath(program).stem.removesuffix("-script") == "squeezed"
