@@ -16,6 +16,7 @@ OPTIONAL = {
     "squeezed.attention.triton": ("triton",),
     "squeezed.indexing.triton": ("triton",),
     "squeezed.measure.speed": ("triton",),
+    "squeezed.server": ("fastapi", "pydantic_settings", "prometheus_client", "uvicorn"),
     "squeezed.vllm": ("vllm", "triton", "fastapi", "prometheus_client", "psutil"),
 }
 """What only these need: a CPU build of torch brings no Triton, and vLLM, with what it brings, is an

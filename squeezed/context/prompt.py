@@ -74,7 +74,7 @@ class PromptTemplate:
         """
         if self.keep_control_tokens:
             return text
-        return marked(tokenizer, text, self._written, written)
+        return marked(tokenizer, text, self.written, written)
 
     def is_chat_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether this is the tokenizer's chat template; what stands before may carry a date."""
@@ -87,7 +87,7 @@ class PromptTemplate:
         return (own.between, own.after) == (self.between, self.after)
 
     @property
-    def _written(self) -> str:
+    def written(self) -> str:
         return self.before + self.between + self.after
 
     def _ids(
@@ -99,7 +99,7 @@ class PromptTemplate:
         begins: bool,
     ) -> Tensor:
         text = before + self.marked(tokenizer, content) + after
-        return torch.tensor(prompt_ids(tokenizer, text, self._written, begins), dtype=torch.long)
+        return torch.tensor(prompt_ids(tokenizer, text, self.written, begins), dtype=torch.long)
 
 
 def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str, template: str = "") -> Tensor:

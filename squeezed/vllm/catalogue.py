@@ -95,7 +95,7 @@ class Catalogue:
                 continue
             same = known and (known[0] == state or known[0][:1] == state)
             seen[path] = known if same else (state, self._read(path))
-        found = [entry for _, entry in seen.values() if isinstance(entry, Found)]
+        found = [entry for _, entry in seen.values() if not isinstance(entry, str)]
         refused = {p.stem: e for p, (_, e) in seen.items() if isinstance(e, str)}
         self._seen = seen
         # whole dictionaries take the older ones' places: readers in other threads see one or the

@@ -1,0 +1,1 @@
+"""The contexts of a directory: found, named, noted, kept in memory."""

@@ -1,0 +1,1 @@
+"""The engine over Transformers: rows of one context share each step."""

@@ -1,0 +1,200 @@
+"""The engine over Transformers: one model, a loop for its answers, contexts in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from squeezed import engine
+from squeezed.answers.session import Session
+from squeezed.context.prompt import PromptTemplate
+from squeezed.context.record import ContextRecord
+from squeezed.costs.memory import free_bytes
+from squeezed.errors import ContextFileError, SqueezedError
+from squeezed.hf.arguments import Wishes
+from squeezed.hf.fixed_context import FixedContext
+from squeezed.hf.identity.vocabulary import tokenizer_fingerprint
+from squeezed.hf.positions import check_room
+from squeezed.hf.support import input_device, layer_kinds
+from squeezed.server.library.found import Entry
+from squeezed.server.local.lane import Lane
+from squeezed.server.local.loop import Loop
+from squeezed.server.local.reports import Reports
+from squeezed.server.local.residents import Resident, Residents
+from squeezed.server.local.rows import Finished, Row, Ticket
+from squeezed.server.port import Ask, Ended, Piece, Progress
+from squeezed.server.refusals import Refusal, refusal_of
+from squeezed.system.failures import readable_failures
+from squeezed.vllm.cutting import Share, bytes_on
+
+if TYPE_CHECKING:
+    pass
+
+log = logging.getLogger("squeezed")
+
+GIB = 1 << 30
+UNKNOWN_MEMORY = 4 * GIB
+"""For contexts, where the system does not say how much there is."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the local engine may take.
+
+    Attributes:
+        rows: answers written together over one context.
+        queue: requests that may wait, over all contexts.
+        context_memory: bytes for contexts; 0 is half of what is free.
+        document_tokens: longest document.
+    """
+
+    rows: int = 32
+    queue: int = 256
+    context_memory: int = 0
+    document_tokens: int = 1_000_000
+    keep_control_tokens: bool = False
+
+
+class LocalEngine:
+    """See `squeezed.server.port.Engine`. Made inside the event loop that it serves."""
+
+    def __init__(self, session: Session, limits: Limits) -> None:
+        self.session, self.limits = session, limits
+        self.model, self.tokenizer = session.model, session.tokenizer
+        self.ends = frozenset(Wishes(self.model, {}).end_tokens)
+        free = free_bytes(input_device(self.model)) or 2 * UNKNOWN_MEMORY
+        capacity = limits.context_memory or free // 2
+        self.is_pinned: Callable[[str], bool] = lambda name: False
+        self.residents = Residents(self._load, capacity, lambda name: self.is_pinned(name))
+        self.loop = Loop()
+        self.reports = Reports(self.tokenizer, self._asked_more)
+        self.under_way = 0
+        self._one_document = asyncio.Lock()
+
+    async def answer(self, ask: Ask) -> AsyncGenerator[Piece | Ended, None]:
+        running, _ = self.loop.counts()
+        if self.under_way - running >= self.limits.queue:
+            raise Refusal(429, f"{self.limits.queue} requests wait already; try later", None,
+                          "queue_full", 1)  # fmt: skip
+        self.under_way += 1
+        resident: Resident | None = None
+        try:
+            self._check_room(ask)
+            if ask.entry is not None:
+                resident = await self.residents.read(ask.entry)
+            async for said in self._answered(ask, resident):
+                yield said
+        finally:
+            self.under_way -= 1
+            if resident is not None:
+                self.residents.leave(resident)
+
+    def _check_room(self, ask: Ask) -> None:
+        if not len(ask.ids):
+            raise SqueezedError("prompt: it has no tokens; ask something")
+        document = 0 if ask.entry is None else len(ask.entry.tokens)
+        prompt, new = document + len(ask.ids), ask.sampling.max_tokens
+        check_room(self.model, document, prompt, new)
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        if longest and prompt + new - 1 > longest:
+            raise Refusal(
+                400,
+                f"max_tokens: {prompt:,} tokens of prompt and {new:,} of answer pass the "
+                f"{longest:,} positions of this model; ask for fewer",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+
+    async def _answered(
+        self, ask: Ask, resident: Resident | None
+    ) -> AsyncGenerator[Piece | Ended, None]:
+        row = self._added(ask, resident)
+        try:
+            while True:
+                said = await row.ticket.said.get()
+                if isinstance(said, BaseException):
+                    raise refusal_of(said)
+                if isinstance(said, Finished):
+                    break
+                yield said
+        finally:
+            row.ticket.left = True
+            self.loop.wake()
+        yield await self.reports.ended(said, resident)
+
+    async def _asked_more(self, ask: Ask, resident: Resident) -> Row:
+        """One more request over a context that is being read, from its beginning to its end."""
+        row = self._added(ask, resident)
+        while not isinstance(said := await row.ticket.said.get(), Finished):
+            if isinstance(said, BaseException):
+                raise refusal_of(said)
+        return row
+
+    def _added(self, ask: Ask, resident: Resident | None) -> Row:
+        row = Row.of(ask, Ticket(), self.tokenizer, self.ends)
+        key = "" if resident is None else resident.entry.key
+        context = None if resident is None else resident.context
+        self.loop.add(key, lambda: Lane(self.model, context, self.limits.rows), row)
+        return row
+
+    async def index(self, text: str, path: Path, progress: Progress) -> None:
+        async with self._one_document:
+            await asyncio.to_thread(self._index, text, path, progress)
+
+    def _index(self, text: str, path: Path, progress: Progress) -> None:
+        template = PromptTemplate.of(self.tokenizer, self.limits.keep_control_tokens)
+        tokens = len(template.document_ids(self.tokenizer, text))
+        if tokens > self.limits.document_tokens:
+            raise SqueezedError(
+                f"text: the document has {tokens:,} tokens, at most "
+                f"{self.limits.document_tokens:,} are taken here; cut it in two"
+            )
+        made = self.session.index(text, None, None, template, progress)
+        progress("save", 0, 1)
+        made.save(path)
+
+    @readable_failures()
+    def _load(self, entry: Entry) -> FixedContext:
+        context = engine.load(entry.path, self.model)
+        engine.check_tokenizer(self.tokenizer, context)
+        if not context.tokens.equal(entry.tokens):
+            raise ContextFileError(f"context: {entry.name} was replaced; ask again")
+        for place in range(len(context.layers)):
+            _ = context.layers[place]
+        return context
+
+    def measured(self, record: ContextRecord) -> int:
+        tokens, whole = len(record.tokens), Share()
+        return sum(bytes_on(outline, tokens, whole) for outline in record.outlines)
+
+    def check(self, record: ContextRecord) -> None:
+        if record.tokenizer != tokenizer_fingerprint(self.tokenizer):
+            raise ContextFileError("it was made with another tokenizer")
+        if len(record.outlines) != len(layer_kinds(self.model)):
+            raise ContextFileError("it was made with another model")
+
+    def resident(self) -> set[str]:
+        return self.residents.names()
+
+    def forget(self, name: str) -> None:
+        self.residents.forget(name)
+
+    def numbers(self) -> dict[str, float]:
+        running, _ = self.loop.counts()
+        return {
+            "answers_running": running,
+            "answers_waiting": max(0, self.under_way - running),
+            "contexts_resident": len(self.residents.names()),
+            "resident_bytes": self.residents.used,
+            "capacity_bytes": self.residents.capacity,
+            "context_loads": self.residents.loads,
+            "context_evictions": self.residents.evictions,
+        }
+
+    async def close(self, grace: float) -> None:
+        await asyncio.to_thread(self.loop.end, grace)
+        self.session.close()

@@ -1,0 +1,190 @@
+"""`/v1/chat/completions` and `/v1/completions`, streamed and not."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from uuid import uuid4
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response, StreamingResponse
+
+from squeezed.errors import shown
+from squeezed.hf.asking import Asking
+from squeezed.server.port import Ask, Ended, Piece, TokenSaid
+from squeezed.server.prompts import Prompt
+from squeezed.server.refusals import Refusal, refusal_of
+from squeezed.server.routes.state import Json, Server, log, server_of, while_there
+from squeezed.server.wire.fields import Generation
+from squeezed.server.wire.replies import ChatShape, Shape, TextShape, event
+from squeezed.server.wire.requests import ChatRequest, CompletionRequest
+
+router = APIRouter()
+
+Said = AsyncGenerator[Piece | Ended, None]
+
+STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""Proxies must not collect the pieces of an answer."""
+
+
+@router.post("/v1/chat/completions")
+async def chat(body: ChatRequest, request: Request) -> Response:
+    """Answer a conversation; its document is named, or begins the first message."""
+    server = server_of(request)
+    said = [(message.role, message.text) for message in body.messages]
+    prompt = server.prompts.chat(said, body.context)
+    shape = ChatShape(f"chatcmpl-{uuid4().hex}", server.settings.name)
+    ask = asked(server, body, prompt, body.longest, body.told_logprobs, shape.id)
+    return await Reply(server, request, ask, shape, body).given()
+
+
+@router.post("/v1/completions")
+async def complete(body: CompletionRequest, request: Request) -> Response:
+    """Go on with a text, or with token ids."""
+    server = server_of(request)
+    prompt = body.prompt if isinstance(body.prompt, str) else [int(t) for t in body.prompt]  # type: ignore[arg-type]
+    found = server.prompts.text(prompt, body.context)
+    shape = TextShape(f"cmpl-{uuid4().hex}", server.settings.name)
+    ask = asked(server, body, found, body.longest, body.told_logprobs, shape.id)
+    return await Reply(server, request, ask, shape, body).given()
+
+
+def asked(
+    server: Server,
+    body: Generation,
+    prompt: Prompt,
+    longest: int | None,
+    logprobs: int | None,
+    id: str,
+) -> Ask:
+    """The request as the engine takes it; raises `Refusal` for what passes a limit."""
+    settings = server.settings
+    if server.closing:
+        raise Refusal(503, "the server is about to end", None, "closing", 10)
+    if body.model != settings.name:
+        raise Refusal(
+            404, f"model: expected {shown(settings.name)!r}, got {shown(body.model)!r}", "model",
+            "model_not_found",
+        )  # fmt: skip
+    if len(prompt.ids) > settings.max_prompt_tokens:
+        raise Refusal(
+            400, f"prompt: {len(prompt.ids):,} tokens follow the context, at most "
+            f"{settings.max_prompt_tokens:,} may; make a context of the long part, with "
+            "POST /v1/contexts", "prompt", "context_length_exceeded",
+        )  # fmt: skip
+    if longest is not None and longest > settings.max_answer_tokens:
+        raise Refusal(
+            400, f"max_tokens: expected at most {settings.max_answer_tokens}, got {longest}",
+            "max_tokens",
+        )  # fmt: skip
+    telling = body.squeezed
+    if prompt.entry is None and (telling.passages or telling.tokens):
+        raise Refusal(400, "squeezed: passages are those of a context; name one with context",
+                      "squeezed")  # fmt: skip
+    asking = Asking(
+        settings.budget if body.budget is None else body.budget,
+        body.preset or settings.preset,
+        settings.implementation,
+    )
+    if prompt.entry is not None and asking.preset not in prompt.entry.presets:
+        known = ", ".join(prompt.entry.presets)
+        raise Refusal(400, f"preset: expected one of {known}, got {shown(asking.preset)!r}",
+                      "preset")  # fmt: skip
+    if prompt.entry is not None:
+        server.library.notes.used(prompt.entry.name)
+    return Ask(
+        id=id,
+        entry=prompt.entry,
+        ids=prompt.ids,
+        sampling=body.sampling(longest or settings.answer_tokens, logprobs),
+        asking=asking,
+        passages=telling.passages or telling.tokens,
+        per_token=telling.tokens,
+        matched=None if prompt.entry is None else "prefix" if body.context is None else "name",
+    )
+
+
+@dataclass
+class Reply:
+    """One request and the shape of its answer."""
+
+    server: Server
+    request: Request
+    ask: Ask
+    shape: Shape
+    body: Generation
+
+    @property
+    def told(self) -> bool:
+        return self.ask.sampling.logprobs is not None
+
+    async def given(self) -> Response:
+        kind = "chat" if isinstance(self.shape, ChatShape) else "text"
+        with self.server.metrics.asking(kind, self.ask):
+            pieces = self._measured()
+            try:
+                first = await while_there(self.request, anext(pieces))
+            except BaseException:
+                await pieces.aclose()
+                raise
+        if self.body.stream:
+            return StreamingResponse(
+                self._events(first, pieces), media_type="text/event-stream", headers=STREAM
+            )
+        try:
+            return Json(await while_there(self.request, self._gathered(first, pieces)))
+        finally:
+            await pieces.aclose()
+
+    async def _measured(self) -> Said:
+        """The engine's pieces; the metrics look on."""
+        watch = self.server.metrics.answering(self.ask)
+        pieces = self.server.engine.answer(self.ask)
+        try:
+            async for piece in pieces:
+                watch.saw(piece)
+                yield piece
+        except BaseException as error:
+            watch.failed(error)
+            raise
+        finally:
+            await pieces.aclose()
+            watch.end()
+
+    async def _gathered(self, first: Piece | Ended, pieces: Said) -> dict:
+        texts, said, ended = [], list[TokenSaid](), None
+        async for piece in _again(first, pieces):
+            if isinstance(piece, Ended):
+                ended = piece
+            else:
+                texts.append(piece.text)
+                said += piece.tokens
+        assert ended is not None
+        return self.shape.whole("".join(texts), said, ended, self.told)
+
+    async def _events(self, first: Piece | Ended, pieces: Said) -> AsyncGenerator[bytes, None]:
+        options = self.body.stream_options
+        try:
+            if (opening := self.shape.first()) is not None:
+                yield event(opening)
+            async for piece in _again(first, pieces):
+                if isinstance(piece, Piece):
+                    yield event(self.shape.piece(piece.text, piece.tokens, self.told))
+                    continue
+                yield event(self.shape.last(piece))
+                if options is not None and options.include_usage:
+                    yield event(self.shape.counted(piece))
+            yield event("[DONE]")
+        except Exception as error:
+            refusal = refusal_of(error)
+            if refusal.code == "fault":
+                log.exception("%s failed", self.ask.id)
+            yield event(refusal.body())
+        finally:
+            await pieces.aclose()
+
+
+async def _again(first: Piece | Ended, rest: Said) -> Said:
+    yield first
+    async for piece in rest:
+        yield piece

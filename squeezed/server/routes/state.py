@@ -1,0 +1,133 @@
+"""What routes share, and how exceptions become answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from squeezed.errors import SqueezedError, shown
+from squeezed.server.jobs import Jobs
+from squeezed.server.library.library import Library
+from squeezed.server.metrics import Metrics
+from squeezed.server.port import Engine
+from squeezed.server.prompts import Prompts
+from squeezed.server.refusals import Refusal, refusal_of
+from squeezed.server.settings import ServerSettings
+
+log = logging.getLogger("squeezed")
+
+Found = TypeVar("Found")
+
+
+@dataclass
+class Server:
+    """Everything behind the routes of one server."""
+
+    settings: ServerSettings
+    engine: Engine
+    library: Library
+    jobs: Jobs
+    prompts: Prompts
+    metrics: Metrics
+    closing: bool = False
+
+
+class Json(Response):
+    """JSON in ASCII, which nothing that a client sent can break."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False).encode("ascii")
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def server_of(request: Request) -> Server:
+    server: Server = request.app.state.squeezed
+    return server
+
+
+async def while_there(request: Request, work: Awaitable[Found]) -> Found:
+    """The result of `work`, which is cancelled if the client leaves first."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientLeft
+        return working.result()
+    finally:
+        leaving.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def refused(refusal: Refusal) -> Response:
+    return Json(refusal.body(), refusal.status, headers=refusal.headers)
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Let every exception become an object that OpenAI's clients read."""
+
+    @app.exception_handler(Refusal)
+    async def on_refusal(request: Request, error: Exception) -> Response:
+        return refused(refusal_of(error))
+
+    @app.exception_handler(SqueezedError)
+    async def on_ours(request: Request, error: Exception) -> Response:
+        return refused(refusal_of(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def on_body(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return refused(of_validation(error))
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return refused(Refusal(error.status_code, str(error.detail)))
+
+    @app.exception_handler(ClientLeft)
+    async def on_left(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(Exception)
+    async def on_fault(request: Request, error: Exception) -> Response:
+        return refused(refusal_of(error))
+
+
+def of_validation(error: RequestValidationError) -> Refusal:
+    """The first thing that is wrong with a body."""
+    found = error.errors()[0]
+    place = [str(part) for part in found["loc"] if part not in ("body", "query", "path")]
+    name = ".".join(place) if not str(found["loc"][-1]).isdigit() or len(place) > 1 else ""
+    if found["type"] == "extra_forbidden":
+        message = f"{shown(name)}: this field is not supported here; leave it out"
+        return Refusal(400, message, shown(name), "unsupported_field")
+    if found["type"] == "json_invalid":
+        return Refusal(
+            400, "the body is not JSON; send an object with Content-Type: application/json"
+        )
+    said = found["msg"].removeprefix("Value error, ")
+    value = found.get("input")
+    plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    given = f", got {shown(value)}" if plain and len(str(value)) < 100 else ""
+    return Refusal(400, f"{shown(name)}: {said}{given}" if name else said, shown(name) or None)

@@ -1,0 +1,1 @@
+"""What requests may say, and how answers look on the wire."""
