@@ -15,6 +15,7 @@ from squeezed.hf.asking import Asking
 from squeezed.hf.build import build_cache
 from squeezed.hf.cache import SqueezedCache
 from squeezed.hf.identity.fingerprint import check_attention
+from squeezed.hf.identity.stored import check_stored
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class FixedContext(ContextRecord):
             whole("suffix_tokens", suffix_tokens, 1)
         cache = build_cache(self, asking.attentions(self), asking.budget, suffix_tokens)
         if not recognised:
+            check_stored(self.model)
             for place, layer in enumerate(cache.layers):
                 layer.recognise = partial(check_attention, self.model, place)
         return cache

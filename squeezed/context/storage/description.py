@@ -53,6 +53,8 @@ class SavedCalibration:
 
 
 Identity = Annotated[str | dict, Sized(1 << 20)]
+"""Of a model or tokenizer; `squeezed.hf.identity` says what is in it."""
+TokenId = Annotated[int, Range(low=0, high=2**31 - 1)]
 
 FIELDS: dict[str, Any] = {
     "format_version": int,
@@ -67,7 +69,7 @@ FIELDS: dict[str, Any] = {
     "calibrations": dict[str, SavedCalibration],
     "layers": tuple[Outline, ...],
     "files": dict[str, FileRecord],
-    "tokens": tuple[Count, ...],
+    "tokens": tuple[TokenId, ...],
 }
 """Every field of the description but its checksum."""
 

@@ -24,6 +24,7 @@ from squeezed.errors import ContextFileError, shown
 from squeezed.hf.identity.entries import sameness, text_of
 from squeezed.hf.identity.fingerprint import another_model
 from squeezed.hf.identity.sketch import ROUNDINGS, sketch
+from squeezed.hf.identity.stored import check_stored
 from squeezed.hf.identity.weights import BUFFER, PLAIN
 
 SMALL = 1 << 16
@@ -49,7 +50,12 @@ class Checkpoint:
         self._entries: dict[str, list] | None = None
 
     def check(self, record: ContextRecord) -> None:
-        """Raise `ContextFileError` unless this checkpoint, so run, made the context."""
+        """Raise `ContextFileError` unless this checkpoint, so run, made the context.
+
+        One that says nothing of its model, as random layers of a bench, is compared by shape.
+        """
+        if record.model:
+            check_stored(record.model)
         what = self._shape(record) or self._engine(record.model) or self._weights(record.model)
         if what:
             raise another_model(what)

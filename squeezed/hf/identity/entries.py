@@ -45,7 +45,7 @@ def entry_of(part: Part, known: list | None) -> list:
     rows = len(part.tensor) if part.tensor.dim() else 1
     if known is None:
         return _written(part, rows, True)
-    longer = isinstance(part.owner, nn.Embedding) and rows > known[2]
+    longer = isinstance(part.owner, nn.Embedding) and rows > known[2] > 0
     entry = _written(part, rows, False, known[2] if longer else None)
     if sameness(entry, known):
         return entry

@@ -23,6 +23,7 @@ from squeezed.hf.identity.behaviour import PROJECTIONS as PROJECTED
 from squeezed.hf.identity.behaviour import Behaviour, observe, spread_ids
 from squeezed.hf.identity.entries import EXACT, entry_of, numbers_of, sameness, text_of
 from squeezed.hf.identity.state import model_state
+from squeezed.hf.identity.stored import check_stored
 from squeezed.hf.identity.weights import (
     BUFFER,
     PACKED,
@@ -128,8 +129,17 @@ def check_model(model: PreTrainedModel, context: ContextRecord) -> None:
         raise another_model(f"{len(context.windows)} layers, not {len(windows)}")
     if windows != tuple(context.windows):
         raise another_model("its sliding windows differ")
+    _check_vocabulary(model, context)
     with _ONE_CHECK:
         _check_weights(model, decoder_of(model), context.model)
+
+
+def _check_vocabulary(model: PreTrainedModel, context: ContextRecord) -> None:
+    """Raise for a token that the model does not know: some ways of sampling look it up."""
+    known = len(model.get_input_embeddings().weight)
+    highest = int(context.tokens.max()) if len(context.tokens) else 0
+    if highest >= known:
+        raise another_model(f"token {highest} in a vocabulary of {known}")
 
 
 def _check_weights(model: PreTrainedModel, decoder: PreTrainedModel, made: dict) -> None:
@@ -140,6 +150,7 @@ def _check_weights(model: PreTrainedModel, decoder: PreTrainedModel, made: dict)
         agreed = []
     if any(each is made or each == made for each in agreed):
         return
+    check_stored(made)
     what = difference(model_fingerprint(model, like=made), made)
     if what:
         raise another_model(what)
@@ -150,8 +161,9 @@ def _check_weights(model: PreTrainedModel, decoder: PreTrainedModel, made: dict)
 def check_attention(fingerprint: dict, layer: int, module: nn.Module) -> None:
     """Raise `ContextFileError` unless the attention module of a layer is the one that made it.
 
-    For the place where nothing but the module is at hand: `model.generate()` over a cache. It says
-    nothing about other modules than attention, which `check_model` looks at.
+    The fingerprint is one that `check_stored` accepts. This is for the place where nothing but the
+    module is at hand, `model.generate()` over a cache. It says nothing about other modules than
+    attention, which `check_model` looks at.
     """
     named = ((_IN_LAYER.fullmatch(name), made) for name, made in fingerprint["weights"].items())
     layers = [(int(match[1]), match[2], made) for match, made in named if match]
@@ -172,7 +184,7 @@ def check_attention(fingerprint: dict, layer: int, module: nn.Module) -> None:
         raise another_model(what)
 
 
-_IN_LAYER = re.compile(r"(?:.*?\.)?(\d+)\.[a-z_]+\.(.+)")
+_IN_LAYER = re.compile(r"(?:.*?\.)?(\d{1,6})\.[a-z_]+\.(.+)")
 """A weight's name: the number of its layer, a module of the layer, the name in that module."""
 
 

@@ -26,6 +26,9 @@ ROUNDINGS = {
 }
 """What else a weight is sketched as: the types that the same checkpoint may be loaded in."""
 
+IN_PLACE_OF_NAN_AND_INFINITIES = 47.93, 61.37, -53.21
+"""Numbers that no weight has, of a size beside which an edit of the others shows."""
+
 BASE = "base"
 
 SUMMED = 1e-5
@@ -80,17 +83,19 @@ class Sketch:
         )
 
     def _error(self, other: Sketch) -> float:
-        return SUMMED * max(self.norm, other.norm)
+        return float(SUMMED * np.maximum(self.norm, other.norm))  # NaN if one of them is
 
     def is_near(self, other: Sketch, slack: float = 1) -> bool:
         """Whether both are one weight but for the rounding of every element to 16 bits."""
         tolerance = (
-            1.5 * slack * ROUNDED * max(self.norm, other.norm) / self.buckets.shape[1] ** 0.5
+            1.5 * slack * ROUNDED * self._error(other) / SUMMED / self.buckets.shape[1] ** 0.5
         )
         return _near(self.buckets, other.buckets, tolerance)
 
 
 def _near(one: np.ndarray, other: np.ndarray, tolerance: float) -> bool:
+    """Whether all are equal to `tolerance`; where sums passed float32, in every bit."""
+    tolerance = tolerance if np.isfinite(tolerance) else 0.0
     return one.shape == other.shape and bool(
         np.allclose(one, other, rtol=0, atol=tolerance, equal_nan=True)
     )
@@ -119,7 +124,7 @@ def sketch(
             numbers = part.to(dtype).float()
             if logarithm:
                 numbers = numbers.abs().clamp_min(1e-30).log()
-            found.append(_times(numbers, directions))
+            found.append(_finite_times(numbers, directions))
     own, *others = (torch.cat(found).cpu().double().numpy() for found in products)
     rounded = dict(zip(map(type_name, roundings), others, strict=True))
     if change is not None:
@@ -135,6 +140,14 @@ def sketch(
 
 def type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _finite_times(numbers: Tensor, directions: Tensor) -> Tensor:
+    """The same where numbers are not finite, which would drown all others in a sum."""
+    found = _times(numbers, directions)
+    if bool(found.isfinite().all()):
+        return found
+    return _times(torch.nan_to_num(numbers, *IN_PLACE_OF_NAN_AND_INFINITIES), directions)
 
 
 def _times(numbers: Tensor, directions: Tensor) -> Tensor:

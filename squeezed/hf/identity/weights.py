@@ -35,6 +35,7 @@ READ_FROM_DISK = 1 << 20
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 PLAIN, ADAPTED, MEASURED, BUFFER, PACKED = "plain", "adapted", "measured", "buffer", "packed"
+KINDS = frozenset((PLAIN, ADAPTED, MEASURED, BUFFER, PACKED))
 
 
 @dataclass(frozen=True)
