@@ -186,6 +186,22 @@ def test_contexts_come_and_go_while_it_runs(llm, place, answers, tmp_path):
     until(lambda: "checksum" in (ask(llm, [(ids, {})], new=1)[0]["said"] or {}).get("fallback", ""))
 
 
+def test_metrics_add_up_what_answers_say(llm, crowd):
+    """Keys that were read, and those that could have been, of the same answers."""
+    names = ("squeezed_keys_read", "squeezed_keys_available")
+
+    def counted():
+        ask(llm, [([70, 71], {})], new=1)  # its end tells what came before
+        return [metric(llm, name) for name in names]
+
+    before = counted()
+    said = [one["said"] for one in ask(llm, crowd[:6])]
+    read, available = (after - was for after, was in zip(counted(), before, strict=True))
+    assert read == sum(one["keys_read"] for one in said) > 0
+    assert available == round(sum(one["keys_read"] / one["budget_spent"] for one in said))
+    assert 0.1 < read / available < 0.9
+
+
 def test_metrics_stand_beside_vllms_own(llm):
     assert metric(llm, "squeezed_loads") >= 3
     assert metric(llm, "squeezed_contexts") == 3

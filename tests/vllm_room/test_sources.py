@@ -6,7 +6,7 @@ from squeezed.errors import SqueezedError
 from squeezed.vllm import contract, sources
 
 FILES = {
-    "vllm/__init__.py": "from .version import __version__\nif TYPE:\n    from vllm.a.deep import Late",
+    "vllm/__init__.py": "from .version import __version__\nif T:\n    from vllm.a.deep import Late",
     "vllm/version.py": "try:\n    from x import y\nexcept ImportError:\n    __version__ = '1'",
     "vllm/a/__init__.py": "from .deep import *\nfrom vllm.a.deep import Base as Renamed, call",
     "vllm/a/deep.py": """
