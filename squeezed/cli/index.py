@@ -34,7 +34,7 @@ def index(
     config = index_config(levels, iterations, chunk)
     if is_directory(document):
         raise SqueezedError(f"document: {document} is a directory; name a text file")
-    target = _named(output or _default_output(document))
+    target = named(output or default_output(document))
     prove_writable(target)
     opened = open_session(document, model, dtype, device, None, config, keep_control_tokens)
     with opened as (_, context):
@@ -58,13 +58,13 @@ def index(
     )
 
 
-def _default_output(document: Path) -> Path:
+def default_output(document: Path) -> Path:
     if str(document) == "-":
         raise SqueezedError("output: name a directory with --output when the document is stdin")
     return document.with_suffix(".sqz")
 
 
-def _named(output: Path) -> Path:
+def named(output: Path) -> Path:
     """`output` if it names a directory that can be made or replaced; `.` and `/` do not."""
     if output.name in ("", ".."):
         raise SqueezedError(

@@ -1,9 +1,9 @@
-"""A context made inside vLLM: a request of document and probe leaves keys, values and queries.
+"""A document read inside vLLM: keys and values of its tokens, and the queries of a probe.
 
-The request is an ordinary one, in chunks beside the others' steps. With its last chunk every layer
-hands over the document's keys and values, out of vLLM's blocks, and the probe's queries; clustering
-and calibration run in a thread, and the context is saved where the server finds it. Its keys are
-those of the engine: of quantised weights too.
+The request is an ordinary one of document and probe, read in pieces beside the others' steps. With
+its last piece every layer hands over the document's keys and values, out of vLLM's blocks. Each
+rank writes its heads into files (`parts`), and a process of its own makes the context of them
+(`making`). Its keys are those of the engine: of quantised weights too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,48 +22,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squeezed.config import IndexConfig
-from squeezed.context.captured import CapturedLayer, handed_over
+from squeezed.context.captured import CapturedLayer
 from squeezed.context.prompt import PromptTemplate
-from squeezed.context.record import ContextRecord
-from squeezed.context.storage.saving import save
 from squeezed.errors import SqueezedError, expect, shown, whole
-from squeezed.indexing.build import cluster
-from squeezed.indexing.calibrate import calibrate
 from squeezed.system.failures import cause_of, explained
+from squeezed.vllm import making
 from squeezed.vllm.news import Order
+from squeezed.vllm.parts import Parts
 from squeezed.vllm.rows import Row
 
 log = logging.getLogger("squeezed")
 
 ARGUMENT = "squeezed_index"
-"""Of a request: JSON that says what `Order.of` takes. `POST /v1/contexts` sends such a request."""
+"""Of a request: JSON that says what `order_of` takes. `POST /v1/contexts` sends such requests."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-COPIES = 2.5
-"""Memory that indexing takes at most, in copies of the document's keys and values."""
+WAIT_SECONDS = 600.0
+"""How long a rank waits for what the others captured."""
+
+POLL_SECONDS = 0.05
+CPU = torch.device("cpu")
 
 
-def order_of(text: Any, prompt: Sequence[int] | None, place: Path | None, model: dict) -> Order:
+def order_of(
+    text: Any, prompt: Sequence[int] | None, place: Path | None, engine: dict[str, Any]
+) -> Order:
     """From the argument of a request; raises `SqueezedError` for what makes no sense.
 
     Args:
+        prompt: of the request: document and probe, or a piece from their beginning.
         place: the directory of contexts, if there is one.
+        engine: what `Order` says of it: model, ranks, layers and heads.
     """
     try:
         said = json.loads(expect(ARGUMENT, text, str, "JSON"))
-        name, template = said["name"], said["template"]
+        file, template, finish = said["file"], said["template"], said["finish"]
         tokens, tokenizer = said["document_tokens"], said["tokenizer"]
         PromptTemplate(**template)
     except (ValueError, TypeError, KeyError) as error:
         raise SqueezedError(f"{ARGUMENT}: not an order to index ({cause_of(error)})") from error
     if place is None:
         raise SqueezedError(f"{ARGUMENT}: this server has no directory for contexts")
-    ids = list(prompt or ())
-    if not whole("document_tokens", tokens, 1) < len(ids):
-        raise SqueezedError(f"{ARGUMENT}: {tokens} of {len(ids)} tokens leave none to probe with")
-    path = place / f"{checked_name(name)}.sqz"
-    return Order(path.stem, path, ids, tokens, template, tokenizer, model)
+    ids, total = list(prompt or ()), whole("tokens", said.get("tokens"), 2)
+    if not whole("document_tokens", tokens, 1) < total or len(ids) > total:
+        raise SqueezedError(f"{ARGUMENT}: {tokens} of {total} tokens leave none to probe with")
+    path = place / checked_file(file)
+    return Order(path.stem, path, ids, tokens, template, tokenizer, finish=bool(finish), **engine)
+
+
+def is_piece(text: str, tokens: int) -> bool:
+    """Whether a request of so many tokens only reads the beginning of a document."""
+    return tokens < json.loads(text)["tokens"]
 
 
 def checked_name(name: Any) -> str:
@@ -74,16 +84,44 @@ def checked_name(name: Any) -> str:
     return name.removesuffix(".sqz")
 
 
+def checked_file(name: Any) -> str:
+    """`name` if it is one of a file in a directory, and leads nowhere else."""
+    expect("file", name, str, "a name (str)")
+    if not name or name[0] == "." or "/" in name or "\0" in name:
+        raise SqueezedError(f"file: expected the name of a context, got {shown(repr(name))}")
+    return name
+
+
 @dataclass
 class Job:
-    """An order on its way through a worker."""
+    """An order on its way through a worker.
+
+    Attributes:
+        count: layers of the model.
+        rank: whose heads these are; the first makes the context of all ranks' files.
+        device: of the rank.
+        threads: of the process that makes the context.
+    """
 
     order: Order
     count: int
-    queries: dict[int, list[Tensor]] = field(default_factory=dict)
+    rank: int = 0
+    device: torch.device = CPU
+    threads: int = 1
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    probed: dict[int, Tensor] = field(default_factory=dict)
     layers: dict[int, CapturedLayer] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     state: dict[str, Any] = field(default_factory=lambda: {"state": "reading"})
+
+    @property
+    def complete(self) -> bool:
+        """Whether all layers were seen to the end."""
+        return len(self.layers) == self.count
+
+    @property
+    def goes_on(self) -> bool:
+        return self.state["state"] not in ("saved", "captured", "failed")
 
     def see(
         self,
@@ -98,87 +136,100 @@ class Job:
         Args:
             keys_and_values: gives the document's, `[Hkv, P, D]` each, when all of it was read.
         """
-        if row.first == 0:  # also when it begins anew after a preemption
-            self.queries[layer] = []
-            self.layers.pop(layer, None)
-        skipped = max(0, self.order.document_tokens - row.first)
-        if skipped < row.new:
-            self.queries[layer].append(query[row.start + skipped : row.stop].clone())
-        if row.length < len(self.order.prompt) or layer in self.layers:
+        if not self.goes_on:
             return
-        keys, values = keys_and_values()
-        asked = torch.cat(self.queries.pop(layer)).transpose(0, 1).contiguous()
-        self.layers[layer] = CapturedLayer(keys, values, asked, scale)
+        try:
+            self._keep(row, layer, query)
+            if row.length >= len(self.order.prompt) and layer not in self.layers:
+                self.layers[layer] = self._captured(layer, scale, keys_and_values)
+        except Exception as error:  # the step is other requests' too
+            self._lost(error)
 
-    @property
-    def complete(self) -> bool:
-        return len(self.layers) == self.count
+    def _keep(self, row: Row, layer: int, query: Tensor) -> None:
+        """The probe's queries, each at its place: pieces and preemptions may bring some again."""
+        first = self.order.document_tokens
+        start, stop = max(row.first, first), min(row.length, len(self.order.prompt))
+        if start >= stop:
+            return
+        probe = len(self.order.prompt) - first
+        if layer not in self.queries:
+            self.queries[layer] = query.new_empty(probe, *query.shape[1:])
+            self.probed[layer] = torch.zeros(probe, dtype=torch.bool)
+        offset = row.start - row.first
+        self.queries[layer][start - first : stop - first] = query[offset + start : offset + stop]
+        self.probed[layer][start - first : stop - first] = True
+
+    def _captured(
+        self, layer: int, scale: float, keys_and_values: Callable[[], tuple[Tensor, Tensor]]
+    ) -> CapturedLayer:
+        if layer not in self.queries or not self.probed.pop(layer).all():
+            raise SqueezedError("some of the probe was not computed; index the document again")
+        keys, values = keys_and_values()
+        asked = self.queries.pop(layer).transpose(0, 1).contiguous()
+        return CapturedLayer(keys, values, asked, scale)
 
     def start(self) -> None:
-        """Index and save in a thread."""
-        captured = [self.layers.pop(number) for number in sorted(self.layers)]
-        threading.Thread(target=self._run, args=(captured,), daemon=True).start()
+        """Write what was captured, if it is not written yet, and go on from there, in a thread."""
+        self.state = {"state": "writing"}
+        threading.Thread(target=self._run, daemon=True).start()
 
     def fail(self, why: str) -> None:
+        if self.state["state"] == "failed":
+            return
         self.state = {"state": "failed", "why": why}
+        self.layers.clear()
+        self.queries.clear()
         log.warning("contexts: %s could not be made: %s", self.order.name, why)
 
-    def _run(self, captured: list[CapturedLayer]) -> None:
+    def _run(self) -> None:
+        parts = Parts.of(self.order)
         try:
-            check_room(captured)
-            self._index(captured)
+            if self.complete:
+                self._write(parts)
+            self.state = self._finished(parts) if self.rank == 0 else {"state": "captured"}
+            log.info("contexts: %s is %s", self.order.name, self.state["state"])
         except Exception as error:  # the server goes on
-            self.fail(str(explained(error) or f"{type(error).__name__}: {cause_of(error)}"))
+            self._lost(error)
 
-    @torch.no_grad()
-    def _index(self, captured: list[CapturedLayer]) -> None:
+    def _lost(self, error: Exception) -> None:
+        """Fail, and let other ranks know that they wait for nothing."""
+        self.fail(str(explained(error) or f"{type(error).__name__}: {cause_of(error)}"))
+        try:
+            Parts.of(self.order).fail(self.rank, self.state["why"])
+        except OSError as unwritten:
+            log.warning("contexts: %s (%s)", self.order.path.parent, unwritten)
+
+    def _write(self, parts: Parts) -> None:
+        seconds = time.perf_counter() - self.started
+        parts.begin(self.order)
+        with _beside(self.device):
+            for number in sorted(self.layers):
+                parts.put(self.rank, number, self.layers.pop(number))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the process that makes the context needs it
+        parts.end(self.rank, self.count, seconds)
+
+    def _finished(self, parts: Parts) -> dict[str, Any]:
+        """The state in which this ends, when all ranks have written."""
+        end = time.monotonic() + WAIT_SECONDS
+        while not parts.is_complete(self.order.ranks):
+            why = parts.failure(self.order.ranks)
+            if why is not None or time.monotonic() > end:
+                raise SqueezedError(why or "a rank did not write what it captured")
+            time.sleep(POLL_SECONDS)
+        if not self.order.finish:
+            return {"state": "captured"}
         self.state = {"state": "clustering"}
-        order, config, read = self.order, IndexConfig(), time.perf_counter()
-        device, stream = captured[0].keys.device, None
-        if device.type == "cuda":
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.default_stream(device))
-        with torch.cuda.stream(stream):
-            layers, forest = cluster(
-                handed_over(captured), order.document_tokens, config.clustering
-            )
-            clustered = time.perf_counter()
-            calibrations = {
-                preset.name: calibrate(forest, preset, config.budgets, config.calibration)
-                for preset in config.presets
-            }
-            seconds = {
-                "prefill": read - self.started,
-                "cluster": clustered - read,
-                "calibrate": time.perf_counter() - clustered,
-            }
-            record = ContextRecord(
-                tokens=torch.tensor(order.prompt[: order.document_tokens]),
-                layers=tuple(layers),
-                windows=(None,) * len(layers),
-                calibrations=calibrations,
-                config=config,
-                template=PromptTemplate(**order.template),
-                model=order.model,
-                tokenizer=order.tokenizer,
-                seconds=seconds,
-                observed=tuple(seen.queries for seen in forest.layers()),
-            )
-            save(record, order.path)
-        self.state = {"state": "saved", "tokens": order.document_tokens, "seconds": seconds}
-        log.info("contexts: %s was made of %d tokens", order.name, order.document_tokens)
+        found = making.run(parts, str(self.device), self.threads)
+        if found["state"] == "failed":
+            raise SqueezedError(found["why"])
+        return found
 
 
-def check_room(captured: list[CapturedLayer]) -> None:
-    """Raise `SqueezedError` unless a GPU has memory left to cluster these layers."""
-    device = captured[0].keys.device
+def _beside(device: torch.device):
+    """Copies off a GPU that hold up no step."""
     if device.type != "cuda":
-        return
-    needed = COPIES * sum(2 * x.keys.numel() * x.keys.element_size() for x in captured)
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if needed > free:
-        raise SqueezedError(
-            f"indexing needs {needed / 1e9:.1f} GB of the GPU, and {free / 1e9:.1f} GB are left; "
-            "lower --gpu-memory-utilization"
-        )
+        return nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    return torch.cuda.stream(stream)

@@ -20,7 +20,19 @@ HIT = "block_hashes max_length kv_cache_group_ids block_pool kv_cache_spec"
 BUILD = "common_prefix_len common_attn_metadata fast_build"
 
 SYMBOLS: dict[str, dict[str, str]] = {
-    "vllm": {"__version__": "", "SamplingParams": "max_tokens temperature extra_args"},
+    "vllm": {
+        "__version__": "",
+        "SamplingParams": "max_tokens temperature extra_args detokenize",
+        "LLM.from_engine_args": "engine_args",
+        "LLM.collective_rpc": "method args",
+        "LLM.generate": "prompts sampling_params use_tqdm",
+    },
+    "vllm.engine.arg_utils": {
+        "EngineArgs.add_cli_args": "parser",
+        "EngineArgs.from_cli_args": "args",
+        "EngineArgs.create_engine_config": "",
+    },
+    "vllm.utils.argparse_utils": {"FlexibleArgumentParser": ""},
     "vllm.config": {"get_current_vllm_config": ""},
     "vllm.distributed.parallel_state": {"get_tp_group": ""},
     "vllm.distributed.kv_transfer.kv_connector.factory": {

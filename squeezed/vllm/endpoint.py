@@ -9,8 +9,8 @@ answers say it nowhere else. `GET /v1/contexts`: what is registered, and what is
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
+import time
 from dataclasses import asdict
 from typing import Any
 from uuid import uuid4
@@ -18,14 +18,12 @@ from uuid import uuid4
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from squeezed.config import IndexConfig
-from squeezed.context.prompt import PromptTemplate
 from squeezed.context.text import check_text
 from squeezed.errors import SqueezedError, expect
-from squeezed.hf.identity.vocabulary import tokenizer_fingerprint
-from squeezed.indexing.probe import probe_question
-from squeezed.vllm import capture
-from squeezed.vllm.capture import checked_name
+from squeezed.vllm.asking import Asked, fallback_in
+from squeezed.vllm.capture import ARGUMENT, checked_name, order_of
+from squeezed.vllm.pace import Pace
+from squeezed.vllm.scheduler import catalogue_of, engine_of, place_of
 from squeezed.vllm.settings import Settings
 
 POLL_SECONDS = 0.1
@@ -76,54 +74,78 @@ async def contexts(http: Request) -> JSONResponse:
 
 
 async def make(http: Request) -> JSONResponse:
-    """Index a document: 201 when its context is saved, 400 with the reason where it cannot be."""
-    engine, catalogue = http.app.state.squeezed_engine, http.app.state.squeezed_catalogue
+    """Index a document: 201 when its context is saved, 400 with the reason where it cannot be.
+
+    What was read before, by a request that lost its connection or a server that ended, is not read
+    again.
+    """
+    state = http.app.state
+    engine, catalogue = state.squeezed_engine, state.squeezed_catalogue
     if catalogue is None:
         return _error(501, "this server has no contexts")
     try:
         body = expect("body", await http.json(), dict, "an object with name and text")
         name, text = checked_name(body.get("name")), check_text("text", body.get("text"))
-        if not text.strip():
-            raise SqueezedError("text: the document is empty; give at least one word")
-        sent = await read(engine, name, text)
+        asked = await asyncio.to_thread(asked_of, engine, f"{name}.sqz", text)
+        asked.check(engine.vllm_config.model_config.max_model_len)
+        order = await asyncio.to_thread(order_in, engine.vllm_config, asked)
+        if not (await engine.collective_rpc("squeezed_resume", args=(order,)))[0]:
+            why = await read(engine, asked)
+            if why is not None:
+                return _error(400, why)
     except ValueError as error:  # ours, and vLLM's for a prompt that is too long
         return _error(400, str(error))
-    if sent is not None:
-        return _error(400, sent)
     while True:
-        state = (await engine.collective_rpc("squeezed_indexing", args=(name,)))[0]
-        if state is None or state["state"] == "failed":
-            return _error(400, (state or {}).get("why", "the server forgot this document"))
-        if state["state"] == "saved":
+        found = (await engine.collective_rpc("squeezed_indexing", args=(name,)))[0]
+        if found is None or found["state"] == "failed":
+            return _error(400, (found or {}).get("why", "the server forgot this document"))
+        if found["state"] == "saved":
             catalogue.look()
-            return JSONResponse({"id": name, "object": "context", **state}, status_code=201)
+            return JSONResponse({"id": name, "object": "context", **found}, status_code=201)
         await asyncio.sleep(POLL_SECONDS)
 
 
-async def read(engine, name: str, text: str) -> str | None:
-    """Let the engine read document and probe; why it refused, or `None`."""
+def asked_of(engine, file: str, text: str) -> Asked:
+    """What is asked of the engine for a document."""
+    return Asked.of(engine.get_tokenizer(), file, text)
+
+
+def order_in(config, asked: Asked) -> dict[str, Any]:
+    """The order that the engine will make of what is asked, as it travels to the workers."""
+    settings = Settings.of_engine(config)
+    order = order_of(asked.argument, asked.prompt, place_of(settings), engine_of(config))
+    return asdict(order) | {"path": str(order.path)}
+
+
+async def read(engine, asked: Asked) -> str | None:
+    """Let the engine read document and probe, piece by piece; why it refused, or `None`."""
+    config = engine.vllm_config
+    salt, done, prompt = uuid4().hex, 0, asked.prompt
+    pace = Pace(
+        Settings.of_engine(config).index_pause_ms / 1e3,
+        config.cache_config.block_size,
+        config.scheduler_config.max_num_batched_tokens,
+    )
+    probe = len(prompt) - asked.document_tokens
+    while piece := pace.next(asked.document_tokens - done, probe):
+        done, started = done + piece, time.perf_counter()
+        why = await one_request(engine, asked, prompt[:done], salt)
+        if why is not None:
+            return why
+        pace.took(piece, time.perf_counter() - started)
+    return await one_request(engine, asked, prompt, salt)
+
+
+async def one_request(engine, asked: Asked, ids: list[int], salt: str) -> str | None:
     from vllm import SamplingParams
 
-    tokenizer = engine.get_tokenizer()
-    template = PromptTemplate.of(tokenizer)
-    document = template.document_ids(tokenizer, text).tolist()
-    probe = template.question_ids(
-        tokenizer, probe_question(text, IndexConfig().calibration.probe)
-    ).tolist()
-    order = {
-        "name": name,
-        "document_tokens": len(document),
-        "template": asdict(template),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-    }
     sampling = SamplingParams(
-        max_tokens=1, temperature=0, extra_args={capture.ARGUMENT: json.dumps(order)}
+        max_tokens=1, temperature=0, extra_args={ARGUMENT: asked.argument}, detokenize=False
     )
-    prompt = {"prompt_token_ids": document + probe}
-    said = None
-    async for output in engine.generate(prompt, sampling, f"index-{name}-{uuid4().hex}"):
+    prompt, said = {"prompt_token_ids": ids, "cache_salt": salt}, None
+    async for output in engine.generate(prompt, sampling, f"index-{asked.file}-{uuid4().hex}"):
         said = output.kv_transfer_params
-    return ((said or {}).get("squeezed") or {}).get("fallback")
+    return fallback_in(said)
 
 
 async def remove(name: str, http: Request) -> JSONResponse:
@@ -159,8 +181,6 @@ def _catalogue(engine_client):
     settings = Settings.of_engine(config)
     if settings is None:
         return None
-    from squeezed.vllm.scheduler import catalogue_of
-
     return catalogue_of(config, settings)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from squeezed.vllm.news import Order
 from squeezed.vllm.worker import WORKER
 
 
@@ -18,3 +20,7 @@ class WorkerExtension:
         """How far this rank is with a context that it makes."""
         job = WORKER.indexed.get(name)
         return None if job is None else job.state
+
+    def squeezed_resume(self, order: dict[str, Any]) -> bool:
+        """Whether this rank goes on with a document that was captured before, or is just now."""
+        return WORKER.resume(Order(**order | {"path": Path(order["path"])}))

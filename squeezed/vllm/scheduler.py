@@ -5,6 +5,8 @@ It meets vLLM's requests and block hashes; `Serving`, which it asks, knows conte
 
 from __future__ import annotations
 
+import functools
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -76,9 +78,9 @@ class SchedulerHalf:
         catalogue.watch(settings.scan_seconds)
         residency = Residency(settings.memory_bytes(device_bytes(on_cpu)))
         self.serving = Serving(settings, catalogue, residency)
-        self.checkpoint = checkpoint_of(vllm_config)
+        self.engine = functools.cache(lambda: engine_of(vllm_config))
         self.pool_tokens = (kv_cache_config.num_blocks - 1) * self.block_size
-        self.place = next((path for path in settings.contexts if is_place(path)), None)
+        self.place = place_of(settings)
         self.indexing: set[str] = set()
         self.chains: dict[str, Chain] = {}
         self.using: Counter[bytes] = Counter()
@@ -105,28 +107,35 @@ class SchedulerHalf:
         self.may_begin(request)
 
     def _order(self, request, text: Any) -> None:
-        """A request whose document is to be indexed: all of it is computed, nothing looked up."""
-        request.skip_reading_prefix_cache = True
+        """A request whose document is to be indexed, or a piece of it.
+
+        It finds what earlier pieces left in the prefix cache, by a salt of their own. Without one
+        all of it is computed: a probe that is found in the cache leaves no queries.
+        """
+        if request.cache_salt is None:
+            request.skip_reading_prefix_cache = True
         reading = self.serving.readings[request.request_id] = Reading(request.request_id, None)
         try:
-            if self.never or self.ranks > 1 or _impossible(request, looks_up=False):
+            if self.never or _impossible(request, looks_up=False):
                 raise SqueezedError(
                     f"{capture.ARGUMENT}: documents are indexed here for models without sliding "
-                    "windows, on one GPU; use squeezed index"
+                    "windows; use squeezed index"
                 )
-            if request.num_tokens + 1 > self.pool_tokens:
-                raise SqueezedError(
-                    f"{capture.ARGUMENT}: {request.num_tokens} tokens do not fit into the "
-                    f"{self.pool_tokens} of vLLM's blocks; give it more, or use squeezed index"
-                )
-            order = capture.order_of(
-                text, request.prompt_token_ids, self.place, self.checkpoint.fingerprint()
-            )
+            order = capture.order_of(text, request.prompt_token_ids, self.place, self.engine())
+            self._check_pool(json.loads(text)["tokens"])
         except SqueezedError as error:
             reading.why = self.to_tell.fallbacks[request.request_id] = str(error)
             return
-        self.indexing.add(request.request_id)
-        self.to_tell.orders[request.request_id] = order
+        if not capture.is_piece(text, request.num_tokens):
+            self.indexing.add(request.request_id)
+            self.to_tell.orders[request.request_id] = order
+
+    def _check_pool(self, tokens: int) -> None:
+        if tokens + 1 > self.pool_tokens:
+            raise SqueezedError(
+                f"{capture.ARGUMENT}: {tokens} tokens do not fit into the {self.pool_tokens} of "
+                "vLLM's blocks; give it more, or use squeezed index"
+            )
 
     def may_begin(self, request) -> bool:
         """Whether the request may be scheduled: it reads no context, or its context is there.
@@ -301,9 +310,22 @@ def checkpoint_of(vllm_config) -> Checkpoint:
     return Checkpoint(Path(model.model), model.hf_text_config, model.quantization)
 
 
-def is_place(path: Path) -> bool:
-    """Whether contexts may be saved in a directory: it is none itself."""
-    return path.is_dir() and not (path / MANIFEST).exists()
+def engine_of(vllm_config) -> dict[str, Any]:
+    """What an `Order` says of the engine that captures."""
+    model, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+    return {
+        "model": checkpoint_of(vllm_config).fingerprint(),
+        "ranks": ranks,
+        "layers": model.hf_text_config.num_hidden_layers,
+        "kv_heads": model.get_total_num_kv_heads(),
+        "dtype": str(model.dtype),
+    }
+
+
+def place_of(settings: Settings) -> Path | None:
+    """The directory in which contexts are saved: the first that is none itself."""
+    found = (p for p in settings.contexts if p.is_dir() and not (p / MANIFEST).exists())
+    return next(found, None)
 
 
 def device_bytes(on_cpu: bool) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from squeezed.config import BEST, DEFAULT_BUDGET, check_budget
-from squeezed.errors import SqueezedError, expect, whole
+from squeezed.errors import SqueezedError, expect, whole, within
 from squeezed.vllm.plugin import CONNECTOR
 
 GIB = 1 << 30
@@ -30,6 +30,9 @@ class Settings:
         scan_seconds: time between two looks into the directories.
         implementation: `auto`, `reference`, `cpu` or `triton`.
         graphs: capture a layer's attention on a GPU, and replay it while a batch stays the same.
+        index_pause_ms: milliseconds that a step of other requests may wait for a document that is
+            indexed; 0 for any time.
+        index_threads: of the process that clusters it.
     """
 
     contexts: tuple[Path, ...] = ()
@@ -40,6 +43,8 @@ class Settings:
     scan_seconds: float = 2.0
     implementation: str = "auto"
     graphs: bool = True
+    index_pause_ms: float = 100.0
+    index_threads: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "contexts", _paths(self.contexts))
@@ -48,6 +53,8 @@ class Settings:
         expect("implementation", self.implementation, str, "an implementation's name (str)")
         expect("graphs", self.graphs, bool, "True or False")
         whole("own_tokens", self.own_tokens, 0)
+        whole("index_threads", self.index_threads, 1)
+        within("index_pause_ms", self.index_pause_ms, 0, 1e6)
         _positive("scan_seconds", self.scan_seconds)
         if self.context_memory is not None:
             _positive("context_memory", self.context_memory)

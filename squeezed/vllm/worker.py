@@ -16,7 +16,8 @@ from squeezed.vllm.capture import Job
 from squeezed.vllm.cutting import Share
 from squeezed.vllm.graphs import LayerGraphs
 from squeezed.vllm.meter import DeviceMeter, HostMeter
-from squeezed.vllm.news import Reader, StepNews, WorkerNews
+from squeezed.vllm.news import Order, Reader, StepNews, WorkerNews
+from squeezed.vllm.parts import Parts
 from squeezed.vllm.settings import Settings
 
 KEPT_REPORTS = 4096
@@ -40,7 +41,7 @@ class Worker:
         self.graphs: LayerGraphs | None = None
         self.ends: list[Callable[[], None]] = []
         """What is to be done when the step's last layer has been launched."""
-        self.layers = 0
+        self.layers, self.index_threads = 0, 1
         self.jobs: dict[str, Job] = {}
         self.indexed: OrderedDict[str, Job] = OrderedDict()
         self._reserved: torch.Tensor | None = None
@@ -56,7 +57,7 @@ class Worker:
     ) -> None:
         """Begin anew; at most `requests` read contexts at once, of a model of so many `layers`."""
         self.__init__()
-        self.layers = layers
+        self.layers, self.index_threads = layers, settings.index_threads
         self.arena, self.ranks = Arena(share, device, settings.implementation), share.size
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what was reserved is for contexts now
@@ -82,10 +83,7 @@ class Worker:
         for request, why in news.fallbacks.items():
             self._report(request, {"context": None, "fallback": why})
         for request, order in news.orders.items():
-            job = self.jobs[request] = self.indexed[order.name] = Job(order, self.layers)
-            self.indexed.move_to_end(job.order.name)
-            while len(self.indexed) > KEPT_REPORTS:
-                self.indexed.popitem(last=False)
+            self.jobs[request] = self._job(order)
         self.tails, self.ids = news.tails, ids
         loaded, failed = self.arena.arrived(IDLE_WAIT_SECONDS if idle else 0.0)
         seconds = {key: self.arena.seconds.pop(key) for key in loaded}
@@ -101,6 +99,26 @@ class Worker:
         self._settle()
         told, self._untold = self._untold, {}
         return told
+
+    def resume(self, order: Order) -> bool:
+        """Whether a document need not be read: it was captured before, or is just now."""
+        known = self.indexed.get(order.name)
+        if known is not None and known.order.key == order.key and known.goes_on:
+            return True
+        if not Parts.of(order).is_complete(order.ranks):
+            return False
+        self._job(order).start()
+        return True
+
+    def _job(self, order: Order) -> Job:
+        rank = self.arena.share.rank
+        Parts.of(order).forget_failure(rank)
+        job = Job(order, self.layers, rank, self.arena.device, self.index_threads)
+        self.indexed[order.name] = job
+        self.indexed.move_to_end(order.name)
+        while len(self.indexed) > KEPT_REPORTS:
+            self.indexed.popitem(last=False)
+        return job
 
     def report(self, request: str) -> dict[str, Any] | None:
         """What this rank knows of a request, also after its end; ids may go on after `request`."""

@@ -15,6 +15,7 @@ def engine(place, extra=None, **arguments):
         "block_size": 32,
         "distributed_executor_backend": "uni",
         "disable_log_stats": False,
+        "worker_extension_cls": "squeezed.vllm.extension.WorkerExtension",
     }
     return LLM(
         str(place / "model"),
@@ -49,6 +50,51 @@ def ask(llm, requests, new=16, **sampling):
         }
         for output in outputs
     ]
+
+
+def capture(llm, place, file, text):
+    """Let the engine index a text; the state in which that ended."""
+    from transformers import AutoTokenizer
+
+    from squeezed.vllm.asking import Asked
+    from squeezed.vllm.capture import ARGUMENT
+
+    asked = Asked.of(AutoTokenizer.from_pretrained(place / "model"), file, text)
+    said = ask(llm, [(asked.prompt, {ARGUMENT: asked.argument})], new=1)[0]["said"]
+    assert said is None, said
+    states = []
+
+    def ended():
+        states.append(llm.collective_rpc("squeezed_indexing", args=(file.removesuffix(".sqz"),)))
+        return states[-1][0]["state"] in ("saved", "failed")
+
+    until(ended, 120)
+    return states[-1][0]
+
+
+def in_order(layer, rows):
+    """Keys or values of a saved layer in the document's order, as the model makes them."""
+    order = layer.positions.long().argsort(1)[..., None].expand_as(rows)
+    centre = layer.centre[:, None] if rows is layer.keys else 0
+    return (rows + centre).gather(1, order)
+
+
+def check_alike(mine, its):
+    """Two contexts of one document, by two engines that round differently."""
+    import torch
+
+    assert mine.tokens.tolist() == its.tokens.tolist()
+    assert mine.tokenizer == its.tokenizer and mine.template == its.template
+    assert mine.calibrations.keys() == its.calibrations.keys()
+    assert len(mine.observed) == len(its.observed) == len(mine.layers) == len(its.layers)
+    for one, other in zip(mine.observed, its.observed, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-4)
+    for one, other in zip(mine.layers, its.layers, strict=True):
+        assert one.scale == other.scale and one.pinned == other.pinned
+        assert [lv.nodes for lv in one.levels] == [lv.nodes for lv in other.levels]
+        for name in ("keys", "values"):
+            pair = (in_order(x, getattr(x, name)) for x in (one, other))
+            torch.testing.assert_close(*pair, atol=2e-4, rtol=2e-4)
 
 
 def metric(llm, name):

@@ -12,8 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import torch
-from engines import until
+from engines import check_alike, until
 
 from squeezed.context.storage.directory import load
 
@@ -192,13 +191,7 @@ def test_a_document_is_indexed_by_the_server_and_removed(server, place, answers)
     status, made = server.send("POST", "/v1/contexts", {"name": "own", "text": text})
     assert status == 201, made
     assert made["tokens"] == len(answers["contexts"]["one"])
-    own, known = (load(place / "contexts" / f"{name}.sqz") for name in ("own", "one"))
-    assert own.tokens.tolist() == known.tokens.tolist() == answers["contexts"]["one"]
-    assert own.tokenizer == known.tokenizer and own.template == known.template
-    for mine, its in zip(own.layers, known.layers, strict=True):
-        for name in ("keys", "values"):
-            pair = (in_order(x, getattr(x, name)) for x in (mine, its))
-            torch.testing.assert_close(*pair, atol=2e-4, rtol=2e-4)
+    check_alike(*(load(place / "contexts" / f"{name}.sqz") for name in ("own", "one")))
     wanted = answers["asked"][0]
     until(lambda: is_found(server, "own", wanted["prompt"]))
     for budget in (1.0, 0.1):
@@ -212,11 +205,23 @@ def test_a_document_is_indexed_by_the_server_and_removed(server, place, answers)
     assert server.send("DELETE", "/v1/contexts/own")[0] == 404
 
 
-def in_order(layer, rows):
-    """Keys or values in the document's order, as the model makes them."""
-    order = layer.positions.long().argsort(1)[..., None].expand_as(rows)
-    centre = layer.centre[:, None] if rows is layer.keys else 0
-    return (rows + centre).gather(1, order)
+def test_what_was_read_is_not_read_again(server, place):
+    """The name is taken by something else: only what comes after the reading is done again."""
+    text, path = document(500, 9), place / "contexts" / "late.sqz"
+    path.write_text("something else")
+    status, said = server.send("POST", "/v1/contexts", {"name": "late", "text": text})
+    assert status == 400 and "not a saved context" in said["error"]["message"]
+    path.unlink()
+    before = prompt_tokens(server)
+    assert server.send("POST", "/v1/contexts", {"name": "late", "text": text})[0] == 201
+    assert prompt_tokens(server) == before
+    assert load(path).tokens.tolist()
+    assert server.send("DELETE", "/v1/contexts/late")[0] == 200
+
+
+def prompt_tokens(server):
+    lines = server.get("/metrics").splitlines()
+    return [line for line in lines if line.startswith("vllm:prompt_tokens_total")]
 
 
 def is_found(server, name, ids):

@@ -4,31 +4,62 @@ from pathlib import Path
 
 import pytest
 import torch
-from saved import made
 
 import squeezed
 from squeezed.context.prompt import PromptTemplate
 from squeezed.errors import SqueezedError
-from squeezed.vllm.capture import Job, checked_name, order_of
+from squeezed.vllm.capture import Job, checked_name, is_piece, order_of
+from squeezed.vllm.parts import Parts
 from squeezed.vllm.rows import Row
 
 HEADS, KV_HEADS, DIM, DOCUMENT, PROBE = 4, 2, 16, 400, 30
 TEMPLATE = {"before": "", "between": "", "after": "", "keep_control_tokens": False}
 
 
+ENGINE = {"model": {"weights": {}}, "ranks": 1, "layers": 2, "kv_heads": KV_HEADS, "dtype": "f"}
+
+
 def said(**changes):
-    usual = {"name": "x", "document_tokens": DOCUMENT, "template": TEMPLATE, "tokenizer": "t"}
+    usual = {
+        "file": "x.sqz",
+        "tokens": DOCUMENT + PROBE,
+        "document_tokens": DOCUMENT,
+        "template": TEMPLATE,
+        "tokenizer": "t",
+        "finish": True,
+    }
     return json.dumps(usual | changes)
 
 
-def order(place=Path("place"), **changes):
-    return order_of(said(**changes), range(DOCUMENT + PROBE), place, {"weights": {}})
+def order(place=Path("place"), engine=ENGINE, **changes):
+    return order_of(said(**changes), range(DOCUMENT + PROBE), place, engine)
 
 
 def test_an_order_says_what_is_read_and_where_it_goes():
     found = order()
     assert found.path == Path("place/x.sqz") and found.document_tokens == DOCUMENT
-    assert order(name="x.sqz").path == Path("place/x.sqz")
+    assert found.name == "x" and found.kv_heads == KV_HEADS and found.finish
+    assert not is_piece(said(), DOCUMENT + PROBE) and is_piece(said(), DOCUMENT)
+
+
+def test_orders_are_alike_if_the_same_is_captured():
+    """Wherever it lies, and whoever finishes it."""
+    assert order().key == order(Path("elsewhere"), finish=False).key
+    others = [
+        order(file="y.sqz"),
+        order(tokenizer="u"),
+        order(document_tokens=DOCUMENT - 1),
+        order(engine=ENGINE | {"ranks": 2}),
+        order(engine=ENGINE | {"dtype": "g"}),
+        order(engine=ENGINE | {"model": {}}),
+    ]
+    assert len({found.key for found in (order(), *others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("file", ["../x", "a/b", "", ".x", 5, None, "a\0"])
+def test_files_that_lead_elsewhere_are_refused(file):
+    with pytest.raises(SqueezedError, match="file"):
+        order(file=file)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".x", "x" * 200, 5, None, "a\n", "-x"])
@@ -47,12 +78,14 @@ def test_names_that_lead_elsewhere_are_refused(name):
         said(document_tokens=0),
         said(document_tokens=DOCUMENT + PROBE),
         said(document_tokens="many"),
+        said(tokens=DOCUMENT + PROBE - 1),
+        said(tokens=None),
         7,
     ],
 )
 def test_orders_that_make_no_sense_are_refused(text):
     with pytest.raises(SqueezedError):
-        order_of(text, range(DOCUMENT + PROBE), Path("place"), {})
+        order_of(text, range(DOCUMENT + PROBE), Path("place"), ENGINE)
 
 
 def test_without_a_directory_nothing_is_indexed():
@@ -60,9 +93,8 @@ def test_without_a_directory_nothing_is_indexed():
         order(place=None)
 
 
-def fed(job, cuts, keys, values, queries, layers=2, other=3):
+def fed(job, cuts, keys, values, queries, layers=2, other=3, first=0):
     """Give a job its prompt in chunks, each behind `other` tokens of another request."""
-    first = 0
     for stop in cuts:
         row = Row(1, other, other + stop - first, stop, "r")
         for layer in range(layers):
@@ -72,8 +104,8 @@ def fed(job, cuts, keys, values, queries, layers=2, other=3):
         first = stop
 
 
-def drawn():
-    generator = torch.Generator().manual_seed(0)
+def drawn(seed=0):
+    generator = torch.Generator().manual_seed(seed)
     keys, values = torch.randn(2, 2, KV_HEADS, DOCUMENT, DIM, generator=generator)
     return keys, values, torch.randn(2, DOCUMENT + PROBE, HEADS, DIM, generator=generator)
 
@@ -90,18 +122,41 @@ def test_the_probes_queries_are_kept_however_the_prompt_is_cut(cuts):
         assert torch.equal(captured.keys, keys[layer])
 
 
-def test_a_preempted_request_begins_anew():
+@pytest.mark.parametrize("first", [0, 384, 416])
+def test_a_preempted_request_is_read_again_from_anywhere(first):
+    """Blocks that are found in the prefix cache are not computed again; the probe's others are."""
     keys, values, queries = drawn()
     job = Job(order(), 2)
-    fed(job, [64, 410], keys, values, queries + 1)
+    fed(job, [64, 420], keys, values, queries)
     assert not job.complete
-    fed(job, [200, 430], keys, values, queries)
+    fed(job, [425, 430], keys, values, queries, first=first)
     assert torch.equal(job.layers[1].queries, queries[1][DOCUMENT:].transpose(0, 1))
 
 
-def ended(job, seconds=60):
+def test_a_probe_that_was_not_computed_is_no_context(tmp_path):
+    keys, values, queries = drawn()
+    job = Job(order(tmp_path), 2)
+    fed(job, [430], keys, values, queries, first=416)
+    assert not job.complete and "probe" in job.state["why"]
+
+
+def test_what_fails_while_a_step_runs_stops_no_step(tmp_path):
+    def no_memory():
+        raise torch.OutOfMemoryError("out of memory")
+
+    queries = drawn()[2]
+    job = Job(order(tmp_path), 2)
+    row = Row(0, 0, 430, 430, "r")
+    for layer in range(2):
+        job.see(row, layer, queries[layer], 0.25, no_memory)
+    assert job.state["state"] == "failed" and job.state["why"].startswith("memory:")
+    assert not job.complete and not job.layers
+    assert "memory" in Parts.of(job.order).failure(1), "other ranks do not wait"
+
+
+def ended(job, seconds=120):
     end = time.monotonic() + seconds
-    while job.state["state"] not in ("saved", "failed"):
+    while job.goes_on:
         assert time.monotonic() < end
         time.sleep(0.02)
     return job.state
@@ -112,7 +167,8 @@ def test_what_was_captured_becomes_a_saved_context(tmp_path):
     job = Job(order(tmp_path), 2)
     fed(job, [430], keys, values, queries)
     job.start()
-    assert ended(job)["state"] == "saved"
+    assert ended(job) == {"state": "saved", "tokens": DOCUMENT, "seconds": job.state["seconds"]}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.sqz"]
     context = squeezed.load(tmp_path / "x.sqz")
     assert context.tokens.tolist() == list(range(DOCUMENT))
     assert context.template == PromptTemplate.plain() and context.tokenizer == "t"
@@ -123,18 +179,36 @@ def test_what_was_captured_becomes_a_saved_context(tmp_path):
     torch.testing.assert_close(keys[0].gather(1, rows), layer.keys + layer.centre[:, None])
 
 
-def test_what_cannot_be_saved_is_said(tmp_path):
+def test_what_cannot_be_saved_is_said_and_need_not_be_read_again(tmp_path):
+    """Here another file has the name: when that is gone, the rest is done from what was kept."""
+    keys, values, queries = drawn()
+    (tmp_path / "x.sqz").write_text("something else")
+    job = Job(order(tmp_path), 2)
+    fed(job, [430], keys, values, queries)
+    job.start()
+    assert "not a saved context" in ended(job)["why"]
+    (tmp_path / "x.sqz").unlink()
+    assert Parts.of(job.order).is_complete(1)
+    again = Job(order(tmp_path), 2)
+    again.start()
+    assert ended(again)["state"] == "saved"
+    assert not Parts.of(job.order).path.exists()
+
+
+def test_nan_is_said(tmp_path):
     keys, values, queries = drawn()
     keys[1, 0, 3, 2] = float("nan")
     job = Job(order(tmp_path), 2)
     fed(job, [430], keys, values, queries)
     job.start()
-    assert ended(job)["state"] == "failed" and "NaN" in job.state["why"]
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "x.sqz").write_text("something else")
-    keys[1, 0, 3, 2] = 0.0
-    job = Job(order(tmp_path), 2)
+    assert "NaN" in ended(job)["why"]
+    assert not (tmp_path / "x.sqz").exists()
+
+
+def test_an_engine_that_only_captures_leaves_the_rest(tmp_path):
+    keys, values, queries = drawn()
+    job = Job(order(tmp_path, finish=False), 2)
     fed(job, [430], keys, values, queries)
     job.start()
-    assert "not a saved context" in ended(job)["why"]
-    assert made()
+    assert ended(job) == {"state": "captured"}
+    assert Parts.of(job.order).is_complete(1) and not (tmp_path / "x.sqz").exists()

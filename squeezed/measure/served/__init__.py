@@ -1,0 +1,1 @@
+"""What a server under vLLM does with many requests at once, seen from outside."""

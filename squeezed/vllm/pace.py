@@ -1,0 +1,63 @@
+"""How much of a document is read in one step, so that no other request waits longer than allowed.
+
+What a step takes grows with its tokens and with what they look back at: so the next piece follows
+from how long the last one took. Pieces are requests that leave their keys in vLLM's prefix cache.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+FIRST_BLOCKS = 4
+AIM = 0.8
+"""Part of the limit that a step should take: other requests are in it too."""
+
+GROWTH = 2.0
+"""Of a piece over the one before, at most."""
+
+
+@dataclass
+class Pace:
+    """Pieces of one document.
+
+    Attributes:
+        limit: seconds that a step may take; 0 for any time.
+        block: tokens of a block; pieces end with one, for only whole blocks are found again.
+        most: tokens of the largest step.
+        tokens: of the next piece; begins small, for nothing is known yet.
+        done: tokens that were read.
+    """
+
+    limit: float
+    block: int
+    most: int
+    tokens: int = 0
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = min(FIRST_BLOCKS * self.block, self._largest)
+
+    def next(self, left: int, probe: int) -> int:
+        """Tokens of the next piece when `left` of the document must still be read; 0 if all of them
+        may be, with the `probe`, which must be read at the end and not before."""
+        if not self.limit or left + probe <= self.tokens:
+            return 0
+        return min(self.tokens, left // self.block * self.block)
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """A piece was read.
+
+        It is unknown how much of the time went into looking back, so the next piece is the largest
+        for which the limit holds whether none of it did or all.
+        """
+        allowed = AIM * self.limit / max(seconds, 1e-6)
+        pairs = allowed * tokens * (self.done + tokens / 2)
+        self.done += tokens
+        looking_back = math.sqrt(self.done**2 + 2 * pairs) - self.done
+        wanted = int(min(allowed * tokens, looking_back, GROWTH * tokens))
+        self.tokens = min(self._largest, max(self.block, wanted // self.block * self.block))
+
+    @property
+    def _largest(self) -> int:
+        return max(self.block, self.most // self.block * self.block)

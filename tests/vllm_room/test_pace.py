@@ -1,0 +1,63 @@
+import pytest
+
+from squeezed.vllm.pace import Pace
+
+BLOCK, MOST = 16, 2048
+
+
+def read(document, probe, limit, seconds_of, most=MOST):
+    """Pieces of a document, and how long each step took; the last one has the probe."""
+    pace, done, steps = Pace(limit, BLOCK, most), 0, []
+    while piece := pace.next(document - done, probe):
+        seconds = seconds_of(done, piece)
+        steps.append((piece, seconds))
+        pace.took(piece, seconds)
+        done += piece
+        assert done <= document and len(steps) < 10_000
+    rest = document - done + probe
+    return steps, (rest, seconds_of(done, rest))
+
+
+def machine(per_token, per_pair):
+    return lambda done, tokens: 0.002 + tokens * (per_token + per_pair * (done + tokens / 2))
+
+
+@pytest.mark.parametrize("per_token", [1e-6, 3e-5, 2e-4])
+@pytest.mark.parametrize("per_pair", [0.0, 1e-9, 1e-8])
+@pytest.mark.parametrize("limit", [0.02, 0.1])
+def test_no_step_takes_longer_than_allowed(per_token, per_pair, limit):
+    """However dear a token is, and however dear looking back becomes."""
+    steps, last = read(60_000, 100, limit, machine(per_token, per_pair))
+    assert sum(piece for piece, _ in steps) + last[0] == 60_100
+    assert all(piece % BLOCK == 0 and piece <= MOST for piece, _ in steps)
+    assert max(seconds for _, seconds in steps) <= limit
+    assert last[1] <= limit + 100 * (per_token + per_pair * 60_100)
+
+
+def test_time_that_is_allowed_is_used():
+    steps, _ = read(60_000, 100, 0.1, machine(3e-5, 1e-9))
+    assert sorted(seconds for _, seconds in steps)[len(steps) // 2] > 0.05
+
+
+def test_a_step_held_up_by_others_is_forgiven():
+    """One slow step makes the next ones small, for a while."""
+    pace = Pace(0.1, BLOCK, MOST, done=100_000)
+    pace.took(1024, 0.08)
+    assert 1000 < pace.tokens <= 1024
+    pace.took(1024, 8.0)
+    assert pace.tokens == BLOCK
+    pace.took(BLOCK, 0.001)
+    assert pace.tokens == 2 * BLOCK
+
+
+@pytest.mark.parametrize("document", [1, 15, 16, 40, 63, 64, 65, 1000])
+def test_the_probe_is_read_at_the_end_alone(document):
+    """Only the last request keeps queries, and what was read before it would find in the cache."""
+    steps, (rest, _) = read(document, 7, 0.1, lambda done, tokens: 10.0)
+    assert rest >= 8 or document == sum(piece for piece, _ in steps)
+    assert rest >= 7
+    assert all(piece for piece, _ in steps)
+
+
+def test_without_a_limit_all_is_read_at_once():
+    assert read(60_000, 100, 0, machine(1e-6, 0))[0] == []
