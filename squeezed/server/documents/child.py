@@ -17,6 +17,7 @@ BLOCKS = set(
 HIDDEN = {"script", "style", "template", "noscript", "svg", "math"}
 LARGEST_UNZIPPED = 1 << 28
 MOST_ZIPPED = 5000
+LONGEST_ERROR = 1 << 16
 
 
 class TooMuch(Exception):
@@ -116,21 +117,21 @@ def check_zip(path: str) -> None:
 READERS = {"html": read_html, "pdf": read_pdf, "docx": read_docx}
 
 
-def limit(seconds: int, megabytes: int) -> None:
+def limit(seconds: int, megabytes: int, written: int) -> None:
     import resource
 
     memory = megabytes << 20
     for kind, most in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_FSIZE, written),
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(kind, (most, most))
 
 
 def main(kind: str, path: str, seconds: str, megabytes: str, characters: str) -> int:
-    limit(int(seconds), int(megabytes))
+    limit(int(seconds), int(megabytes), 4 * int(characters) + LONGEST_ERROR)
     text = Text(int(characters))
     try:
         READERS[kind](path, text)
