@@ -107,6 +107,8 @@ class Engine(Protocol):
     """A model that answers over saved contexts."""
 
     tokenizer: PreTrainedTokenizerBase
+    positions: int | None
+    """Tokens of prompt and answer that the model can tell apart, if that has an end."""
     is_pinned: Callable[[str], bool]
     """Whether a context stays in memory once it is there, by its name; the library says so."""
 

@@ -23,6 +23,8 @@ from squeezed.server.settings import ServerSettings
 from squeezed.system.failures import cause_of, readable_failures
 
 KEEP_ALIVE_SECONDS = 30
+SPARE_SECONDS = 5
+"""After the grace time, for the last words to answers that did not end in it."""
 MOST_CONNECTIONS = 2048
 WAITING_CONNECTIONS = 128
 
@@ -34,11 +36,13 @@ class Runner(uvicorn.Server):
         super().__init__(config)
         self.app = app
         self.interrupted = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.ending: asyncio.Task[None] | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """SIGTERM and Ctrl-C end it in good order, with a status of our own."""
-        loop = asyncio.get_running_loop()
+        self.loop = loop = asyncio.get_running_loop()
         signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)
         try:
             for number in signals:
@@ -58,8 +62,14 @@ class Runner(uvicorn.Server):
             self.force_exit = True
         self.should_exit = True
         server: Server | None = getattr(self.app.state, "squeezed", None)
-        if server is not None:
+        if server is not None and self.loop is not None and not server.closing:
             server.closing = server.jobs.closing = True
+            self.loop.call_soon_threadsafe(self._end_answers, server)
+
+    def _end_answers(self, server: Server) -> None:
+        """Let answers end within the grace time; those that do not are told so."""
+        grace = server.settings.grace_seconds
+        self.ending = asyncio.create_task(server.engine.close(grace))
 
 
 def serve(settings: ServerSettings, report: Callable[[str], None]) -> None:
@@ -106,7 +116,7 @@ def config_of(app: App, settings: ServerSettings) -> uvicorn.Config:
         server_header=False,
         date_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=int(settings.grace_seconds) + 1,
+        timeout_graceful_shutdown=int(settings.grace_seconds) + SPARE_SECONDS,
         limit_concurrency=MOST_CONNECTIONS,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from squeezed.hf.arguments import Wishes
 from squeezed.hf.fixed_context import FixedContext
 from squeezed.hf.identity.vocabulary import tokenizer_fingerprint
 from squeezed.hf.positions import check_room
-from squeezed.hf.support import input_device, layer_kinds
+from squeezed.hf.support import input_device, layer_kinds, text_config
 from squeezed.server.library.found import Entry
 from squeezed.server.local.lane import Lane
 from squeezed.server.local.loop import Loop
@@ -65,6 +66,7 @@ class LocalEngine:
     def __init__(self, session: Session, limits: Limits) -> None:
         self.session, self.limits = session, limits
         self.model, self.tokenizer = session.model, session.tokenizer
+        self.positions = getattr(text_config(self.model), "max_position_embeddings", None)
         self.ends = frozenset(Wishes(self.model, {}).end_tokens)
         free = free_bytes(input_device(self.model)) or 2 * UNKNOWN_MEMORY
         capacity = limits.context_memory or free // 2
@@ -72,15 +74,13 @@ class LocalEngine:
         self.residents = Residents(self._load, capacity, lambda name: self.is_pinned(name))
         self.loop = Loop()
         self.reports = Reports(self.tokenizer, self._asked_more)
-        self.under_way = 0
+        self.asked: Counter[str] = Counter()
         self._one_document = asyncio.Lock()
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Piece | Ended, None]:
-        running, _ = self.loop.counts()
-        if self.under_way - running >= self.limits.queue:
-            raise Refusal(429, f"{self.limits.queue} requests wait already; try later", None,
-                          "queue_full", 1)  # fmt: skip
-        self.under_way += 1
+        key = "" if ask.entry is None else ask.entry.key
+        self._check_queue(key)
+        self.asked[key] += 1
         resident: Resident | None = None
         try:
             self._check_room(ask)
@@ -89,9 +89,22 @@ class LocalEngine:
             async for said in self._answered(ask, resident):
                 yield said
         finally:
-            self.under_way -= 1
+            self.asked[key] -= 1
+            self.asked += Counter()  # forget those at 0
             if resident is not None:
                 self.residents.leave(resident)
+
+    @property
+    def under_way(self) -> int:
+        """Requests that are answered, or wait to be."""
+        return self.asked.total()
+
+    def _check_queue(self, key: str) -> None:
+        """Raise `Refusal` if a request would have to wait, and too many do."""
+        rows, most = self.limits.rows, self.limits.queue
+        waiting = sum(max(0, count - rows) for count in self.asked.values())
+        if self.asked[key] >= rows and waiting >= most:
+            raise Refusal(429, f"{most} requests wait already; try later", None, "queue_full", 1)
 
     def _check_room(self, ask: Ask) -> None:
         if not len(ask.ids):
@@ -99,7 +112,7 @@ class LocalEngine:
         document = 0 if ask.entry is None else len(ask.entry.tokens)
         prompt, new = document + len(ask.ids), ask.sampling.max_tokens
         check_room(self.model, document, prompt, new)
-        longest = getattr(self.model.config, "max_position_embeddings", None)
+        longest = self.positions
         if longest and prompt + new - 1 > longest:
             raise Refusal(
                 400,

@@ -96,12 +96,21 @@ def asked(
         id=id,
         entry=prompt.entry,
         ids=prompt.ids,
-        sampling=body.sampling(longest or settings.answer_tokens, logprobs),
+        sampling=body.sampling(longest or _fitting(server, prompt), logprobs),
         asking=asking,
         passages=telling.passages or telling.tokens,
         per_token=telling.tokens,
         matched=None if prompt.entry is None else "prefix" if body.context is None else "name",
     )
+
+
+def _fitting(server: Server, prompt: Prompt) -> int:
+    """Tokens of an answer whose request does not say: as set, or as many as the model can."""
+    most, positions = server.settings.answer_tokens, server.engine.positions
+    if positions is None:
+        return most
+    document = 0 if prompt.entry is None else len(prompt.entry.tokens)
+    return max(1, min(most, positions - document - len(prompt.ids) + 1))
 
 
 @dataclass
