@@ -25,15 +25,17 @@ def load_parts(rows, ok, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constex
 
 @triton.jit
 def assign_kernel(
-    points, centroids, run_end, first_centroid, last_centroid,
-    tile_run, tile_start, label, similarity,
+    points, centroids, runs, tiles, label, similarity,
     DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Nearest centroid of `BLOCK_P` points of one run, and the cosine to it.
 
     Vectors are taken in `MAIN` and then `REST` numbers, powers of two that may add up to more.
+    `points [N, DIM]`, `centroids [K, DIM]`; `label` and `similarity` `[N]` are written.
     """
+    run_end, first_centroid, last_centroid = runs  # [S] each
+    tile_run, tile_start = tiles  # [tiles] each
     run = tl.load(tile_run + tl.program_id(0))
     begin, end = tl.load(tile_start + tl.program_id(0)), tl.load(run_end + run)
     if begin >= end:
@@ -57,10 +59,10 @@ def assign_kernel(
         better = cosine > best
         best = tl.where(better, cosine, best)
         step = tl.where(better, at, step)
-    top = tl.max(best, 1)
-    slots = tl.where(best == top[:, None], step + tl.arange(0, BLOCK_C), last)
+    nearest = tl.max(best, 1)
+    slots = tl.where(best == nearest[:, None], step + tl.arange(0, BLOCK_C), last)
     tl.store(label + row, tl.min(slots, 1), mask=ok)  # the first of those that are as near
-    tl.store(similarity + row, top, mask=ok)
+    tl.store(similarity + row, nearest, mask=ok)
 
 
 @triton.jit
@@ -83,7 +85,10 @@ def centroid_kernel(
     points, order, offsets, centroids,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Direction of the mean of one cluster's points; an empty cluster keeps its centroid."""
+    """Direction of the mean of one cluster's points; an empty cluster keeps its centroid.
+
+    `points [N, DIM]` in the `order [N]` of clusters, `offsets [K + 1]`, `centroids [K, DIM]`.
+    """
     node = tl.program_id(0)
     start, end = tl.load(offsets + node), tl.load(offsets + node + 1)
     if start == end:
@@ -97,15 +102,17 @@ def centroid_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "nodes", "unclustered"])
 def describe_kernel(
-    keys, values, offsets, centroids, mean_values, variance, energies, means, tokens, nodes,
-    unclustered, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    keys, values, level, space, tokens, nodes, unclustered, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     SPACE: tl.constexpr,
 ):  # fmt: skip
     """Mean key, mean value and key variance of one node, from sorted rows; zero if it is empty.
 
     In a space of the keys the mean of `energies` takes the place of the variance, and `means` get
-    the mean key in float32.
+    the mean key in float32. `keys` and `values` are `[H, P, DIM]`.
     """
+    centroids, mean_values, variance, offsets = level  # [H, C, DIM] twice, [H, C], [H, C + 1]
+    energies, means = space  # [H, clustered], [H, C, DIM]
     node, head = tl.program_id(0) % nodes, (tl.program_id(0) // nodes).to(tl.int64)
     edge = offsets + head * (nodes + 1) + node
     start, end = tl.load(edge), tl.load(edge + 1)

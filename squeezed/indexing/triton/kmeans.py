@@ -109,7 +109,7 @@ def nearest(points: Tensor, centroids: Tensor, runs: Runs) -> tuple[Tensor, Tens
     similarity = torch.empty(count, dtype=torch.float32, device=points.device)
     main, rest = _widths(dim)
     assign_kernel[(len(runs.tile_run),)](
-        points, centroids, runs.end, runs.first, runs.last, runs.tile_run, runs.tile_start,
+        points, centroids, (runs.end, runs.first, runs.last), (runs.tile_run, runs.tile_start),
         label, similarity, DIM=dim, MAIN=main, REST=rest, BLOCK_P=runs.points_per_tile,
         BLOCK_C=runs.centroids_per_step,
         num_warps=8 if runs.points_per_tile == 128 else 4, num_stages=2,
@@ -200,8 +200,8 @@ def describe_level(
     exact = None if space is None else torch.empty_like(centroids, dtype=torch.float32)
     key_offsets = key_offsets.to(torch.int32).contiguous()
     describe_kernel[(heads * nodes,)](
-        keys.contiguous(), values.contiguous(), key_offsets, centroids, mean_values, variance,
-        variance if space is None else space.energy, variance if exact is None else exact, tokens,
+        keys.contiguous(), values.contiguous(), (centroids, mean_values, variance, key_offsets),
+        (variance if space is None else space.energy, variance if exact is None else exact), tokens,
         nodes, tokens if space is None else tokens - space.energy.shape[1], DIM=dim,
         BLOCK_D=triton.next_power_of_2(dim), BLOCK_P=16, SPACE=space is not None, num_warps=2,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from squeezed.attention.triton.decode.selection import RUN, RUN_BITS, spread, unpack
+from squeezed.attention.triton.decode.selection import RUN, RUN_BITS, unpack, wanted_by
 from squeezed.attention.triton.decode.softmax import (
     fold,
     fold_mass,
@@ -54,11 +54,12 @@ def repeat(values, TILE: tl.constexpr):
 
 @triton.jit
 def attend_runs(
-    q, high, mass, sum_, keys, values, runs, run_bits, count, first, last, row, scale_bits,
+    q, peak, mass, acc, keys, values, kept, count, first, last, row, scale_bits,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
     SHARED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add units `first:last` of a list of `count` runs of rows to a running softmax."""
+    runs, run_bits = kept  # [runs] each
     lane, entry = tl.arange(0, TILE), tl.arange(0, TILE // RUN)
     within, of = lane // (TILE // RUN), lane % (TILE // RUN)  # the rows of a run lie far apart
     stop = tl.minimum(last * (UNIT // RUN), count)
@@ -67,18 +68,18 @@ def attend_runs(
         run = repeat(packed, TILE)
         live = (start + of < stop) & (within <= (run & (RUN - 1)))
         # Behind its end a run repeats its last row, which costs no mask and no memory traffic.
-        kept = (run >> RUN_BITS) + tl.minimum(within, run & (RUN - 1))
+        place = (run >> RUN_BITS) + tl.minimum(within, run & (RUN - 1))
         everywhere = tl.full([TILE], True, tl.int1)
-        key = load_rows(keys, kept, everywhere, D, D, D_PAD)
-        value = load_rows(values, kept, everywhere, D, D, D_PAD)
+        key = load_rows(keys, place, everywhere, D, D, D_PAD)
+        value = load_rows(values, place, everywhere, D, D, D_PAD)
         logits = tl.dot(q, tl.trans(key)) * scale_bits
         attended = live[None, :]
         if SHARED:
             wanted = tl.load(run_bits + start + entry, mask=start + entry < stop, other=0)
-            attended = attended & spread(repeat(wanted, TILE), row // GROUP, 1)
+            attended = attended & wanted_by(repeat(wanted, TILE), row // GROUP, 1)
         logits = tl.where(attended, logits, float("-inf"))
-        high, mass, sum_ = fold(high, mass, sum_, logits, value)
-    return high, mass, sum_
+        peak, mass, acc = fold(peak, mass, acc, logits, value)
+    return peak, mass, acc
 
 
 @triton.jit
@@ -93,25 +94,26 @@ def listed(entries, start, stop, TILE: tl.constexpr):
 
 
 @triton.jit
-def node_rows(bases, bounds, node, head, D: tl.constexpr):
-    """Where the rows of nodes `[N]` of any level start; `bounds` are levels' first numbers."""
-    rows = bases[0] + head * (bounds[1] - bounds[0]) * D + node.to(tl.int64) * D
-    for level in tl.static_range(1, len(bases)):
-        own = bases[level] + head * (bounds[level + 1] - bounds[level]) * D
+def node_rows(means, bounds, node, head, D: tl.constexpr):
+    """Where the mean values of nodes `[N]` of any level lie; `bounds` are levels' first numbers."""
+    rows = means[0] + head * (bounds[1] - bounds[0]) * D + node.to(tl.int64) * D
+    for level in tl.static_range(1, len(means)):
+        own = means[level] + head * (bounds[level + 1] - bounds[level]) * D
         rows = tl.where(node >= bounds[level], own + (node - bounds[level]).to(tl.int64) * D, rows)
     return rows
 
 
 @triton.jit
 def attend_nodes(
-    high, mass, sum_, means, bounds, nodes, variances, logits, count, first, last, head, row,
-    exists, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
+    peak, mass, acc, means, bounds, far, count, first, last, head, row, exists,
+    ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
     NODE_UNIT: tl.constexpr, DIPOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add units `first:last` of a list of `count` dropped nodes to a running softmax.
 
     Returns with it the sum of the nodes' variances, weighted alike, `[M]`; zero without DIPOLE.
     """
+    nodes, variances, logits = far  # [nodes] twice, [nodes, ROWS]
     stop = tl.minimum(last * NODE_UNIT, count)
     d, lane = tl.arange(0, D_PAD), tl.arange(0, TILE)
     moved = tl.zeros(row.shape, tl.float32)
@@ -122,26 +124,27 @@ def attend_nodes(
         live = start + lane < stop
         places = (start + lane).to(tl.int64)[None, :] * ROWS + row[:, None]
         logit = tl.load(logits + places, mask=exists[:, None] & live[None, :], other=float("-inf"))
-        high, mass, weight, decay = fold_mass(high, mass, logit, 1)
-        sum_ = tl.dot(weight.to(value.dtype), value, acc=sum_ * decay[:, None])
+        peak, mass, weight, decay = fold_mass(peak, mass, logit, 1)
+        acc = tl.dot(weight.to(value.dtype), value, acc=acc * decay[:, None])
         if DIPOLE:
             variance = tl.load(variances + start + lane, mask=live, other=0.0)
             moved = moved * decay + tl.sum(weight * variance[None, :], 1)
-    return high, mass, sum_, moved
+    return peak, mass, acc, moved
 
 
 @triton.jit
 def attend_kernel(
-    query, keys, values, runs, run_bits, means, bounds, far_nodes, far_variances, far_logits,
-    counters, sums, highs, masses, spreads,
-    query_stride_batch, query_stride_head, batch, problems, context_tokens, run_capacity,
-    far_capacity, scale_bits,
+    query, context, kept, means, bounds, far, counters, partials, moved, batch, problems,
+    scale_bits,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
     NODE_TILE: tl.constexpr, NODE_UNIT: tl.constexpr, Z_PAD: tl.constexpr, SHARED: tl.constexpr,
     FAR: tl.constexpr, DIPOLE: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program's part of the stream; grid `(programs,)`."""
+    keys, values, tokens = context  # [Hkv, P, D] twice
+    runs, run_bits, run_capacity = kept  # [Z, capacity] each
+    far_nodes, far_variances, far_logits, far_capacity = far  # [Z, capacity] twice, with ROWS
     program = tl.program_id(0)
     row = tl.arange(0, M)
     if PDL:
@@ -160,28 +163,29 @@ def attend_kernel(
         near = at(near_of, z, Z_PAD)
         head, tile = problem(z, TILES)
         q, exists = load_query(
-            query, query_stride_batch, query_stride_head, head, tile, row, batch,
-            GROUP, TILE_BATCH, D, D_PAD,
+            query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD
         )  # fmt: skip
         exists = exists & (row < ROWS)
-        context = head.to(tl.int64) * context_tokens * D
+        first_key = head.to(tl.int64) * tokens * D
         first_run = z.to(tl.int64) * run_capacity
-        high, mass, sum_ = nothing(M, D_PAD)
-        high, mass, sum_ = attend_runs(
-            q, high, mass, sum_, keys + context, values + context, runs + first_run,
-            run_bits + first_run, at(runs_of, z, Z_PAD), first, tl.minimum(last, near), row,
-            scale_bits, GROUP, D, D_PAD, TILE, SHARED, STAGES,
+        peak, mass, acc = nothing(M, D_PAD)
+        peak, mass, acc = attend_runs(
+            q, peak, mass, acc, keys + first_key, values + first_key,
+            (runs + first_run, run_bits + first_run), at(runs_of, z, Z_PAD), first,
+            tl.minimum(last, near), row, scale_bits, GROUP, D, D_PAD, TILE, SHARED, STAGES,
         )  # fmt: skip
         slot = program + z
         if FAR:
             first_node = z.to(tl.int64) * far_capacity
-            high, mass, sum_, moved = attend_nodes(
-                high, mass, sum_, means, bounds, far_nodes + first_node,
-                far_variances + first_node, far_logits + first_node * ROWS,
-                at(dropped_of, z, Z_PAD), tl.maximum(first - near, 0), tl.maximum(last - near, 0),
-                head.to(tl.int64), row, exists,
+            own = (
+                far_nodes + first_node, far_variances + first_node, far_logits + first_node * ROWS,
+            )  # fmt: skip
+            peak, mass, acc, node_moved = attend_nodes(
+                peak, mass, acc, means, bounds, own, at(dropped_of, z, Z_PAD),
+                tl.maximum(first - near, 0), tl.maximum(last - near, 0), head.to(tl.int64), row,
+                exists,
                 ROWS, D, D_PAD, NODE_TILE, NODE_UNIT, DIPOLE, STAGES,
             )  # fmt: skip
             if DIPOLE:
-                tl.store(spreads + slot.to(tl.int64) * ROWS + row, moved, mask=exists)
-        store_partial(sums, highs, masses, slot, row, exists, high, mass, sum_, ROWS, D, D_PAD)
+                tl.store(moved + slot.to(tl.int64) * ROWS + row, node_moved, mask=exists)
+        store_partial(partials, slot, row, exists, peak, mass, acc, ROWS, D, D_PAD)

@@ -10,15 +10,16 @@ from squeezed.attention.triton.decode.softmax import LOG2_E, problem
 
 @triton.jit
 def merge(
-    sums, highs, masses, spreads, near, near_slots, fixed, fixed_slots, row, d,
+    partials, moved, near, near_slots, fixed, fixed_slots, row, d,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
     DIPOLE: tl.constexpr,
 ):  # fmt: skip
-    """Logarithm of the unit, mass, weighted values and variances of two runs of partial sums.
+    """Peak, mass, weighted values and variances of two runs of partial sums, merged.
 
     They are walked as one, so that all loads of a row travel together.
     """
-    high, mass, moved = float("-inf"), 0.0, 0.0
+    sums, peaks, masses = partials  # [slots, ROWS, D], [slots, ROWS] twice
+    peak, mass, moved_sum = float("-inf"), 0.0, 0.0
     value = tl.zeros([DIMS], tl.float32)
     for start in range(0, near_slots + fixed_slots, SLOTS):
         index = start + tl.arange(0, SLOTS)
@@ -27,22 +28,22 @@ def merge(
         place = slot.to(tl.int64) * ROWS + row
         mask = inside[:, None] & (d < D)[None, :]
         part = tl.load(sums + place[:, None] * D + d[None, :], mask=mask, other=0.0)
-        part_high = tl.load(highs + place, mask=inside, other=float("-inf"))
+        part_peak = tl.load(peaks + place, mask=inside, other=float("-inf"))
         part_mass = tl.load(masses + place, mask=inside, other=0.0)
-        top = tl.maximum(high, tl.max(part_high))
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        weight, decay = tl.exp2(part_high - safe), tl.exp2(high - safe)
+        new = tl.maximum(peak, tl.max(part_peak))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        weight, decay = tl.exp2(part_peak - safe), tl.exp2(peak - safe)
         mass = mass * decay + tl.sum(weight * part_mass)
         value = value * decay + tl.sum(weight[:, None] * part, 0)
         if DIPOLE:
-            part_moved = tl.load(spreads + place, mask=index < near_slots, other=0.0)
-            moved = moved * decay + tl.sum(weight * part_moved)
-        high = top
-    return high, mass, value, moved
+            part_moved = tl.load(moved + place, mask=index < near_slots, other=0.0)
+            moved_sum = moved_sum * decay + tl.sum(weight * part_moved)
+        peak = new
+    return peak, mass, value, moved_sum
 
 
 @triton.jit
-def slope_along(
+def shift_of(
     query, slope, head, d, scale, D: tl.constexpr, D_PAD: tl.constexpr
 ):  # fmt: skip
     """How far one query `[D]` moves dimensions `d` of a value, for a variance of 1."""
@@ -55,25 +56,26 @@ def slope_along(
 
 @triton.jit
 def combine_kernel(
-    query, slope, output, log_mass, keys_read, valid, valid_stride, counters, read_counts, sums,
-    highs, masses, spreads,
-    query_stride_batch, query_stride_head, output_stride_batch, batch, problems, programs,
-    fixed_base, fixed_slots, scale_bits,
+    query, slope, output, log_mass, keys_read, valid, counters, read_counts, partials, moved,
+    batch, problems, programs, fixed, scale_bits,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DIMS: tl.constexpr,
     Z_PAD: tl.constexpr, SLOTS: tl.constexpr, CLUSTERED: tl.constexpr, PADDED: tl.constexpr,
     DIPOLE: tl.constexpr, NODE_UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid `(problems, ROWS, dimensions / DIMS)`; a program writes a part of one output row."""
+    queries, query_batch_stride, query_head_stride = query  # [B, Hq, 1, D]
+    outputs, output_batch_stride = output  # [B, Hq, 1, D]
+    fixed_base, fixed_slots = fixed
     z, row, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head, tile = problem(z, TILES)
     request = tile * TILE_BATCH + row // GROUP
     d = share * DIMS + tl.arange(0, DIMS)
-    near, near_slots, along = 0, 0, tl.zeros([DIMS], tl.float32)
+    near, near_slots, shift = 0, 0, tl.zeros([DIMS], tl.float32)
     if DIPOLE:
-        line = tl.minimum(request, batch - 1).to(tl.int64) * query_stride_batch
-        line += (head * GROUP + row % GROUP) * query_stride_head
-        along = slope_along(query + line, slope, head, d, scale_bits / LOG2_E, D, D_PAD)
+        line = tl.minimum(request, batch - 1).to(tl.int64) * query_batch_stride
+        line += (head * GROUP + row % GROUP) * query_head_stride
+        shift = shift_of(queries + line, slope, head, d, scale_bits / LOG2_E, D, D_PAD)
     if CLUSTERED:  # the kernel before starts this one only when the lists are complete
         _runs, _dropped, _near, begin, end = stream(counters, problems, Z_PAD, NODE_UNIT)
         units = tl.cdiv(tl.max(end), programs)  # of a program of `attend_kernel`
@@ -86,16 +88,17 @@ def combine_kernel(
     if PDL:
         gdc_wait()
     if request < batch:
-        high, mass, value, moved = merge(
-            sums, highs, masses, spreads, near, near_slots, fixed_base + z * fixed_slots,
-            fixed_slots, row, d, SLOTS, ROWS, D, DIMS, DIPOLE,
+        peak, mass, value, variances = merge(
+            partials, moved, near, near_slots, fixed_base + z * fixed_slots, fixed_slots, row, d,
+            SLOTS, ROWS, D, DIMS, DIPOLE,
         )  # fmt: skip
         if PADDED:
-            mass = tl.where(tl.load(valid + request.to(tl.int64) * valid_stride) != 0, mass, 0.0)
-        value += moved * along
+            real, real_stride = valid  # [B, 1]
+            mass = tl.where(tl.load(real + request.to(tl.int64) * real_stride) != 0, mass, 0.0)
+        value += variances * shift
         value = tl.where(mass == 0, 0.0, value / mass)  # padding attends to nothing; NaN shows
-        place = request.to(tl.int64) * output_stride_batch + (head * GROUP + row % GROUP) * D
+        place = request.to(tl.int64) * output_batch_stride + (head * GROUP + row % GROUP) * D
         if share == 0:
-            nats = tl.where(mass == 0, float("-inf"), (high + tl.log2(mass)) / LOG2_E)
+            nats = tl.where(mass == 0, float("-inf"), (peak + tl.log2(mass)) / LOG2_E)
             tl.store(log_mass + place // D, nats)
-        tl.store(output + place + d, value.to(output.dtype.element_ty), mask=d < D)
+        tl.store(outputs + place + d, value.to(outputs.dtype.element_ty), mask=d < D)

@@ -20,7 +20,7 @@ from squeezed.attention.triton.decode.selection import (
     log_size,
     normaliser,
     reserve,
-    spread,
+    wanted_by,
 )
 from squeezed.attention.triton.decode.softmax import LOG2_E, energy_of, load_query, problem
 
@@ -39,8 +39,8 @@ def inherit(
 
 @triton.jit
 def list_found(
-    kept, inherited, node, start, length, variance, logit, far_energy, row, exists,
-    runs, run_bits, far_nodes, far_variances, far_logits, counter,
+    kept, inherited, node, start, length, variance, logit, far_energy, row, exists, runs, far,
+    counter,
     GROUP: tl.constexpr, ROWS: tl.constexpr, WRITE: tl.constexpr, SHARED: tl.constexpr,
     LEAVES: tl.constexpr, FAR: tl.constexpr, DIPOLE: tl.constexpr,
 ):  # fmt: skip
@@ -55,19 +55,19 @@ def list_found(
         first_run, first_node = reserve(counter, runs_found, nodes_found)
         if LEAVES:
             begin = first_run + tl.cumsum(count, 0) - count
-            append_runs(runs, run_bits, begin, kept, start, length, count, WRITE, SHARED)
+            append_runs(runs, begin, kept, start, length, count, WRITE, SHARED)
         if FAR:
             mass = node_scores(logit, far_energy, variance, DIPOLE) + log_size(length)[:, None]
             append_nodes(
-                far_nodes, far_variances, far_logits, first_node, dropped, node, variance, mass,
-                row, exists, GROUP, ROWS, SHARED, DIPOLE,
+                far, first_node, dropped, node, variance, mass, row, exists, GROUP, ROWS, SHARED,
+                DIPOLE,
             )  # fmt: skip
 
 
 @triton.jit
 def list_coarsest(
-    first, step, scores, key_offsets, variance, bar, energy, far_energy, row, exists, far_nodes,
-    far_variances, far_logits, counter, nodes, base,
+    first, step, scores, key_offsets, variance, nodes, base, bar, energy, far_energy, row, exists,
+    far, counter,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, BITS,
     EVERYONE: tl.constexpr, SHARED: tl.constexpr, SECOND: tl.constexpr, DIPOLE: tl.constexpr,
 ):  # fmt: skip
@@ -83,30 +83,26 @@ def list_coarsest(
         score = tl.load(scores + place, mask=mask, other=float("-inf"))
         start = tl.load(key_offsets + node, mask=live, other=0)
         size = tl.load(key_offsets + node + 1, mask=live, other=0) - start
-        spread_of = tl.zeros(node.shape, tl.float32)
+        variances = tl.zeros(node.shape, tl.float32)
         if SECOND or DIPOLE:
-            spread_of = tl.load(variance + node, mask=live, other=0.0)
+            variances = tl.load(variance + node, mask=live, other=0.0)
         kept = keep_bits(score, bar, row, GROUP, TILE_BATCH, BITS)
         dropped = tl.where(size > 0, EVERYONE & ~kept, 0)
-        logit = score + (far_energy - energy)[None, :] * spread_of[:, None]
+        logit = score + (far_energy - energy)[None, :] * variances[:, None]
         logit += log_size(size)[:, None]
         found = tl.sum((dropped != 0).to(tl.int32))
         if found > 0:
             _, begin = reserve(counter, tl.zeros_like(found), found)
             append_nodes(
-                far_nodes, far_variances, far_logits, begin, dropped, base + node, spread_of,
-                logit, row, exists, GROUP, ROWS, SHARED, DIPOLE,
+                far, begin, dropped, base + node, variances, logit, row, exists, GROUP, ROWS,
+                SHARED, DIPOLE,
             )  # fmt: skip
 
 
 @triton.jit
 def descend_kernel(
-    query, parent_alpha, alpha, far_alpha, scores, parents_of, states, child_states, child_offsets,
-    parent_offsets, parent_variance, centroids, key_offsets, variance, norm_highs, norm_masses,
-    runs, run_bits, far_nodes, far_variances, far_logits, counters, read_counts,
-    valid, valid_stride, query_stride_batch, query_stride_head, batch, parents, nodes, children,
-    base, parent_base, run_capacity, far_capacity, listers, splits, parent_thresholds, thresholds,
-    scale_bits,
+    query, above, level, alphas, thresholds, scores, parents_of, states, child_states, children,
+    norms, kept, far, counters, read_counts, valid, batch, listers, scale_bits,
     TOP: tl.constexpr, FLAT: tl.constexpr, LEAVES: tl.constexpr,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, WRITE: tl.constexpr,
@@ -122,29 +118,34 @@ def descend_kernel(
     FLAT: there is only one level, whose nodes have no parents.
     Else the launch before noted who keeps the parent.
     """
+    parent_variance, parent_offsets, parents, parent_base = above  # [Hkv, C], [Hkv, C + 1]
+    centroids, variance, key_offsets, child_offsets, nodes, base = level
+    parent_alpha, alpha, far_alpha = alphas  # [Hq] each
+    parent_threshold, threshold = thresholds  # [Hkv] each
+    runs, run_bits, run_capacity = kept  # [Z, capacity] each
+    far_nodes, far_variances, far_logits, far_capacity = far  # [Z, capacity] twice, with ROWS
     z, part = tl.program_id(0), tl.program_id(1)
     head, tile = problem(z, TILES)
     wide = z.to(tl.int64)
     row = tl.arange(0, R)
     q, exists = load_query(
-        query, query_stride_batch, query_stride_head, head, tile, row, batch,
-        GROUP, TILE_BATCH, D, D_PAD,
+        query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD
     )  # fmt: skip
     energy = energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND)
     far_energy = energy_of(q, far_alpha, head, row, scale_bits, GROUP, DIPOLE)
-    threshold, parent_threshold = tl.load(thresholds + head), tl.load(parent_thresholds + head)
+    threshold, parent_threshold = tl.load(threshold + head), tl.load(parent_threshold + head)
     selects = exists
     if PADDED:
-        at = (tile * TILE_BATCH + row // GROUP).to(tl.int64) * valid_stride
-        selects &= tl.load(valid + at, mask=exists, other=0) != 0
+        real, real_stride = valid  # [B, 1]
+        at = (tile * TILE_BATCH + row // GROUP).to(tl.int64) * real_stride
+        selects &= tl.load(real + at, mask=exists, other=0) != 0
     scores += wide * parents * ROWS
-    far_nodes += wide * far_capacity
-    far_variances += wide * far_capacity
-    far_logits += wide * far_capacity * ROWS
+    first_node = wide * far_capacity
+    own_far = far_nodes + first_node, far_variances + first_node, far_logits + first_node * ROWS
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    norm = normaliser(norm_highs, norm_masses, z, splits, row, ROWS, ROWS_PAD, NORM_PAD, NORM_STEP)
+    norm = normaliser(norms, z, row, ROWS, ROWS_PAD, NORM_PAD, NORM_STEP)
     # What a score must exceed to be kept; nothing is where a row selects nothing.
     bar = tl.where(selects, norm + threshold * LOG2_E, float("inf"))
     parent_bar = tl.where(selects, norm + parent_threshold * LOG2_E, float("inf"))
@@ -154,10 +155,10 @@ def descend_kernel(
     if TOP and FAR and not FLAT and part >= parts:
         list_coarsest(
             part - parts, listers, scores, parent_offsets + head * (parents + 1),
-            parent_variance + head * parents, parent_bar,
+            parent_variance + head * parents, parents, parent_base, parent_bar,
             energy_of(q, parent_alpha, head, row, scale_bits, GROUP, SECOND), far_energy,
-            row, exists, far_nodes, far_variances, far_logits, counters + z, parents,
-            parent_base, GROUP, TILE_BATCH, ROWS, N, BITS, EVERYONE, SHARED, SECOND, DIPOLE,
+            row, exists, own_far, counters + z, GROUP, TILE_BATCH, ROWS, N, BITS, EVERYONE,
+            SHARED, SECOND, DIPOLE,
         )  # fmt: skip
     else:
         for block in range(part * N, nodes, parts * N):
@@ -173,33 +174,33 @@ def descend_kernel(
                 )  # fmt: skip
             else:
                 inherited = tl.load(states + wide * nodes + node, mask=live, other=0)
-            kept = inherited & 0
+            keeps = inherited & 0
             busy = True
             if not TOP and not FLAT:  # few are: a look at the notes of most blocks suffices
                 busy = tl.max((inherited != 0).to(tl.int32)) > 0
             if busy:
                 mean, start, length, variances = load_nodes(
-                    centroids, key_offsets, variance, node, inherited != 0, head, nodes,
-                    D, D_PAD, SECOND or DIPOLE,
+                    (centroids, variance, key_offsets, child_offsets, nodes), node,
+                    inherited != 0, head, D, D_PAD, SECOND or DIPOLE,
                 )  # fmt: skip
                 inherited = tl.where(length > 0, inherited, 0)
                 logit = node_logits(q, mean, scale_bits)
                 score = node_scores(logit, energy, variances, SECOND)
-                kept = inherited & keep_bits(score, bar, row, GROUP, TILE_BATCH, BITS)
+                keeps = inherited & keep_bits(score, bar, row, GROUP, TILE_BATCH, BITS)
                 list_found(
-                    kept, inherited, base + node, start, length, variances, logit, far_energy,
-                    row, exists, runs + wide * run_capacity, run_bits + wide * run_capacity,
-                    far_nodes, far_variances, far_logits, counters + z,
+                    keeps, inherited, base + node, start, length, variances, logit, far_energy,
+                    row, exists, (runs + wide * run_capacity, run_bits + wide * run_capacity),
+                    own_far, counters + z,
                     GROUP, ROWS, WRITE, SHARED, LEAVES, FAR, DIPOLE,
                 )  # fmt: skip
                 if LEAVES:
-                    wanted = spread(kept, request, 0)
+                    wanted = wanted_by(keeps, request, 0)
                     read += tl.sum(tl.where(wanted, length[:, None], 0), 0)
             if not LEAVES:
                 at = child_offsets + head * (nodes + 1) + node
                 child = tl.load(at, mask=live, other=0)
                 end = tl.load(at + 1, mask=live, other=0)
-                hand_down(child_states + wide * children, child, end, kept, WRITE)
+                hand_down(child_states + wide * children, child, end, keeps, WRITE)
     if LEAVES:
         found = (request < TILE_BATCH) & (read > 0)
         tl.atomic_add(read_counts + z * TILE_BATCH + request, read, mask=found, sem="relaxed")

@@ -22,18 +22,18 @@ from squeezed.attention.triton.decode.softmax import (
 
 @triton.jit
 def load_nodes(
-    centroids, key_offsets, variance, node, live, head, nodes,
-    D: tl.constexpr, D_PAD: tl.constexpr, SECOND: tl.constexpr,
+    level, node, live, head, D: tl.constexpr, D_PAD: tl.constexpr, SECOND: tl.constexpr
 ):  # fmt: skip
     """Mean keys `[N, D_PAD]`, first rows, sizes and variances `[N]`; no load waits for another."""
+    centroids, variance, key_offsets, _, nodes = level  # [Hkv, C, D], [Hkv, C], [Hkv, C + 1]
     mean = load_rows(centroids + head.to(tl.int64) * nodes * D, node, live, D, D, D_PAD)
     at = head * (nodes + 1) + node
     start = tl.load(key_offsets + at, mask=live, other=0)
     stop = tl.load(key_offsets + at + 1, mask=live, other=0)
-    spread = tl.zeros(node.shape, tl.float32)
+    variances = tl.zeros(node.shape, tl.float32)
     if SECOND:
-        spread = tl.load(variance + head * nodes + node, mask=live, other=0.0)
-    return mean, start, stop - start, spread
+        variances = tl.load(variance + head * nodes + node, mask=live, other=0.0)
+    return mean, start, stop - start, variances
 
 
 @triton.jit
@@ -53,20 +53,22 @@ def node_scores(first, energy, variances, SECOND: tl.constexpr):
 
 @triton.jit
 def weigh_nodes(
-    q, exists, row, z, head, split, centroids, variance, key_offsets, child_offsets, energy, nodes,
-    scale_bits, scores, parents, norm_highs, norm_masses, splits,
-    ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr,
+    q, exists, row, z, head, split, level, alpha, scale_bits, scores, parents_of, children, norms,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr,
     SECOND: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
     """One share of the coarsest nodes: its part of the normaliser, and what selects below it."""
-    high = tl.full(row.shape, float("-inf"), tl.float32)
+    norm_peaks, norm_masses, splits = norms  # [Z, splits, ROWS] twice
+    nodes = level[4]
+    child_offsets = level[3] + head * (nodes + 1)  # of [Hkv, C + 1]
+    energy = energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND)
+    parents_of += z.to(tl.int64) * children  # of [Z, children]
+    peak = tl.full(row.shape, float("-inf"), tl.float32)
     mass = tl.zeros(row.shape, tl.float32)
     for start in range(split * N, nodes, splits * N):
         node = start + tl.arange(0, N)
         live = node < nodes
-        mean, _, size, variances = load_nodes(
-            centroids, key_offsets, variance, node, live, head, nodes, D, D_PAD, SECOND
-        )
+        mean, _, size, variances = load_nodes(level, node, live, head, D, D_PAD, SECOND)
         if NESTED:  # asked for now, needed behind the scores
             child = tl.load(child_offsets + node, mask=live, other=0)
             end = tl.load(child_offsets + node + 1, mask=live, other=0)
@@ -75,10 +77,10 @@ def weigh_nodes(
         place = (z.to(tl.int64) * nodes + node)[:, None] * ROWS + row[None, :]
         tl.store(scores + place, score, mask=live[:, None] & exists[None, :])
         if NESTED:
-            hand_down(parents, child, end, node, 8)
-        high, mass, _, _ = fold_mass(high, mass, score + log_size(size)[:, None], 0)
+            hand_down(parents_of, child, end, node, 8)
+        peak, mass, _, _ = fold_mass(peak, mass, score + log_size(size)[:, None], 0)
     at = (z * splits + split) * ROWS + row
-    tl.store(norm_highs + at, high, mask=exists)
+    tl.store(norm_peaks + at, peak, mask=exists)
     tl.store(norm_masses + at, mass, mask=exists)
 
 
@@ -88,7 +90,7 @@ def attend_run(
     M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Softmax partial over the rows `[first, stop)` of one matrix of keys."""
-    high, mass, total = nothing(M, D_PAD)
+    peak, mass, acc = nothing(M, D_PAD)
     for start in range(first, stop, N):
         position = start + tl.arange(0, N)
         live = position < stop
@@ -97,50 +99,47 @@ def attend_run(
         key = load_rows(keys, position, live, row_stride, D, D_PAD)
         value = load_rows(values, position, live, row_stride, D, D_PAD)
         logits = tl.where(live[None, :], tl.dot(q, tl.trans(key)) * scale_bits, float("-inf"))
-        high, mass, total = fold(high, mass, total, logits, value)
-    return high, mass, total
+        peak, mass, acc = fold(peak, mass, acc, logits, value)
+    return peak, mass, acc
 
 
 @triton.jit
 def attend_recent(
-    query, keys, values, mask, sums, highs, masses,
-    query_stride_batch, query_stride_head, stride_batch, stride_head, stride_row,
-    mask_stride_batch, mask_stride_row, head, tile, member, slot, batch, first, stop, scale_bits,
+    query, suffix, mask, partials, head, tile, member, slot, batch, first, stop, scale_bits,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The heads of one request over a share of its own recent rows."""
+    keys, values, batch_stride, head_stride, row_stride = suffix  # [B, Hkv, S, D] twice
+    seen, seen_batch_stride, seen_row_stride = mask  # [B, 1, 1, S]
     index = tl.arange(0, M)
     row = member * GROUP + index
     q, exists = load_query(
-        query, query_stride_batch, query_stride_head, head, tile, row, batch,
-        GROUP, TILE_BATCH, D, D_PAD,
+        query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD
     )  # fmt: skip
     request = tl.minimum(tile * TILE_BATCH + member, batch - 1).to(tl.int64)
-    base = request * stride_batch + head.to(tl.int64) * stride_head
-    high, mass, total = attend_run(
-        q, keys + base, values + base, stride_row, first, stop,
-        mask + request * mask_stride_batch, mask_stride_row, scale_bits, M, D, D_PAD, N, MASKED,
+    base = request * batch_stride + head.to(tl.int64) * head_stride
+    peak, mass, acc = attend_run(
+        q, keys + base, values + base, row_stride, first, stop,
+        seen + request * seen_batch_stride, seen_row_stride, scale_bits, M, D, D_PAD, N, MASKED,
     )  # fmt: skip
     exists = exists & (index < GROUP)
-    store_partial(sums, highs, masses, slot, row, exists, high, mass, total, ROWS, D, D_PAD)
+    store_partial(partials, slot, row, exists, peak, mass, acc, ROWS, D, D_PAD)
 
 
 @triton.jit
 def open_kernel(
-    query, keys, values, centroids, variance, key_offsets, child_offsets, alpha,
-    suffix_keys, suffix_values, suffix_mask,
-    scores, parents, norm_highs, norm_masses, sums, highs, masses, counters, read_counts, keys_read,
-    query_stride_batch, query_stride_head, suffix_stride_batch, suffix_stride_head,
-    suffix_stride_row, mask_stride_batch, mask_stride_row,
-    batch, context_tokens, pinned, suffix, nodes, children, splits, pinned_chunks, suffix_chunks,
-    fixed_base, scale_bits,
+    query, context, level, alpha, suffix, mask, scores, parents_of, norms, partials, counters,
+    read_counts, keys_read, batch, pinned, recent, children, chunks, fixed_base, scale_bits,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     M: tl.constexpr, M_ONE: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     N: tl.constexpr, CHUNK: tl.constexpr, SECOND: tl.constexpr, NESTED: tl.constexpr,
     MASKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(problems, pinned_chunks + splits + TILE_BATCH * suffix_chunks)`."""
+    """Grid `(problems, pinned chunks + splits + TILE_BATCH * suffix chunks)`."""
+    keys, values, tokens = context  # [Hkv, P, D] twice
+    splits = norms[2]
+    pinned_chunks, suffix_chunks = chunks
     z, part = tl.program_id(0), tl.program_id(1)
     head, tile = problem(z, TILES)
     if PDL:
@@ -156,38 +155,29 @@ def open_kernel(
     if part < pinned_chunks:
         row = tl.arange(0, M)
         q, exists = load_query(
-            query, query_stride_batch, query_stride_head, head, tile, row, batch,
-            GROUP, TILE_BATCH, D, D_PAD,
+            query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD
         )  # fmt: skip
-        base = head.to(tl.int64) * context_tokens * D
+        base = head.to(tl.int64) * tokens * D
         stop = tl.minimum(pinned, (part + 1) * CHUNK)
-        high, mass, total = attend_run(
-            q, keys + base, values + base, D, part * CHUNK, stop, suffix_mask, 0, scale_bits,
+        peak, mass, acc = attend_run(
+            q, keys + base, values + base, D, part * CHUNK, stop, None, 0, scale_bits,
             M, D, D_PAD, N, False,
         )  # fmt: skip
-        store_partial(
-            sums, highs, masses, slot + part, row, exists, high, mass, total, ROWS, D, D_PAD
-        )
+        store_partial(partials, slot + part, row, exists, peak, mass, acc, ROWS, D, D_PAD)
     elif part < shared_parts:
         row = tl.arange(0, R)
         q, exists = load_query(
-            query, query_stride_batch, query_stride_head, head, tile, row, batch,
-            GROUP, TILE_BATCH, D, D_PAD,
+            query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD
         )  # fmt: skip
         weigh_nodes(
-            q, exists, row, z, head, part - pinned_chunks, centroids, variance, key_offsets,
-            child_offsets + head * (nodes + 1),
-            energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND), nodes, scale_bits,
-            scores, parents + z.to(tl.int64) * children, norm_highs, norm_masses, splits,
-            ROWS, D, D_PAD, N, SECOND, NESTED,
+            q, exists, row, z, head, part - pinned_chunks, level, alpha, scale_bits, scores,
+            parents_of, children, norms, GROUP, ROWS, D, D_PAD, N, SECOND, NESTED,
         )  # fmt: skip
     else:
         chunk = (part - shared_parts) % suffix_chunks
         attend_recent(
-            query, suffix_keys, suffix_values, suffix_mask, sums, highs, masses,
-            query_stride_batch, query_stride_head, suffix_stride_batch, suffix_stride_head,
-            suffix_stride_row, mask_stride_batch, mask_stride_row, head, tile,
-            (part - shared_parts) // suffix_chunks, slot + pinned_chunks + chunk, batch,
-            chunk * CHUNK, tl.minimum(suffix, (chunk + 1) * CHUNK), scale_bits,
+            query, suffix, mask, partials, head, tile, (part - shared_parts) // suffix_chunks,
+            slot + pinned_chunks + chunk, batch, chunk * CHUNK,
+            tl.minimum(recent, (chunk + 1) * CHUNK), scale_bits,
             GROUP, TILE_BATCH, ROWS, M_ONE, D, D_PAD, N, MASKED,
         )  # fmt: skip

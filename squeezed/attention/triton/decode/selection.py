@@ -28,7 +28,7 @@ def keep_bits(score, bar, row, GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, BI
 
 
 @triton.jit
-def spread(bits, request, AXIS: tl.constexpr):
+def wanted_by(bits, request, AXIS: tl.constexpr):
     """Bit masks `[N]` -> which of some rows' requests they name, bool; they lie along `AXIS`."""
     request = tl.expand_dims(request, AXIS)
     return ((tl.expand_dims(bits, 1 - AXIS) >> request) & 1) != 0
@@ -59,10 +59,9 @@ def unpack(counted):
 
 
 @triton.jit
-def append_runs(
-    runs, run_bits, begin, bits, start, length, count, WRITE: tl.constexpr, SHARED: tl.constexpr
-):
+def append_runs(kept, begin, bits, start, length, count, WRITE: tl.constexpr, SHARED: tl.constexpr):
     """Write rows `[start, start + length)` of kept nodes as `count` runs each, from `begin` on."""
+    runs, run_bits = kept  # [runs] each
     for first in range(0, tl.max(count), WRITE):
         index = first + tl.arange(0, WRITE)
         mask = index[None, :] < count[:, None]
@@ -76,7 +75,7 @@ def append_runs(
 
 @triton.jit
 def append_nodes(
-    nodes, variances, logits, first, dropped, node, variance, logit, row, exists,
+    far, first, dropped, node, variance, logit, row, exists,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr, DIPOLE: tl.constexpr,
 ):  # fmt: skip
     """Write the nodes that any request dropped from place `first` on, with variances and masses.
@@ -85,37 +84,39 @@ def append_nodes(
         dropped: `[N]`, which requests drop a node, as bits; to the others it counts nothing.
         logit: `[N, R]`, logarithms of the masses, in bits.
     """
+    nodes, variances, logits = far  # [nodes] twice, [nodes, ROWS]
     chosen = dropped != 0
     at = first + tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(nodes + at, node, mask=chosen)
     if DIPOLE:
         tl.store(variances + at, variance, mask=chosen)
     if SHARED:
-        logit = tl.where(spread(dropped, row // GROUP, 0), logit, float("-inf"))
+        logit = tl.where(wanted_by(dropped, row // GROUP, 0), logit, float("-inf"))
     place = at.to(tl.int64)[:, None] * ROWS + row[None, :]
     tl.store(logits + place, logit, mask=chosen[:, None] & exists[None, :])
 
 
 @triton.jit
 def normaliser(
-    norm_highs, norm_masses, z, splits, row,
+    norms, z, row,
     ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Log of the estimated softmax denominator over the context, in bits, `[M]`."""
+    peaks, masses, splits = norms  # [Z, splits, ROWS] twice
     line = tl.arange(0, ROWS_PAD)  # rows without the padding that products of matrices need
-    top = tl.full([ROWS_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS_PAD], tl.float32)
+    peak = tl.full([ROWS_PAD], float("-inf"), tl.float32)
+    mass = tl.zeros([ROWS_PAD], tl.float32)
     for start in tl.static_range(0, SLOTS, STEP):
         slot = start + tl.arange(0, STEP)
         at = (z * splits + slot)[:, None] * ROWS + line[None, :]
-        mask = (slot < splits)[:, None] & (line < ROWS)[None, :]
-        high = tl.load(norm_highs + at, mask=mask, other=float("-inf"))
-        mass = tl.load(norm_masses + at, mask=mask, other=0.0)
-        new = tl.maximum(top, tl.max(high, 0))
+        there = (slot < splits)[:, None] & (line < ROWS)[None, :]
+        part = tl.load(peaks + at, mask=there, other=float("-inf"))
+        part_mass = tl.load(masses + at, mask=there, other=0.0)
+        new = tl.maximum(peak, tl.max(part, 0))
         safe = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp2(top - safe) + tl.sum(mass * tl.exp2(high - safe[None, :]), 0)
-        top = new
-    norm = top + tl.log2(total)
+        mass = mass * tl.exp2(peak - safe) + tl.sum(part_mass * tl.exp2(part - safe[None, :]), 0)
+        peak = new
+    norm = peak + tl.log2(mass)
     if row.shape[0] == ROWS_PAD:
         return norm  # no padding to bring back
     return tl.sum(tl.where(row[:, None] == line[None, :], norm[None, :], 0.0), 1)

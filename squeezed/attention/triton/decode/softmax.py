@@ -19,16 +19,17 @@ def problem(z, TILES: tl.constexpr):
 
 @triton.jit
 def load_query(
-    query, stride_batch, stride_head, head, tile, row, batch,
+    query, head, tile, row, batch,
     GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
     """Rows `[M, D_PAD]` of a problem and whether each exists."""
+    queries, batch_stride, head_stride = query  # [B, Hq, 1, D]
     request = tile * TILE_BATCH + row // GROUP
     exists = (row < TILE_BATCH * GROUP) & (request < batch)
     d = tl.arange(0, D_PAD)
-    offset = request.to(tl.int64) * stride_batch + (head * GROUP + row % GROUP) * stride_head
+    offset = request.to(tl.int64) * batch_stride + (head * GROUP + row % GROUP) * head_stride
     mask = exists[:, None] & (d < D)[None, :]
-    return tl.load(query + offset[:, None] + d[None, :], mask=mask, other=0.0), exists
+    return tl.load(queries + offset[:, None] + d[None, :], mask=mask, other=0.0), exists
 
 
 @triton.jit
@@ -40,42 +41,43 @@ def load_rows(base, row, live, stride, D: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
-def fold_mass(high, mass, logits, AXIS: tl.constexpr):
-    """Fold logits into a running log-sum-exp over `AXIS`, kept as its maximum and scaled sum."""
-    new = tl.maximum(high, tl.max(logits, AXIS))
+def fold_mass(peak, mass, logits, AXIS: tl.constexpr):
+    """Fold logits into a running log-sum-exp over `AXIS`, kept as its peak and scaled sum."""
+    new = tl.maximum(peak, tl.max(logits, AXIS))
     safe = tl.where(new == float("-inf"), 0.0, new)  # all masked so far: avoid inf - inf
     weight = tl.exp2(logits - tl.expand_dims(safe, AXIS))
-    decay = tl.exp2(high - safe)
+    decay = tl.exp2(peak - safe)
     return new, mass * decay + tl.sum(weight, AXIS), weight, decay
 
 
 @triton.jit
-def fold(high, mass, total, logits, values):
-    """One step of an online softmax: logits `[M, N]`, values `[N, D_PAD]`, running sum `total`."""
-    high, mass, weight, decay = fold_mass(high, mass, logits, 1)
-    total = tl.dot(weight.to(values.dtype), values, acc=total * decay[:, None])
-    return high, mass, total
+def fold(peak, mass, acc, logits, values):
+    """One step of an online softmax: logits `[M, N]`, values `[N, D_PAD]`, running sum `acc`."""
+    peak, mass, weight, decay = fold_mass(peak, mass, logits, 1)
+    acc = tl.dot(weight.to(values.dtype), values, acc=acc * decay[:, None])
+    return peak, mass, acc
 
 
 @triton.jit
 def nothing(M: tl.constexpr, D_PAD: tl.constexpr):
-    """An online softmax of no keys: maximum, mass and sum."""
-    high = tl.full([M], float("-inf"), tl.float32)
-    return high, tl.zeros([M], tl.float32), tl.zeros([M, D_PAD], tl.float32)
+    """An online softmax of no keys: its peak, its mass and its sum of values."""
+    peak = tl.full([M], float("-inf"), tl.float32)
+    return peak, tl.zeros([M], tl.float32), tl.zeros([M, D_PAD], tl.float32)
 
 
 @triton.jit
 def store_partial(
-    sums, highs, masses, slot, row, exists, high, mass, total,
+    partials, slot, row, exists, peak, mass, acc,
     ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Leave an unnormalised sum `[slots, ROWS, D]`, its maximum and mass, for the last kernel."""
+    """Leave an unnormalised sum, its peak and its mass in a slot, for the last kernel."""
+    sums, peaks, masses = partials  # [slots, ROWS, D], [slots, ROWS] twice
     at = slot.to(tl.int64) * ROWS + row
     d = tl.arange(0, D_PAD)
-    tl.store(highs + at, high, mask=exists)
+    tl.store(peaks + at, peak, mask=exists)
     tl.store(masses + at, mass, mask=exists)
     mask = exists[:, None] & (d < D)[None, :]
-    tl.store(sums + at[:, None] * D + d[None, :], total, mask=mask)
+    tl.store(sums + at[:, None] * D + d[None, :], acc, mask=mask)
 
 
 @triton.jit

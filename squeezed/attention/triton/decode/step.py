@@ -19,7 +19,7 @@ from squeezed.attention.triton.decode.workspace import (
     plan,
     power_of_two,
 )
-from squeezed.context.layers import ClusteredLayer
+from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
 
 
@@ -66,34 +66,49 @@ class Step:
     def _alpha(self, level: int) -> Tensor:
         return self.query if self.rule.alpha is None else self.rule.alpha[level]
 
+    # Tuples of arguments, by the names that they have in the kernels.
+
+    def _query(self) -> tuple[Tensor, int, int]:
+        return self.query, self.query.stride(0), self.query.stride(1)
+
+    def _context(self) -> tuple[Tensor, Tensor, int]:
+        return *self.layer.rows.plain(), self.shape.tokens
+
+    def _level(self, level: Level | None) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        if level is None:  # any tensors: the kernel reads none
+            return self.query, self.query, self.query, self.query, 0
+        children = level.key_offsets if level.child_offsets is None else level.child_offsets
+        return level.centroids, level.variance, level.key_offsets, children, level.nodes
+
+    def _suffix(self) -> tuple[Tensor, Tensor, int, int, int]:
+        own = self.suffix
+        keys, values = (self.query, self.query) if own is None else (own.keys, own.values)
+        return keys, values, keys.stride(0), keys.stride(1), keys.stride(2)
+
+    def _mask(self) -> tuple[Tensor, int, int]:
+        mask = None if self.suffix is None else self.suffix.mask
+        return (self.query, 0, 0) if mask is None else (mask, mask.stride(0), mask.stride(3))
+
+    def _norms(self) -> tuple[Tensor, Tensor, int]:
+        return self.scratch.norm_peaks, self.scratch.norm_masses, self.cut.splits
+
     def _valid(self) -> tuple[Tensor, int]:
         """Which requests are no padding, and the stride between them."""
         return (self.query, 0) if self.valid is None else (self.valid, self.valid.stride(0))
 
     def open(self) -> None:
         cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
-        keys = values = self.query  # any tensor where the kernel reads none
-        mask = None
-        if self.suffix is not None:
-            keys, values, mask = self.suffix.keys, self.suffix.values, self.suffix.mask
         top = self.layer.levels[0] if self.layer.levels else None
         programs = cut.pinned_chunks + cut.splits + cut.tile_batch * cut.recent_chunks
         lookup.open_kernel[cut.problems, programs](
-            self.query, *self.layer.rows.plain(),
-            top.centroids if top else self.query, top.variance if top else self.query,
-            top.key_offsets if top else self.query,
-            top.child_offsets if top and cut.nested else self.query, self._alpha(0), keys, values,
-            self.query if mask is None else mask, s.scores, s.parents_of, s.norm_highs,
-            s.norm_masses, s.sums, s.highs, s.masses, s.counters, s.read_counts, self.keys_read,
-            self.query.stride(0), self.query.stride(1), keys.stride(0), keys.stride(1),
-            keys.stride(2), 0 if mask is None else mask.stride(0),
-            0 if mask is None else mask.stride(3),
-            shape.batch, shape.tokens, shape.pinned, shape.recent, top.nodes if top else 0,
-            s.parents_of.shape[1], cut.splits, cut.pinned_chunks, cut.recent_chunks,
-            cut.fixed_base, self.scale_bits,
+            self._query(), self._context(), self._level(top), self._alpha(0), self._suffix(),
+            self._mask(), s.scores, s.parents_of, self._norms(), s.partials, s.counters,
+            s.read_counts, self.keys_read, shape.batch, shape.pinned, shape.recent,
+            s.parents_of.shape[1], (cut.pinned_chunks, cut.recent_chunks), cut.fixed_base,
+            self.scale_bits,
             **self._tile(), M=cut.row_pad, M_ONE=16, R=cut.node_row_pad, N=tuning.score_tile,
             CHUNK=tuning.chunk, SECOND=bool(top) and self.rule.alpha is not None,
-            NESTED=cut.nested, MASKED=mask is not None,
+            NESTED=cut.nested, MASKED=self.suffix is not None and self.suffix.mask is not None,
             **self._launch(tuning.warps[0], dependent=False, stages=2),
         )  # fmt: skip
 
@@ -106,18 +121,14 @@ class Step:
         norm_pad = power_of_two(cut.splits)
         listers = cut.listers if stage == 0 else 0
         descend.descend_kernel[cut.problems, cut.parts[stage] + listers](
-            self.query, self._alpha(above), self._alpha(own),
-            rule.far_alpha if shape.dipole else self.query, s.scores, s.parents_of,
-            s.states[max(stage - 1, 0)], s.states[0 if leaves else stage],
-            child.key_offsets if leaves else child.child_offsets, parent.key_offsets,
-            parent.variance, child.centroids, child.key_offsets, child.variance,
-            s.norm_highs, s.norm_masses, s.runs, s.run_bits, s.far_nodes, s.far_variances,
-            s.far_logits, s.counters, s.read_counts, *self._valid(),
-            self.query.stride(0), self.query.stride(1), shape.batch,
-            parent.nodes, child.nodes, 0 if leaves else levels[own + 1].nodes, cut.bounds[own],
-            cut.bounds[above], s.runs.shape[1], s.far_nodes.shape[1],
-            listers, cut.splits, rule.log_thresholds[above], rule.log_thresholds[own],
-            self.scale_bits,
+            self._query(),
+            (parent.variance, parent.key_offsets, parent.nodes, cut.bounds[above]),
+            (*self._level(child), cut.bounds[own]),
+            (self._alpha(above), self._alpha(own), rule.far_alpha if shape.dipole else self.query),
+            (rule.log_thresholds[above], rule.log_thresholds[own]),
+            s.scores, s.parents_of, s.states[max(stage - 1, 0)], s.states[0 if leaves else stage],
+            0 if leaves else levels[own + 1].nodes, self._norms(), s.kept, s.far, s.counters,
+            s.read_counts, self._valid(), shape.batch, listers, self.scale_bits,
             TOP=stage == 0, FLAT=flat, LEAVES=leaves,
             **self._tile(), R=cut.node_row_pad, N=tuning.nodes, WRITE=tuning.write,
             NORM_PAD=norm_pad, ROWS_PAD=power_of_two(cut.rows),
@@ -132,11 +143,9 @@ class Step:
     def attend_lists(self) -> None:
         cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
         attention.attend_kernel[(cut.programs,)](
-            self.query, *self.layer.rows.plain(), s.runs, s.run_bits,
-            tuple(level.mean_values for level in self.layer.levels), cut.bounds, s.far_nodes,
-            s.far_variances, s.far_logits, s.counters, s.sums, s.highs, s.masses, s.spreads,
-            self.query.stride(0), self.query.stride(1), shape.batch, cut.problems, shape.tokens,
-            s.runs.shape[1], s.far_nodes.shape[1], self.scale_bits,
+            self._query(), self._context(), s.kept,
+            tuple(level.mean_values for level in self.layer.levels), cut.bounds, s.far,
+            s.counters, s.partials, s.moved, shape.batch, cut.problems, self.scale_bits,
             **self._tile(), M=cut.row_pad, TILE=tuning.tile, NODE_TILE=tuning.node_tile,
             NODE_UNIT=tuning.node_unit, Z_PAD=power_of_two(cut.problems),
             SHARED=cut.tile_batch > 1, FAR=shape.far, DIPOLE=shape.dipole, STAGES=tuning.stages,
@@ -147,10 +156,10 @@ class Step:
         cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
         dims = min(tuning.merge_dims, power_of_two(shape.dim))
         combine.combine_kernel[cut.problems, cut.rows, ceil_div(shape.dim, dims)](
-            self.query, self.layer.value_slope, self.output, self.log_mass, self.keys_read,
-            *self._valid(), s.counters, s.read_counts, s.sums, s.highs, s.masses, s.spreads,
-            self.query.stride(0), self.query.stride(1), self.output.stride(0), shape.batch,
-            cut.problems, cut.programs, cut.fixed_base, cut.fixed_slots, self.scale_bits,
+            self._query(), self.layer.value_slope, (self.output, self.output.stride(0)),
+            self.log_mass, self.keys_read, self._valid(), s.counters, s.read_counts, s.partials,
+            s.moved, shape.batch, cut.problems, cut.programs, (cut.fixed_base, cut.fixed_slots),
+            self.scale_bits,
             **self._tile(), DIMS=dims, Z_PAD=power_of_two(cut.problems), SLOTS=tuning.merge_slots,
             CLUSTERED=bool(shape.nodes), PADDED=self.valid is not None, DIPOLE=shape.dipole,
             NODE_UNIT=tuning.node_unit,

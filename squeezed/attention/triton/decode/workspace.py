@@ -181,7 +181,7 @@ class Workspace:
     Attributes:
         scores: `[Z, C, rows]`, selecting scores of the coarsest nodes.
         parents_of: `[Z, C]` int32, the parent of every node of the second level.
-        norm_highs, norm_masses: `[Z, splits, rows]` parts of the normaliser.
+        norm_peaks, norm_masses: `[Z, splits, rows]` parts of the normaliser.
         counters: `[Z]` int64: kept runs of rows in the lower half, dropped nodes in the upper.
         read_counts: `[Z, tile_batch]` int32, rows that every request reads.
         states: `[Z, C]` per level from the third on: which requests keep a node's parent.
@@ -190,14 +190,14 @@ class Workspace:
         far_nodes, far_variances, far_logits: `[Z, nodes]` dropped nodes of all levels, their
             variances, and `[Z, nodes, rows]` log2 of their masses, `-inf` for a row whose request
             does not drop the node; as small as possible where the far field needs none.
-        sums, highs, masses: `[slots, rows, D]`, `[slots, rows]` unnormalised softmax sums: of kept
+        sums, peaks, masses: `[slots, rows, D]`, `[slots, rows]` unnormalised softmax sums: of kept
             rows and dropped nodes, and of pinned and recent rows.
-        spreads: `[slots, rows]`, the dropped nodes' variances in the same sums.
+        moved: `[slots, rows]`, the dropped nodes' variances in the same sums.
     """
 
     scores: Tensor
     parents_of: Tensor
-    norm_highs: Tensor
+    norm_peaks: Tensor
     norm_masses: Tensor
     counters: Tensor
     read_counts: Tensor
@@ -208,9 +208,23 @@ class Workspace:
     far_variances: Tensor
     far_logits: Tensor
     sums: Tensor
-    highs: Tensor
+    peaks: Tensor
     masses: Tensor
-    spreads: Tensor
+    moved: Tensor
+
+    @property
+    def partials(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.sums, self.peaks, self.masses
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor, int]:
+        """The list of kept rows, and its capacity."""
+        return self.runs, self.run_bits, self.runs.shape[1]
+
+    @property
+    def far(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The list of dropped nodes, and its capacity."""
+        return self.far_nodes, self.far_variances, self.far_logits, self.far_nodes.shape[1]
 
     @staticmethod
     def allocate(shape: Shape, cut: Plan, device: torch.device) -> Workspace:
@@ -226,7 +240,7 @@ class Workspace:
         return Workspace(
             scores=new(z, shape.nodes[0] if levels else 1, rows),
             parents_of=new(z, shape.nodes[1] if levels > 1 else 1, dtype=torch.int32),
-            norm_highs=new(z, max(cut.splits, 1), rows),
+            norm_peaks=new(z, max(cut.splits, 1), rows),
             norm_masses=new(z, max(cut.splits, 1), rows),
             counters=new(z, dtype=torch.int64),
             read_counts=new(z, cut.tile_batch, dtype=torch.int32),
@@ -237,7 +251,7 @@ class Workspace:
             far_variances=new(*(far if shape.dipole else unused)),
             far_logits=new(*((*far, rows) if shape.far else unused)),
             sums=new(cut.slots, rows, shape.dim),
-            highs=new(cut.slots, rows),
+            peaks=new(cut.slots, rows),
             masses=new(cut.slots, rows),
-            spreads=new(*((cut.fixed_base, rows) if shape.dipole else unused)),
+            moved=new(*((cut.fixed_base, rows) if shape.dipole else unused)),
         )

@@ -12,7 +12,7 @@ NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def softmax_step(raw, scale, acc, peak, total, v):
+def softmax_step(raw, scale, acc, peak, mass, v):
     """Add one tile of keys, `raw * scale` their logits in base 2, to a running softmax.
 
     Returns with it the tile's weights, and by how much older weights have shrunk.
@@ -21,14 +21,14 @@ def softmax_step(raw, scale, acc, peak, total, v):
     base = tl.where(top == NEG_INF, 0.0, top)
     p = tl.exp2(raw * scale - base[:, None])
     shrink = tl.exp2(peak - base)
-    total = total * shrink + tl.sum(p, 1)
+    mass = mass * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, top, total, p, shrink
+    return acc, top, mass, p, shrink
 
 
 @triton.jit
 def attend_rows(
-    q, scale, acc, peak, total, keys, values, list_, first, last, count,
+    q, scale, acc, peak, mass, keys, values, list_, first, last, count,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Units `first:last` of the rows of one head in `list_`.
@@ -50,27 +50,27 @@ def attend_rows(
         raw = tl.dot(q, tl.trans(k), input_precision="ieee")
         if PARTIAL:
             raw = tl.where((slot < count)[None, :], raw, NEG_INF)
-        acc, peak, total, _, _ = softmax_step(raw, scale, acc, peak, total, v)
+        acc, peak, mass, _, _ = softmax_step(raw, scale, acc, peak, mass, v)
         row = slot + BLOCK_N  # one unit ahead, so that no key waits for its address
         row = tl.load(list_ + row, mask=row < count, other=0)
-    return acc, peak, total
+    return acc, peak, mass
 
 
 @triton.jit
 def attend_nodes(
-    q, scale, acc, peak, total, moved, energy, centroids, means, list_, masses, variances,
+    q, scale, acc, peak, mass, moved, energy, centroids, means, list_, log_sizes, variances,
     first, last, count,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DIPOLE: tl.constexpr,
 ):  # fmt: skip
-    """Units `first:last` of one level's dropped nodes; `masses` say how many keys each stands for.
+    """Units `first:last` of one level's dropped nodes; `log_sizes`: how many keys each stands for.
 
     If DIPOLE, `moved` sums their `variances` with the weights of the softmax, `[BLOCK_M]`.
     """
     dims, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     slot = first * BLOCK_N + lane
-    mass = tl.load(masses + slot, mask=slot < count, other=NEG_INF)
+    log_size = tl.load(log_sizes + slot, mask=slot < count, other=NEG_INF)
     node = tl.load(list_ + slot, mask=slot < count, other=0)
-    variance = mass
+    variance = log_size
     if DIPOLE:
         variance = tl.load(variances + slot, mask=slot < count, other=0.0)
     for unit in range(first, last):
@@ -78,23 +78,25 @@ def attend_nodes(
         inside = (dims < DIM)[None, :]
         k = tl.load(centroids + at, mask=inside, other=0.0)
         v = tl.load(means + at, mask=inside, other=0.0)
-        raw = tl.dot(q, tl.trans(k), input_precision="ieee") + (mass / scale)[None, :]
+        raw = tl.dot(q, tl.trans(k), input_precision="ieee") + (log_size / scale)[None, :]
         if DIPOLE:
             raw += (energy / scale)[:, None] * variance[None, :]
-        acc, peak, total, weights, shrink = softmax_step(raw, scale, acc, peak, total, v)
+        acc, peak, mass, weights, shrink = softmax_step(raw, scale, acc, peak, mass, v)
         if DIPOLE:
             moved = moved * shrink + tl.sum(weights * variance[None, :], 1)
         slot = (unit + 1) * BLOCK_N + lane  # one unit ahead, so that no key waits for its address
-        mass = tl.load(masses + slot, mask=slot < count, other=NEG_INF)
+        log_size = tl.load(log_sizes + slot, mask=slot < count, other=NEG_INF)
         node = tl.load(list_ + slot, mask=slot < count, other=0)
         if DIPOLE:
             variance = tl.load(variances + slot, mask=slot < count, other=0.0)
-    return acc, peak, total, moved
+    return acc, peak, mass, moved
 
 
 @triton.jit
 def attend_suffix(
-    q, scale, acc, peak, total, keys, k_s, values, v_s, mask, m_q, m_s, row, ok,
+    q, scale, acc, peak, mass, keys, key_stride, values, value_stride, mask, mask_row_stride,
+    mask_step,
+    row, ok,
     first, last, rows, suffix,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -104,29 +106,30 @@ def attend_suffix(
         slot = unit * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (slot < suffix)[:, None] & (dims < DIM)
         at = slot[:, None].to(tl.int64)
-        k = tl.load(keys + at * k_s + dims, mask=inside, other=0.0)
-        v = tl.load(values + at * v_s + dims, mask=inside, other=0.0)
+        k = tl.load(keys + at * key_stride + dims, mask=inside, other=0.0)
+        v = tl.load(values + at * value_stride + dims, mask=inside, other=0.0)
         raw = tl.dot(q, tl.trans(k), input_precision="ieee")
         seen = (slot < suffix)[None, :] & ok[:, None]
         if CAUSAL:
             seen = seen & (slot[None, :] <= row[:, None] + (suffix - rows))
         else:
-            bit = mask + row[:, None].to(tl.int64) * m_q + slot[None, :] * m_s
+            bit = mask + row[:, None].to(tl.int64) * mask_row_stride + slot[None, :] * mask_step
             seen = seen & (tl.load(bit, mask=seen, other=0) != 0)
         raw = tl.where(seen, raw, NEG_INF)
-        acc, peak, total, _, _ = softmax_step(raw, scale, acc, peak, total, v)
-    return acc, peak, total
+        acc, peak, mass, _, _ = softmax_step(raw, scale, acc, peak, mass, v)
+    return acc, peak, mass
 
 
 @triton.jit
-def store_part(part, part_lse, slot, acc, peak, total, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+def store_part(partials, slot, acc, peak, mass, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                BLOCK_M: tl.constexpr):  # fmt: skip
     """Normalised output and log2 mass of one stretch."""
+    outputs, log_masses, _ = partials  # [slots, BLOCK_M, DIM], [slots, BLOCK_M]
     at = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(part + at[:, None] * DIM + dims, acc, mask=(dims < DIM)[None, :])
-    tl.store(part_lse + at, peak + tl.log2(total))
+    acc = acc / tl.where(mass > 0, mass, 1.0)[:, None]
+    tl.store(outputs + at[:, None] * DIM + dims, acc, mask=(dims < DIM)[None, :])
+    tl.store(log_masses + at, peak + tl.log2(mass))
 
 
 @triton.jit
@@ -137,17 +140,23 @@ def clip(first, last, start, end):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_kernel(
-    query, q_b, q_h, q_r, keys, values, tokens, suffix_keys, k_b, k_h, k_s,
-    suffix_values, v_b, v_h, v_s, mask, m_b, m_q, m_s,
-    ends, bounds, row_list, row_count, centroids, mean_values, nodes, dropped, masses, variances,
-    dropped_counts, far_alpha, part, part_lse, part_moved,
-    tiles, blocks, rows, suffix, capacity, pass_tiles, scale,
+    query, context, tokens, suffix_keys, suffix_values, mask, mask_batch_stride, mask_row_stride,
+    mask_step, plan, kept, levels, far, far_alpha, partials, tiles, blocks, rows, suffix, capacity,
+    pass_tiles, scale,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_M: tl.constexpr,
     LEVELS: tl.constexpr, CLASSES: tl.constexpr, DIPOLE: tl.constexpr,
     CAUSAL: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One program's stretches of the line of units, one in every pass."""
+    queries, query_batch_stride, query_head_stride, query_row_stride = query  # [B, Hq, Q, D]
+    keys, values = context  # [Hkv, P, D] each
+    recent_keys, key_batch_stride, key_head_stride, key_stride = suffix_keys  # [B, Hkv, S, D]
+    recent_values, value_batch_stride, value_head_stride, value_stride = suffix_values
+    ends, bounds = plan  # [W], [W, CLASSES]
+    row_list, row_count = kept  # [T, capacity], [T]
+    centroids, mean_values, nodes = levels  # of every level [Hkv, C, D] twice, C
+    dropped, log_sizes, variances, dropped_counts = far  # of every level [T, C] three times, [T]
     pid, programs = tl.program_id(0), tl.num_programs(0)
     dims = tl.arange(0, BLOCK_D)
     for number in range(0, tl.cdiv(tiles * SPLIT_M, pass_tiles)):
@@ -170,30 +179,33 @@ def attention_kernel(
             m = (w % SPLIT_M) * BLOCK_M + tl.arange(0, BLOCK_M)
             row = rows - (blocks - t % blocks) * BLOCK + m % BLOCK
             ok = (m < GROUP * BLOCK) & (row >= 0)
-            q_rows = query + b.to(tl.int64) * q_b + (h * GROUP + m // BLOCK)[:, None] * q_h
-            q_rows += row[:, None].to(tl.int64) * q_r
+            q_rows = queries + b.to(tl.int64) * query_batch_stride
+            q_rows += (h * GROUP + m // BLOCK)[:, None] * query_head_stride
+            q_rows += row[:, None].to(tl.int64) * query_row_stride
             q = tl.load(q_rows + dims, mask=ok[:, None] & (dims < DIM), other=0.0)
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
+            mass = tl.zeros([BLOCK_M], tl.float32)
             k_head, v_head = keys + h * tokens * DIM, values + h * tokens * DIM
             count, rows_end = tl.load(row_count + t), tl.load(bound)
             first, last, whole = lo, tl.minimum(hi, rows_end), count // BLOCK_N
             rows_here = row_list + wide * capacity
-            acc, peak, total = attend_rows(
-                q, scale, acc, peak, total, k_head, v_head, rows_here,
+            acc, peak, mass = attend_rows(
+                q, scale, acc, peak, mass, k_head, v_head, rows_here,
                 first, tl.minimum(last, whole), count, DIM, BLOCK_D, BLOCK_N, False,
             )  # fmt: skip
-            acc, peak, total = attend_rows(
-                q, scale, acc, peak, total, k_head, v_head, rows_here,
+            acc, peak, mass = attend_rows(
+                q, scale, acc, peak, mass, k_head, v_head, rows_here,
                 tl.maximum(first, whole), last, count, DIM, BLOCK_D, BLOCK_N, True,
             )  # fmt: skip
             end = tl.load(bound + 1)
             first, last = clip(lo, hi, rows_end, end)
-            acc, peak, total = attend_suffix(
-                q, scale, acc, peak, total, suffix_keys + b.to(tl.int64) * k_b + h * k_h, k_s,
-                suffix_values + b.to(tl.int64) * v_b + h * v_h, v_s, mask + b.to(tl.int64) * m_b,
-                m_q, m_s, row, ok, first, last, rows, suffix, DIM, BLOCK_D, BLOCK_N, CAUSAL,
+            acc, peak, mass = attend_suffix(
+                q, scale, acc, peak, mass,
+                recent_keys + b.to(tl.int64) * key_batch_stride + h * key_head_stride, key_stride,
+                recent_values + b.to(tl.int64) * value_batch_stride + h * value_head_stride,
+                value_stride, mask + b.to(tl.int64) * mask_batch_stride, mask_row_stride,
+                mask_step, row, ok, first, last, rows, suffix, DIM, BLOCK_D, BLOCK_N, CAUSAL,
             )  # fmt: skip
             moved = tl.zeros([BLOCK_M], tl.float32)
             energy = moved
@@ -205,13 +217,13 @@ def attention_kernel(
                 start = end
                 end = tl.load(bound + 2 + level)
                 first, last = clip(lo, hi, start, end)
-                acc, peak, total, moved = attend_nodes(
-                    q, scale, acc, peak, total, moved, energy, centroids[level] + head * DIM,
-                    mean_values[level] + head * DIM, dropped[level] + line, masses[level] + line,
+                acc, peak, mass, moved = attend_nodes(
+                    q, scale, acc, peak, mass, moved, energy, centroids[level] + head * DIM,
+                    mean_values[level] + head * DIM, dropped[level] + line, log_sizes[level] + line,
                     variances[level] + line, first, last,
                     tl.load(dropped_counts[level] + t), DIM, BLOCK_D, BLOCK_N, DIPOLE,
                 )  # fmt: skip
             if DIPOLE:
                 slots = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-                tl.store(part_moved + slots, moved / tl.where(total > 0, total, 1.0))
-            store_part(part, part_lse, slot, acc, peak, total, DIM, BLOCK_D, BLOCK_M)
+                tl.store(partials[2] + slots, moved / tl.where(mass > 0, mass, 1.0))
+            store_part(partials, slot, acc, peak, mass, DIM, BLOCK_D, BLOCK_M)

@@ -74,5 +74,5 @@ def _attend_piece(
     found = lookup(query, layer, rule, sizes, valid)
     work = Work(sizes, layer, rule, found, choose_tile(query, sizes, rule.far_field))
     ends, bounds, keys_read = work.plan(valid, suffix)
-    parts = work.attend_lists(query, suffix, ends, bounds)
-    return Attended(*work.combine(query, valid, ends, bounds, parts), keys_read)
+    partials = work.attend_lists(query, suffix, ends, bounds)
+    return Attended(*work.combine(query, valid, ends, bounds, partials), keys_read)

@@ -51,13 +51,13 @@ class NodeList:
 
     Attributes:
         nodes: `[T, capacity]` int32; of stride 0 if all tiles share one list.
-        mass: `[T, capacity]` float32, log2 of the keys each stands for; empty if not needed.
+        log_size: `[T, capacity]` float32, log2 of the keys each stands for; empty if not needed.
         variance: `[T, capacity]` float32, of the keys each stands for; empty if not needed.
         count: `[T]` int32.
     """
 
     nodes: Tensor
-    mass: Tensor
+    log_size: Tensor
     variance: Tensor
     count: Tensor
 
@@ -136,7 +136,7 @@ def _normaliser(
     partial = query.new_empty(sizes.batch, heads, sizes.rows, splits, dtype=torch.float32)
     grid = (row_tiles, splits)
     normaliser_kernel[grid](
-        query, *query.stride()[:3], level.centroids, level.variance, level.key_offsets,
+        (query, *query.stride()[:3]), (level.centroids, level.variance, level.key_offsets),
         alpha_of(rule, 0, query), partial, sizes.rows, level.nodes, splits, share,
         layer.scale, HEADS=heads, GROUP=sizes.group, DIM=sizes.dim,
         BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=block_r, BLOCK_C=64,
@@ -167,11 +167,11 @@ class _Step:
     def chunks(self) -> int:
         return triton.cdiv(self.level.nodes, NODES_PER_PROGRAM)
 
-    @property
-    def members(self) -> Tensor:
-        """Offsets of what a kept node stands for: its children, or at the leaves its rows."""
+    def _level(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For the kernels; a kept node stands for its children, or at the leaves for its rows."""
         level = self.level
-        return level.key_offsets if level.child_offsets is None else level.child_offsets
+        members = level.key_offsets if level.child_offsets is None else level.child_offsets
+        return level.centroids, level.variance, level.key_offsets, members
 
     def select(
         self, query: Tensor, valid: Tensor | None, partial: Tensor,
@@ -185,9 +185,8 @@ class _Step:
         programs, settings = self._select_programs(query.device)
         spans = min(self.chunks, triton.cdiv(programs, sizes.tiles))
         select_kernel[(sizes.tiles * spans,)](
-            query, *query.stride()[:3], query if valid is None else valid, level.centroids,
-            level.variance, level.key_offsets, self.members,
-            alpha_of(self.rule, self.depth, query), partial, *_listed(candidates, state), state,
+            (query, *query.stride()[:3]), query if valid is None else valid, self._level(),
+            alpha_of(self.rule, self.depth, query), partial, _listed(candidates, state), state,
             counts, sizes.rows, level.nodes, sizes.blocks, self.chunks, sizes.tiles, splits, spans,
             self.layer.scale, self.rule.log_thresholds[self.depth],
             HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
@@ -217,17 +216,18 @@ class _Step:
         """Lists of the kept nodes' members and of the dropped nodes."""
         level, sizes, leaf = self.level, self.sizes, self.level.child_offsets is None
         capacity = self.layer.tokens if leaf else self.layer.levels[self.depth + 1].nodes
-        far, spread = self.rule.far_field != "none", self.rule.far_field == "second_order"
+        far, dipole = self.rule.far_field != "none", self.rule.far_field == "second_order"
         members = _new_list(sizes, capacity, state.device)
-        dropped = _new_list(sizes, level.nodes if far else 0, state.device, mass=far, spread=spread)
+        dropped = _new_list(sizes, level.nodes if far else 0, state.device, far, dipole)
         expand_kernel[(sizes.tiles * self.chunks,)](
-            level.key_offsets, self.members, level.variance, *_listed(candidates, state), state,
-            counts, members.nodes, members.count, dropped.nodes, dropped.mass, dropped.variance,
-            dropped.count, level.nodes, sizes.blocks, self.chunks, sizes.tiles, capacity,
+            self._level(), _listed(candidates, state), state, counts,
+            (members.nodes, members.count),
+            (dropped.nodes, dropped.log_size, dropped.variance, dropped.count), level.nodes,
+            sizes.blocks, self.chunks, sizes.tiles, capacity,
             self.layer.pinned if leaf else 0,
             HEADS_KV=sizes.kv_heads, BLOCK_C=NODES_PER_PROGRAM,
             CHUNKS=triton.next_power_of_2(self.chunks), RUN=8,
-            LISTED=candidates is not None, DROPPED=far, SPREAD=spread, num_warps=4,
+            LISTED=candidates is not None, FAR=far, DIPOLE=dipole, num_warps=4,
         )  # fmt: skip
         return members, dropped
 
@@ -237,10 +237,10 @@ def _listed(candidates: NodeList | None, unused: Tensor) -> tuple[Tensor, Tensor
 
 
 def _new_list(
-    sizes: Geometry, capacity: int, device: torch.device, mass: bool = False, spread: bool = False
+    sizes: Geometry, capacity: int, device: torch.device, far: bool = False, dipole: bool = False
 ) -> NodeList:
     nodes = torch.empty(sizes.tiles, capacity, dtype=torch.int32, device=device)
-    masses = torch.empty(sizes.tiles, capacity if mass else 0, device=device)
-    spreads = torch.empty(sizes.tiles, capacity if spread else 0, device=device)
+    log_sizes = torch.empty(sizes.tiles, capacity if far else 0, device=device)
+    variances = torch.empty(sizes.tiles, capacity if dipole else 0, device=device)
     count = torch.empty(sizes.tiles, dtype=torch.int32, device=device)
-    return NodeList(nodes, masses, spreads, count)
+    return NodeList(nodes, log_sizes, variances, count)

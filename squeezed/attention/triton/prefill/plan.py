@@ -17,19 +17,22 @@ import triton.language as tl
 from squeezed.attention.triton.prefill.select import LOG2E
 
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
-LENGTHS = "tokens m_b m_q tiles blocks rows suffix capacity pass_tiles".split()
+LENGTHS = """
+    tokens mask_batch_stride mask_row_stride tiles blocks rows suffix capacity pass_tiles
+""".split()
 """Arguments of the attention that differ from prompt to prompt: none must wait for a compiler."""
 
 
 @triton.jit(do_not_specialize=["tiles", "blocks", "rows", "suffix", "pinned", "batch"])
 def plan_kernel(
-    ends, bounds, keys_read, row_count, dropped_counts, valid_count,
+    plan, keys_read, row_count, dropped_counts, valid_count,
     tiles, blocks, rows, suffix, pinned, batch,
     HEADS_KV: tl.constexpr, SPLIT_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     OTHER_N: tl.constexpr, LEVELS: tl.constexpr, CLASSES: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """`bounds[w, c]`: first unit after class `c` of tile `w`; `ends[w]`: the same on the line."""
+    ends, bounds = plan  # [W], [W, CLASSES]
     done = tl.zeros([], tl.int32)
     for at in range(0, batch, STEP):
         b = at + tl.arange(0, STEP)
@@ -86,24 +89,27 @@ def stretch(ends, tiles, pass_tiles, number, program, programs):
 
 
 @triton.jit
-def merge_shares(lse, more):
+def merge_shares(log_mass, more):
     """Shares of two log2 masses in their sum, and its log2."""
-    top = tl.maximum(lse, more)
-    base = tl.where(top == NEG_INF, 0.0, top)
-    a, b = tl.exp2(lse - base), tl.exp2(more - base)
+    peak = tl.maximum(log_mass, more)
+    base = tl.where(peak == NEG_INF, 0.0, peak)
+    a, b = tl.exp2(log_mass - base), tl.exp2(more - base)
     mass = tl.where(a + b > 0, a + b, 1.0)
     return a / mass, b / mass, base + tl.log2(a + b)
 
 
 @triton.jit(do_not_specialize=["tiles", "blocks", "rows", "programs", "pass_tiles"])
 def combine_kernel(
-    query, q_b, q_h, q_r, slope, output, log_mass, valid, ends, bounds, part, part_lse, part_moved,
+    query, slope, output, log_mass, valid, plan, partials,
     tiles, blocks, rows, programs, pass_tiles, scale,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
     CLASSES: tl.constexpr, DIPOLE: tl.constexpr, MASKED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Merge all stretches of `BLOCK_R` rows of one tile into output and log mass."""
+    queries, batch_stride, head_stride, row_stride = query  # [B, Hq, Q, D]
+    ends, bounds = plan  # [W], [W, CLASSES]
+    outputs, log_masses, part_moved = partials  # [slots, BLOCK_M, DIM], [slots, BLOCK_M] twice
     w, m = tl.program_id(0), tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     number = w // pass_tiles
     _, _, _, _, base, share = stretch(ends, tiles * SPLIT_M, pass_tiles, number, 0, programs)
@@ -118,29 +124,30 @@ def combine_kernel(
     there = (member < GROUP * BLOCK) & (row >= 0)
     ok = there[:, None] & (dims < DIM)
     out = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    lse, moved = tl.full([BLOCK_R], float("-inf"), tl.float32), tl.zeros([BLOCK_R], tl.float32)
+    merged, moved = tl.full([BLOCK_R], float("-inf"), tl.float32), tl.zeros([BLOCK_R], tl.float32)
     for p in tl.range(p_first, p_last + 1, loop_unroll_factor=4):  # several loads at once
         at = (number * programs + p + w).to(tl.int64) * BLOCK_M + m
-        value = tl.load(part + at[:, None] * DIM + dims, mask=(dims < DIM)[None, :], other=0.0)
-        old, new, lse = merge_shares(lse, tl.load(part_lse + at))
+        value = tl.load(outputs + at[:, None] * DIM + dims, mask=(dims < DIM)[None, :], other=0.0)
+        old, new, merged = merge_shares(merged, tl.load(log_masses + at))
         out = out * old[:, None] + value * new[:, None]
         if DIPOLE:
             moved = moved * old + tl.load(part_moved + at) * new
     if DIPOLE:
-        q_rows = query + request.to(tl.int64) * q_b + head[:, None] * q_h
+        q_rows = queries + request.to(tl.int64) * batch_stride + head[:, None] * head_stride
         lines = slope + (t // blocks % HEADS_KV).to(tl.int64) * DIM * DIM
-        along = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        shift = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         for first in tl.static_range(0, BLOCK_D, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
             q_mask = there[:, None] & (k < DIM)
-            q = tl.load(q_rows + row[:, None].to(tl.int64) * q_r + k, mask=q_mask, other=0.0)
+            q = q_rows + row[:, None].to(tl.int64) * row_stride + k
+            q = tl.load(q, mask=q_mask, other=0.0)
             inside = (k < DIM)[:, None] & (dims < DIM)[None, :]
             matrix = tl.load(lines + dims[None, :] * DIM + k[:, None], mask=inside, other=0.0)
-            along = tl.dot(q, matrix, along, input_precision="ieee")
-        out += (moved * scale)[:, None] * along
+            shift = tl.dot(q, matrix, shift, input_precision="ieee")
+        out += (moved * scale)[:, None] * shift
     if MASKED:  # padding attends to nothing
         real = tl.load(valid + request * rows + row, mask=there, other=0) != 0
-        out, lse = tl.where(real[:, None], out, 0.0), tl.where(real, lse, NEG_INF)
+        out, merged = tl.where(real[:, None], out, 0.0), tl.where(real, merged, NEG_INF)
     line = (request * (HEADS_KV * GROUP) + head).to(tl.int64) * rows + row
-    tl.store(log_mass + line, lse / LOG2E, mask=there)
+    tl.store(log_mass + line, merged / LOG2E, mask=there)
     tl.store(output + line[:, None] * DIM + dims, out.to(output.dtype.element_ty), mask=ok)

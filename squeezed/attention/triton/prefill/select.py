@@ -37,61 +37,61 @@ def query_energy(q, alpha, scale):
 
 
 @triton.jit
-def _log_sum(peak, total, logits):
+def _log_sum(peak, mass, logits):
     """Add the columns of `logits` to a running (peak, sum of exp2) of every row."""
-    top = tl.maximum(peak, tl.max(logits, 1))
-    base = tl.where(top == float("-inf"), 0.0, top)
-    total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
-    return top, total
+    new = tl.maximum(peak, tl.max(logits, 1))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    mass = mass * tl.exp2(peak - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
+    return new, mass
 
 
 @triton.jit
-def _node_mass(offsets, variance, head_nodes, head, node, nodes, SECOND: tl.constexpr):
+def _node_sizes(level, nodes, head, node, SECOND: tl.constexpr):
     """log2 of the sizes of nodes, `-inf` where there is none, and their key variances."""
+    _, variance, key_offsets = level  # [Hkv, C], [Hkv, C + 1]
+    head_nodes = head * nodes
     inside = node < nodes
-    edge = offsets + head_nodes + head + node
+    edge = key_offsets + head_nodes + head + node
     size = tl.load(edge + 1, mask=inside, other=0) - tl.load(edge, mask=inside, other=0)
-    spread = tl.zeros_like(size).to(tl.float32)
+    variances = tl.zeros_like(size).to(tl.float32)
     if SECOND:
-        spread = tl.load(variance + head_nodes + node, mask=inside, other=0.0)
-    mass = tl.log2(tl.maximum(size, 1).to(tl.float32))
-    return tl.where(size > 0, mass, float("-inf")), spread
+        variances = tl.load(variance + head_nodes + node, mask=inside, other=0.0)
+    log_size = tl.log2(tl.maximum(size, 1).to(tl.float32))
+    return tl.where(size > 0, log_size, float("-inf")), variances
 
 
 @triton.jit(do_not_specialize=["rows", "nodes", "splits", "share"])
 def normaliser_kernel(
-    query, q_b, q_h, q_r, centroids, variance, offsets, alpha, partial,
-    rows, nodes, splits, share, scale,
+    query, level, alpha, partial, rows, nodes, splits, share, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
-    """One share of the softmax denominator of `BLOCK_R` rows of one query head."""
+    """A share of softmax denominators of `BLOCK_R` rows of a head, `partial [B, Hq, Q, splits]`."""
+    queries, batch_stride, head_stride, row_stride = query  # [B, Hq, Q, D]
+    centroids, _, _ = level  # [Hkv, C, D]
     split = tl.program_id(1)
     tiles_r = tl.cdiv(rows, BLOCK_R)
     head, b = (tl.program_id(0) // tiles_r) % HEADS, tl.program_id(0) // tiles_r // HEADS
     row = (tl.program_id(0) % tiles_r) * BLOCK_R + tl.arange(0, BLOCK_R)
     dims = tl.arange(0, BLOCK_D)
     kv = (head // GROUP).to(tl.int64)
-    q_rows = (
-        query + b.to(tl.int64) * q_b + head.to(tl.int64) * q_h + row[:, None].to(tl.int64) * q_r
-    )
+    q_rows = queries + b.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
+    q_rows += row[:, None].to(tl.int64) * row_stride
     q = tl.load(q_rows + dims, mask=(row < rows)[:, None] & (dims < DIM), other=0.0)
     energy = query_energy(q, tl.load(alpha + head) if SECOND else 0.0, scale)
     peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_R], tl.float32)
+    mass = tl.zeros([BLOCK_R], tl.float32)
     node = split * share + tl.arange(0, BLOCK_C)
-    mass, spread = _node_mass(offsets, variance, kv * nodes, kv, node, nodes, SECOND)
+    log_size, variances = _node_sizes(level, nodes, kv, node, SECOND)
     for at in range(split * share, tl.minimum(split * share + share, nodes), BLOCK_C):
         node = at + tl.arange(0, BLOCK_C)
         c_rows = centroids + (kv * nodes + node[:, None]) * DIM
         c = tl.load(c_rows + dims, mask=(node < nodes)[:, None] & (dims < DIM), other=0.0)
-        logits = lookup_logits(q, c, energy, spread, scale) + mass[None, :]
-        peak, total = _log_sum(peak, total, logits)
-        mass, spread = _node_mass(
-            offsets, variance, kv * nodes, kv, node + BLOCK_C, nodes, SECOND
-        )  # one step ahead
+        logits = lookup_logits(q, c, energy, variances, scale) + log_size[None, :]
+        peak, mass = _log_sum(peak, mass, logits)
+        log_size, variances = _node_sizes(level, nodes, kv, node + BLOCK_C, SECOND)  # a step ahead
     out = partial + ((b * HEADS + head).to(tl.int64) * rows + row) * splits + split
-    tl.store(out, peak + tl.log2(total), mask=row < rows)  # log2(0) = -inf: nothing here
+    tl.store(out, peak + tl.log2(mass), mask=row < rows)  # log2(0) = -inf: nothing here
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def _normaliser(partial, line, ok, splits, SPLITS: tl.constexpr):
 
 @triton.jit
 def _query_tile(
-    q_base, q_r, first, start, valid, alpha, partial, lead, rows, splits, scale, threshold,
+    q_base, row_stride, first, start, valid, alpha, partial, lead, rows, splits, scale, threshold,
     BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr, SECOND: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def _query_tile(
     ok = (index < BLOCK) & (row >= 0)
     if MASKED:
         ok = ok & (tl.load(valid + row, mask=ok, other=0) != 0)
-    q_rows = q_base + row[:, None].to(tl.int64) * q_r
+    q_rows = q_base + row[:, None].to(tl.int64) * row_stride
     q = tl.load(q_rows + dims, mask=ok[:, None] & (dims < DIM), other=0.0)
     bar = _normaliser(partial, lead + row, ok, splits, SPLITS) + threshold
     return q, query_energy(q, alpha, scale), tl.where(ok, bar, float("inf")), ok
@@ -146,9 +146,8 @@ def _store_sum(target, values, BLOCK_C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "nodes", "blocks", "chunks", "tiles", "splits", "spans"])
 def select_kernel(
-    query, q_b, q_h, q_r, valid, centroids, variance, key_offsets, member_offsets, alpha, partial,
-    candidates, candidate_count, state, counts,
-    rows, nodes, blocks, chunks, tiles, splits, spans, scale, thresholds,
+    query, valid, level, alpha, partial, candidates, state, counts, rows, nodes, blocks, chunks,
+    tiles, splits, spans, scale, thresholds,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
     SECOND: tl.constexpr, MASKED: tl.constexpr, LISTED: tl.constexpr, FAR: tl.constexpr,
@@ -158,32 +157,36 @@ def select_kernel(
     The mean score of a block exceeds the threshold T when the scores over T add up to more than the
     block has rows: one pass, and nothing that overflows or underflows changes the answer.
     """
+    queries, batch_stride, head_stride, row_stride = query  # [B, Hq, Q, D]
+    centroids, variance, key_offsets, member_offsets = level  # [Hkv, C, D], [Hkv, C], [Hkv, C + 1]
+    listed, listed_count = candidates  # [T, C], [T]
     pid, span = tl.program_id(0) // spans, tl.program_id(0) % spans
     h, b, wide = (pid // blocks) % HEADS_KV, pid // blocks // HEADS_KV, pid.to(tl.int64)
-    length = tl.load(candidate_count + pid) if LISTED else nodes
+    length = tl.load(listed_count + pid) if LISTED else nodes
     SINGLE: tl.constexpr = (GROUP == 1) and (BLOCK <= BLOCK_R)
     dims, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
-    q_base = query + b.to(tl.int64) * q_b + (h * GROUP).to(tl.int64) * q_h
+    q_base = queries + b.to(tl.int64) * batch_stride + (h * GROUP).to(tl.int64) * head_stride
     lead = (b * HEADS_KV + h).to(tl.int64) * GROUP * rows
     first = tile_rows(pid, 0, blocks, rows, BLOCK)
     mine = valid + b.to(tl.int64) * rows
     threshold = tl.maximum(tl.load(thresholds + h) * LOG2E, LOWEST)
     q, energy, bar, ok = _query_tile(
-        q_base, q_r, first, 0, mine, tl.load(alpha + h * GROUP) if SECOND else 0.0, partial, lead,
+        q_base, row_stride, first, 0, mine, tl.load(alpha + h * GROUP) if SECOND else 0.0,
+        partial, lead,
         rows, splits, scale, threshold, BLOCK, DIM, BLOCK_D, BLOCK_R, SPLITS, SECOND, MASKED,
     )  # fmt: skip
     count = tl.sum(ok.to(tl.int32), 0)
     node = span * BLOCK_C + lane
     if LISTED:
-        node = tl.load(candidates + wide * nodes + node, mask=node < length, other=0)
+        node = tl.load(listed + wide * nodes + node, mask=node < length, other=0)
     for chunk in range(span, tl.cdiv(length, BLOCK_C), spans):
         slot = chunk * BLOCK_C + lane
         inside = slot < length
         c_rows = centroids + (h.to(tl.int64) * nodes + node[:, None]) * DIM
         c = tl.load(c_rows + dims, mask=inside[:, None] & (dims < DIM), other=0.0)
-        spread = tl.zeros([BLOCK_C], tl.float32)
+        variances = tl.zeros([BLOCK_C], tl.float32)
         if SECOND:
-            spread = tl.load(variance + h * nodes + node, mask=inside, other=0.0)
+            variances = tl.load(variance + h * nodes + node, mask=inside, other=0.0)
         member = member_offsets + h * (nodes + 1) + node
         members = tl.load(member + 1, mask=inside, other=0)
         members -= tl.load(member, mask=inside, other=0)
@@ -193,10 +196,11 @@ def select_kernel(
             size = tl.load(edge + 1, mask=inside, other=0) - tl.load(edge, mask=inside, other=0)
             there = size > 0
         if SINGLE:
-            wanted = _weights(q, energy, bar, c, spread, scale) > count
+            wanted = _weights(q, energy, bar, c, variances, scale) > count
         else:
             wanted, count = _any_head(
-                q_base, q_h, q_r, first, mine, alpha + h * GROUP, partial, lead, c, spread, rows,
+                q_base, head_stride, row_stride, first, mine, alpha + h * GROUP, partial, lead, c,
+                variances, rows,
                 splits, scale, threshold, GROUP, BLOCK, DIM, BLOCK_D, BLOCK_R, BLOCK_C, SPLITS,
                 SECOND, MASKED,
             )  # fmt: skip
@@ -210,13 +214,13 @@ def select_kernel(
             _store_sum(out + tiles * chunks, dropped.to(tl.int32), BLOCK_C)
         node = slot + spans * BLOCK_C
         if LISTED:  # one chunk ahead, so that no centroid waits for its address
-            node = tl.load(candidates + wide * nodes + node, mask=node < length, other=0)
+            node = tl.load(listed + wide * nodes + node, mask=node < length, other=0)
 
 
 @triton.jit
 def _any_head(
-    q_base, q_h, q_r, first, valid, alpha, partial, lead, nodes_tile, variance, rows, splits,
-    scale, threshold,
+    q_base, head_stride, row_stride, first, valid, alpha, partial, lead, nodes_tile, variance,
+    rows, splits, scale, threshold,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr, SECOND: tl.constexpr,
     MASKED: tl.constexpr,
@@ -229,7 +233,7 @@ def _any_head(
         count = 0
         for start in range(0, BLOCK, BLOCK_R):
             q, energy, bar, ok = _query_tile(
-                q_base + g * q_h, q_r, first, start, valid,
+                q_base + g * head_stride, row_stride, first, start, valid,
                 tl.load(alpha + g) if SECOND else 0.0, partial, lead + g * rows, rows, splits,
                 scale, threshold, BLOCK, DIM, BLOCK_D, BLOCK_R, SPLITS, SECOND, MASKED,
             )  # fmt: skip

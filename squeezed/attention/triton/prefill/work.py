@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,10 @@ from squeezed.attention.triton import gpus
 from squeezed.attention.triton.prefill.attention import attention_kernel
 from squeezed.attention.triton.prefill.hopper import kernel as prefill_hopper
 from squeezed.attention.triton.prefill.hopper.kernel import aligned, hopper_attention_kernel
-from squeezed.attention.triton.prefill.lookup import Found, Geometry
+from squeezed.attention.triton.prefill.lookup import Found, Geometry, NodeList
 from squeezed.attention.triton.prefill.plan import combine_kernel, plan_kernel
 from squeezed.config import FarField
-from squeezed.context.layers import ClusteredLayer
+from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
 
 
@@ -99,7 +100,8 @@ class Work:
         keys_read = torch.empty(sizes.batch, dtype=torch.int64, device=device)
         found = self.found
         plan_kernel[(1,)](
-            ends, bounds, keys_read, found.rows.count, tuple(gone.count for gone in found.dropped),
+            (ends, bounds), keys_read, found.rows.count,
+            tuple(gone.count for gone in found.dropped),
             ends if valid is None else _valid_per_block(valid, sizes),
             sizes.tiles, sizes.blocks, sizes.rows, _tokens(suffix), self.layer.pinned, sizes.batch,
             HEADS_KV=sizes.kv_heads, SPLIT_M=self.split_m, BLOCK=sizes.block,
@@ -111,12 +113,12 @@ class Work:
 
     def attend_lists(
         self, query: Tensor, suffix: Suffix | None, ends: Tensor, bounds: Tensor
-    ) -> dict[str, Tensor]:
-        """Outputs and log2 masses of all stretches."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs, log2 masses and summed variances of all stretches."""
         sizes, tile, layer = self.sizes, self.tile, self.layer
         found, dropped = self.found.rows, self.found.dropped
         levels = layer.levels[: self.far_levels]
-        parts = self._parts(query)
+        partials = self._partials(query)
         keys = values = query  # any tensors where there is nothing to read
         mask, mask_strides = bounds, (0, 0, 0)
         if suffix is not None:
@@ -127,14 +129,12 @@ class Work:
             keys, values = map(aligned, (keys, values))
         kernel, settings = self._kernel(query)
         kernel[(self.programs,)](
-            query, *query.stride()[:3], *layer.rows.plain(), layer.tokens,
-            keys, *keys.stride()[:3], values, *values.stride()[:3],
-            mask, *mask_strides, ends, bounds, found.nodes, found.count,
-            tuple(lv.centroids for lv in levels), tuple(lv.mean_values for lv in levels),
-            tuple(lv.nodes for lv in levels), tuple(gone.nodes for gone in dropped),
-            tuple(gone.mass for gone in dropped), tuple(gone.variance for gone in dropped),
-            tuple(gone.count for gone in dropped),
-            self.rule.far_alpha if self.dipole else query, *parts.values(),
+            (query, *query.stride()[:3]), layer.rows.plain(), layer.tokens,
+            (keys, *keys.stride()[:3]), (values, *values.stride()[:3]), mask, *mask_strides,
+            (ends, bounds), (found.nodes, found.count),
+            _by_field(levels, "centroids", "mean_values", "nodes"),
+            _by_field(dropped, "nodes", "log_size", "variance", "count"),
+            self.rule.far_alpha if self.dipole else query, partials,
             sizes.tiles, sizes.blocks, sizes.rows, _tokens(suffix), found.nodes.stride(0),
             self.pass_tiles, layer.scale * LOG2E,
             HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
@@ -142,7 +142,7 @@ class Work:
             CLASSES=self.classes, DIPOLE=self.dipole, CAUSAL=_is_causal(suffix), STEP=512,
             num_warps=tile.warps, **settings,
         )  # fmt: skip
-        return parts
+        return partials
 
     def _kernel(self, query: Tensor) -> tuple[triton.JITFunction, dict[str, int]]:
         """The kernel of the tile's shape, and what only that one takes."""
@@ -154,15 +154,20 @@ class Work:
             settings |= gpus.of(query.device).two_programs_of_8_warps()
         return attention_kernel, settings
 
-    def _parts(self, query: Tensor) -> dict[str, Tensor]:
+    def _partials(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         spans = self.sizes.tiles * self.split_m
         slots = spans + triton.cdiv(spans, self.pass_tiles) * self.programs
-        part = query.new_empty(slots, self.tile.rows, self.sizes.dim, dtype=torch.float32)
-        moved = part.new_empty(part.shape[:2] if self.dipole else (0, 0))
-        return {"part": part, "part_lse": part.new_empty(part.shape[:2]), "part_moved": moved}
+        outputs = query.new_empty(slots, self.tile.rows, self.sizes.dim, dtype=torch.float32)
+        moved = outputs.new_empty(outputs.shape[:2] if self.dipole else (0, 0))
+        return outputs, outputs.new_empty(outputs.shape[:2]), moved
 
     def combine(
-        self, query: Tensor, valid: Tensor | None, ends: Tensor, bounds: Tensor, parts: dict
+        self,
+        query: Tensor,
+        valid: Tensor | None,
+        ends: Tensor,
+        bounds: Tensor,
+        partials: tuple[Tensor, Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Output and log mass."""
         sizes, tile = self.sizes, self.tile
@@ -170,8 +175,8 @@ class Work:
         log_mass = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         grid = (sizes.tiles * self.split_m, triton.cdiv(tile.rows, 16))
         combine_kernel[grid](
-            query, *query.stride()[:3], self.layer.value_slope, output, log_mass,
-            ends if valid is None else valid, ends, bounds, *parts.values(), sizes.tiles,
+            (query, *query.stride()[:3]), self.layer.value_slope, output, log_mass,
+            ends if valid is None else valid, (ends, bounds), partials, sizes.tiles,
             sizes.blocks, sizes.rows, self.programs, self.pass_tiles, self.layer.scale,
             HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
             BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_M=tile.rows, BLOCK_R=16,
@@ -184,6 +189,11 @@ class Work:
 
 def _tokens(suffix: Suffix | None) -> int:
     return 0 if suffix is None else suffix.tokens
+
+
+def _by_field(records: Iterable[Level | NodeList], *fields: str) -> tuple[tuple, ...]:
+    """Each field of all records, for the kernels."""
+    return tuple(tuple(getattr(record, field) for record in records) for field in fields)
 
 
 def _is_causal(suffix: Suffix | None) -> bool:

@@ -28,7 +28,7 @@ def score_layout(block_n):
 
 @gluon.jit
 def see(
-    raw, unit, scale, count, row, limit, mask, m_q, m_s, energy, mass_line, variance_line,
+    raw, unit, scale, count, row, limit, mask, mask_step, energy, size_line, variance_line,
     BLOCK_N: gl.constexpr, KIND: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     """`raw` of one unit with what its class adds, `-inf` where a row sees nothing."""
@@ -37,11 +37,12 @@ def see(
     if KIND == CAUSAL_SUFFIX:
         raw = gl.where(at[None, :] <= limit[:, None], raw, NEG_INF)
     if KIND == MASKED_SUFFIX:
+        bits, row_stride = mask  # [Q, S]
         seen = (at < count)[None, :] & (limit >= 0)[:, None]
-        bit = mask + row[:, None].to(gl.int64) * m_q + at[None, :] * m_s
+        bit = bits + row[:, None].to(gl.int64) * row_stride + at[None, :] * mask_step
         raw = gl.where(gl.load(bit, mask=seen, other=0) != 0, raw, NEG_INF)
     if KIND > MASKED_SUFFIX:
-        raw += (mass_line.load(columns) * (1 / scale))[None, :]
+        raw += (size_line.load(columns) * (1 / scale))[None, :]
     if KIND == DIPOLES:
         raw += (energy * (1 / scale))[:, None] * variance_line.load(columns)[None, :]
     if LAST:
@@ -50,28 +51,28 @@ def see(
 
 
 @gluon.jit
-def weigh(raw, scale, peak, total, moved, variance_line, BLOCK_N: gl.constexpr,
+def weigh(raw, scale, peak, mass, moved, variance_line, BLOCK_N: gl.constexpr,
           KIND: gl.constexpr):  # fmt: skip
     """Weights of one unit in a running softmax, and by how much older weights shrink."""
-    top = gl.maximum(peak, gl.max(raw, 1) * scale)
-    base = gl.where(top == NEG_INF, 0.0, top)
+    new = gl.maximum(peak, gl.max(raw, 1) * scale)
+    base = gl.where(new == NEG_INF, 0.0, new)
     weights = gl.exp2(raw * scale - base[:, None])
     shrink = gl.exp2(peak - base)
-    total = total * shrink + gl.sum(weights, 1)
+    mass = mass * shrink + gl.sum(weights, 1)
     if KIND == DIPOLES:
         variance = variance_line.load(gl.SliceLayout(0, score_layout(BLOCK_N)))
         moved = moved * shrink + gl.sum(weights * variance[None, :], 1)
-    return weights, shrink, top, total, moved
+    return weights, shrink, new, mass, moved
 
 
 @gluon.jit
 def attend_class(
-    step, q, acc, peak, total, moved, scale, count, first, last,
-    k_ring, v_ring, mass_ring, variance_ring, full, empty,
-    row, limit, mask, m_q, m_s, energy,
+    step, q, acc, peak, mass, moved, scale, count, first, last,
+    rings, row, limit, mask, mask_step, energy,
     DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
     """Attend to units `last - 1` to `first` of a class; returns the next step and the state."""
+    k_ring, v_ring, size_ring, variance_ring, full, empty = rings
     M: gl.constexpr = q.shape[0]
     out: gl.constexpr = score_layout(DIM)
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=out, k_width=2)
@@ -84,13 +85,14 @@ def attend_class(
         k = k_ring.index(slot).slice(0, BLOCK_N).permute((1, 0))
         keys_product = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
         raw = warpgroup_mma_wait(0, [keys_product])
-        mass_line, variance_line = mass_ring.index(slot), variance_ring.index(slot)
+        size_line, variance_line = size_ring.index(slot), variance_ring.index(slot)
         raw = see(
-            raw, last - 1, scale, count, row, limit, mask, m_q, m_s, energy, mass_line,
-            variance_line, BLOCK_N, KIND, True,
+            raw, last - 1, scale, count, row, limit, mask, mask_step, energy, size_line,
+            variance_line,
+            BLOCK_N, KIND, True,
         )  # fmt: skip
-        weights, shrink, peak, total, moved = weigh(
-            raw, scale, peak, total, moved, variance_line, BLOCK_N, KIND
+        weights, shrink, peak, mass, moved = weigh(
+            raw, scale, peak, mass, moved, variance_line, BLOCK_N, KIND
         )
         mbarrier.arrive(empty.index(slot), count=1)
         acc = acc * gl.convert_layout(shrink, by_row)[:, None]
@@ -104,13 +106,13 @@ def attend_class(
             keys_product = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
             values_product = warpgroup_mma(p, v, acc, is_async=True)
             raw = warpgroup_mma_wait(1, [keys_product])
-            mass_line, variance_line = mass_ring.index(slot), variance_ring.index(slot)
+            size_line, variance_line = size_ring.index(slot), variance_ring.index(slot)
             raw = see(
-                raw, last - 1 - i, scale, count, row, limit, mask, m_q, m_s, energy, mass_line,
+                raw, last - 1 - i, scale, count, row, limit, mask, mask_step, energy, size_line,
                 variance_line, BLOCK_N, KIND, False,
             )  # fmt: skip
-            weights, shrink, peak, total, moved = weigh(
-                raw, scale, peak, total, moved, variance_line, BLOCK_N, KIND
+            weights, shrink, peak, mass, moved = weigh(
+                raw, scale, peak, mass, moved, variance_line, BLOCK_N, KIND
             )
             fresh = gl.convert_layout(weights.to(q.dtype), operand)
             # Wait for the next unit here, not above: without a branch between them, the assembler
@@ -127,20 +129,25 @@ def attend_class(
         acc = warpgroup_mma_wait(0, [warpgroup_mma(p, v, acc, is_async=True)])
         mbarrier.arrive(empty.index(slot), count=1)
         step += 1
-    return step, acc, peak, total, moved
+    return step, acc, peak, mass, moved
 
 
 @gluon.jit
 def attender(
-    query, q_b, q_h, q_r, mask, m_b, m_q, m_s, ends, bounds, row_count, dropped_counts, far_alpha,
-    part, part_lse, part_moved, spans, blocks, rows, suffix, pass_tiles, scale,
-    q_smem, k_ring, v_ring, mass_ring, variance_ring, full, empty,
+    query, mask, mask_step, plan, row_count, dropped_counts, far_alpha, partials, spans, blocks,
+    rows, suffix,
+    pass_tiles, scale, q_smem, rings,
     HALF: gl.constexpr, HEADS_KV: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr,
     DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, OTHER_N: gl.constexpr,
     SPLIT_M: gl.constexpr, STAGES: gl.constexpr, LEVELS: gl.constexpr, CLASSES: gl.constexpr,
     SUFFIX: gl.constexpr, FAR: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
     """The warps that attend with half of the query rows of every tile."""
+    queries, batch_stride, head_stride, row_stride = query  # [B, Hq, Q, D]
+    bits, mask_batch_stride, mask_row_stride = mask  # [B, 1, Q, S]
+    all_bits = bits, mask_row_stride
+    ends, bounds = plan  # [W], [W, CLASSES]
+    outputs, log_masses, part_moved = partials  # [slots, BLOCK_M, DIM], [slots, BLOCK_M] twice
     M: gl.constexpr = BLOCK_M // 2
     coalesced: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     by_row: gl.constexpr = gl.SliceLayout(1, score_layout(BLOCK_N))
@@ -163,9 +170,10 @@ def attender(
             m = member + gl.arange(0, M, gl.SliceLayout(1, coalesced))
             row = rows - (blocks - t % blocks) * BLOCK + m % BLOCK
             ok = (m < GROUP * BLOCK) & (row >= 0)
-            q_rows = b * q_b + (h * GROUP + m // BLOCK) * q_h + row.to(gl.int64) * q_r
+            q_rows = b * batch_stride + (h * GROUP + m // BLOCK) * head_stride
+            q_rows += row.to(gl.int64) * row_stride
             dims = gl.arange(0, DIM, gl.SliceLayout(0, coalesced))
-            q = gl.load(query + q_rows[:, None] + dims[None, :], mask=ok[:, None], other=0.0)
+            q = gl.load(queries + q_rows[:, None] + dims[None, :], mask=ok[:, None], other=0.0)
             q_mine.store(q)
             fence_async_shared()
             moved = gl.zeros([M], gl.float32, by_other)
@@ -181,39 +189,38 @@ def attender(
             limit = gl.where((m < GROUP * BLOCK) & (row >= 0), limit, -1)
             acc = gl.zeros([M, DIM], gl.float32, out)
             peak = gl.full([M], float("-inf"), gl.float32, by_row)
-            total = gl.zeros([M], gl.float32, by_row)
+            mass = gl.zeros([M], gl.float32, by_row)
             first, last = class_part(lo, hi, 0, class_end)
-            step, acc, peak, total, moved = attend_class(
-                step, q_mine, acc, peak, total, moved, scale, count, first, last,
-                k_ring, v_ring, mass_ring, variance_ring, full, empty,
-                row, limit, mask, m_q, m_s, energy, DIM, BLOCK_N, STAGES, ROWS,
+            step, acc, peak, mass, moved = attend_class(
+                step, q_mine, acc, peak, mass, moved, scale, count, first, last,
+                rings, row, limit, all_bits, mask_step, energy, DIM, BLOCK_N, STAGES, ROWS,
             )  # fmt: skip
-            peak, total = gl.convert_layout(peak, by_other), gl.convert_layout(total, by_other)
+            peak, mass = gl.convert_layout(peak, by_other), gl.convert_layout(mass, by_other)
             start = class_end
             class_end = gl.load(bounds + w * CLASSES + 1)
             first, last = class_part(lo, hi, start, class_end)
-            step, acc, peak, total, moved = attend_class(
-                step, q_mine, acc, peak, total, moved, scale, suffix, first, last,
-                k_ring, v_ring, mass_ring, variance_ring, full, empty,
-                row, limit, mask + b * m_b, m_q, m_s, energy, DIM, OTHER_N, STAGES, SUFFIX,
+            step, acc, peak, mass, moved = attend_class(
+                step, q_mine, acc, peak, mass, moved, scale, suffix, first, last,
+                rings, row, limit, (bits + b * mask_batch_stride, mask_row_stride), mask_step,
+                energy,
+                DIM, OTHER_N, STAGES, SUFFIX,
             )  # fmt: skip
             for level in gl.static_range(LEVELS):
                 start = class_end
                 class_end = gl.load(bounds + w * CLASSES + 2 + level)
                 count = gl.load(dropped_counts[level] + t)
                 first, last = class_part(lo, hi, start, class_end)
-                step, acc, peak, total, moved = attend_class(
-                    step, q_mine, acc, peak, total, moved, scale, count, first, last,
-                    k_ring, v_ring, mass_ring, variance_ring, full, empty,
-                    row, limit, mask, m_q, m_s, energy, DIM, OTHER_N, STAGES, FAR,
+                step, acc, peak, mass, moved = attend_class(
+                    step, q_mine, acc, peak, mass, moved, scale, count, first, last,
+                    rings, row, limit, all_bits, mask_step, energy, DIM, OTHER_N, STAGES, FAR,
                 )  # fmt: skip
-            mass = gl.where(total > 0, total, 1.0)
-            acc = acc / gl.convert_layout(mass, by_out)[:, None]
+            norm = gl.where(mass > 0, mass, 1.0)
+            acc = acc / gl.convert_layout(norm, by_out)[:, None]
             slots = (number * programs + pid + w).to(gl.int64) * BLOCK_M + HALF * M
             dims = gl.arange(0, DIM, gl.SliceLayout(0, out))
             at = slots + gl.arange(0, M, by_out)
-            gl.store(part + at[:, None] * DIM + dims[None, :], acc)
+            gl.store(outputs + at[:, None] * DIM + dims[None, :], acc)
             at = slots + gl.arange(0, M, by_other)
-            gl.store(part_lse + at, peak + gl.log2(total))
+            gl.store(log_masses + at, peak + gl.log2(mass))
             if FAR == DIPOLES:
-                gl.store(part_moved + at, moved / mass)
+                gl.store(part_moved + at, moved / norm)

@@ -40,12 +40,13 @@ def fetch_line(place, line, unit, count, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def gather_class(
-    step, keys, k_s, values, v_s, list_, masses, variances, count, first, last,
-    k_ring, v_ring, mass_ring, variance_ring, full, empty,
+    step, keys, key_stride, values, value_stride, list_, log_sizes, variances, count, first, last,
+    rings,
     DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, LISTED: gl.constexpr,
-    MASSIVE: gl.constexpr, DIPOLE: gl.constexpr,
+    FAR: gl.constexpr, DIPOLE: gl.constexpr,
 ):  # fmt: skip
     """Feed the rows of units `last - 1` to `first` to the ring; returns the next step."""
+    k_ring, v_ring, size_ring, variance_ring, full, empty = rings
     gather: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [ROLE, 1], [1, 0])
     lane: gl.constexpr = gl.SliceLayout(1, gather)
     if first < last:
@@ -55,13 +56,14 @@ def gather_class(
             older = rows_of(list_, last - i, first, count, BLOCK_N, LISTED, lane)
             mbarrier.wait(empty.index(slot), (turn & 1) ^ 1)
             if i < last - first:
-                fetch(k_ring.index(slot).slice(0, BLOCK_N), keys, row, k_s, DIM, gather)
-                if MASSIVE:
-                    fetch_line(mass_ring.index(slot), masses, last - 1 - i, count, BLOCK_N)
+                fetch(k_ring.index(slot).slice(0, BLOCK_N), keys, row, key_stride, DIM, gather)
+                if FAR:
+                    fetch_line(size_ring.index(slot), log_sizes, last - 1 - i, count, BLOCK_N)
                 if DIPOLE:
                     fetch_line(variance_ring.index(slot), variances, last - 1 - i, count, BLOCK_N)
             if i > 0:
-                fetch(v_ring.index(slot).slice(0, BLOCK_N), values, older, v_s, DIM, gather)
+                place = v_ring.index(slot).slice(0, BLOCK_N)
+                fetch(place, values, older, value_stride, DIM, gather)
             async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
         step += last - first + 1
     return step
@@ -69,15 +71,20 @@ def gather_class(
 
 @gluon.jit
 def gatherer(
-    keys, values, tokens, suffix_keys, k_b, k_h, k_s, suffix_values, v_b, v_h, v_s,
-    ends, bounds, row_list, row_count, centroids, mean_values, nodes, dropped, masses, variances,
-    dropped_counts, spans, blocks, suffix, capacity, pass_tiles,
-    k_ring, v_ring, mass_ring, variance_ring, full, empty,
+    context, tokens, suffix_keys, suffix_values, plan, kept, levels, far, spans, blocks, suffix,
+    capacity, pass_tiles, rings,
     HEADS_KV: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr, OTHER_N: gl.constexpr,
     SPLIT_M: gl.constexpr, STAGES: gl.constexpr, LEVELS: gl.constexpr, CLASSES: gl.constexpr,
     DIPOLE: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
     """The warps that copy: every class of every tile, in the order in which it is attended to."""
+    keys, values = context  # [Hkv, P, D] each
+    recent_keys, key_batch_stride, key_head_stride, key_stride = suffix_keys  # [B, Hkv, S, D]
+    recent_values, value_batch_stride, value_head_stride, value_stride = suffix_values
+    ends, bounds = plan  # [W], [W, CLASSES]
+    row_list, row_count = kept  # [T, capacity], [T]
+    centroids, mean_values, nodes = levels  # of every level [Hkv, C, D] twice, C
+    dropped, log_sizes, variances, dropped_counts = far  # of every level [T, C] three times, [T]
     step = gl.to_tensor(0)
     for number in range(0, gl.cdiv(spans, pass_tiles)):
         w_first, w_stop, begin, end = stretch(ends, spans, pass_tiles, number, STEP)
@@ -92,17 +99,16 @@ def gatherer(
             step = gather_class(
                 step, keys + h * tokens * DIM, DIM, values + h * tokens * DIM, DIM,
                 row_list + wide * capacity, ends, ends, gl.load(row_count + t), first, last,
-                k_ring, v_ring, mass_ring, variance_ring, full, empty,
-                DIM, BLOCK_N, STAGES, True, False, False,
+                rings, DIM, BLOCK_N, STAGES, True, False, False,
             )  # fmt: skip
             start = class_end
             class_end = gl.load(bounds + w * CLASSES + 1)
             first, last = class_part(lo, hi, start, class_end)
             step = gather_class(
-                step, suffix_keys + b * k_b + h * k_h, k_s, suffix_values + b * v_b + h * v_h, v_s,
+                step, recent_keys + b * key_batch_stride + h * key_head_stride, key_stride,
+                recent_values + b * value_batch_stride + h * value_head_stride, value_stride,
                 row_list, ends, ends, suffix, first, last,
-                k_ring, v_ring, mass_ring, variance_ring, full, empty,
-                DIM, OTHER_N, STAGES, False, False, False,
+                rings, DIM, OTHER_N, STAGES, False, False, False,
             )  # fmt: skip
             for level in gl.static_range(LEVELS):
                 head, line = h * nodes[level] * DIM, wide * nodes[level]
@@ -111,8 +117,7 @@ def gatherer(
                 first, last = class_part(lo, hi, start, class_end)
                 step = gather_class(
                     step, centroids[level] + head, DIM, mean_values[level] + head, DIM,
-                    dropped[level] + line, masses[level] + line, variances[level] + line,
+                    dropped[level] + line, log_sizes[level] + line, variances[level] + line,
                     gl.load(dropped_counts[level] + t), first, last,
-                    k_ring, v_ring, mass_ring, variance_ring, full, empty,
-                    DIM, OTHER_N, STAGES, True, True, DIPOLE,
+                    rings, DIM, OTHER_N, STAGES, True, True, DIPOLE,
                 )  # fmt: skip

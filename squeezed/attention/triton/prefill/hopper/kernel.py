@@ -48,55 +48,53 @@ def aligned(x: Tensor) -> Tensor:
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def hopper_attention_kernel(
-    query, q_b, q_h, q_r, keys, values, tokens, suffix_keys, k_b, k_h, k_s,
-    suffix_values, v_b, v_h, v_s, mask, m_b, m_q, m_s,
-    ends, bounds, row_list, row_count, centroids, mean_values, nodes, dropped, masses, variances,
-    dropped_counts, far_alpha, part, part_lse, part_moved,
-    tiles, blocks, rows, suffix, capacity, pass_tiles, scale,
+    query, context, tokens, suffix_keys, suffix_values, mask, mask_batch_stride, mask_row_stride,
+    mask_step, plan, kept, levels, far, far_alpha, partials, tiles, blocks, rows, suffix, capacity,
+    pass_tiles, scale,
     HEADS_KV: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, OTHER_N: gl.constexpr, SPLIT_M: gl.constexpr,
     LEVELS: gl.constexpr, CLASSES: gl.constexpr, DIPOLE: gl.constexpr, CAUSAL: gl.constexpr,
     STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program's stretches of the line of units, one in every pass."""
-    dtype: gl.constexpr = query.dtype.element_ty
+    dtype: gl.constexpr = query[0].dtype.element_ty
     shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, DIM], dtype)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M // 2, DIM], shared)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], shared)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], shared)
-    mass_ring = gl.allocate_shared_memory(gl.float32, [STAGES, OTHER_N], line)
+    size_ring = gl.allocate_shared_memory(gl.float32, [STAGES, OTHER_N], line)
     variance_ring = gl.allocate_shared_memory(gl.float32, [STAGES, OTHER_N], line)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=GATHERERS)
         mbarrier.init(empty.index(i), count=2)
+    rings = k_ring, v_ring, size_ring, variance_ring, full, empty
+    masks = mask, mask_batch_stride, mask_row_stride
     spans = tiles * SPLIT_M
     SUFFIX: gl.constexpr = CAUSAL_SUFFIX if CAUSAL else MASKED_SUFFIX
     FAR: gl.constexpr = DIPOLES if DIPOLE else NODES
     gl.warp_specialize(
         [
             (attender, (
-                query, q_b, q_h, q_r, mask, m_b, m_q, m_s, ends, bounds, row_count, dropped_counts,
-                far_alpha, part, part_lse, part_moved, spans, blocks, rows, suffix, pass_tiles,
-                scale, q_smem, k_ring, v_ring, mass_ring, variance_ring, full, empty,
+                query, masks, mask_step, plan, kept[1], far[3], far_alpha, partials, spans,
+                blocks, rows,
+                suffix, pass_tiles, scale, q_smem, rings,
                 0, HEADS_KV, GROUP, BLOCK, DIM, BLOCK_M, BLOCK_N, OTHER_N, SPLIT_M, STAGES, LEVELS,
                 CLASSES, SUFFIX, FAR, STEP,
             )),
             (attender, (
-                query, q_b, q_h, q_r, mask, m_b, m_q, m_s, ends, bounds, row_count, dropped_counts,
-                far_alpha, part, part_lse, part_moved, spans, blocks, rows, suffix, pass_tiles,
-                scale, q_smem, k_ring, v_ring, mass_ring, variance_ring, full, empty,
+                query, masks, mask_step, plan, kept[1], far[3], far_alpha, partials, spans,
+                blocks, rows,
+                suffix, pass_tiles, scale, q_smem, rings,
                 1, HEADS_KV, GROUP, BLOCK, DIM, BLOCK_M, BLOCK_N, OTHER_N, SPLIT_M, STAGES, LEVELS,
                 CLASSES, SUFFIX, FAR, STEP,
             )),
             (gatherer, (
-                keys, values, tokens, suffix_keys, k_b, k_h, k_s, suffix_values, v_b, v_h, v_s,
-                ends, bounds, row_list, row_count, centroids, mean_values, nodes, dropped, masses,
-                variances, dropped_counts, spans, blocks, suffix, capacity, pass_tiles,
-                k_ring, v_ring, mass_ring, variance_ring, full, empty,
+                context, tokens, suffix_keys, suffix_values, plan, kept, levels, far, spans,
+                blocks, suffix, capacity, pass_tiles, rings,
                 HEADS_KV, DIM, BLOCK_N, OTHER_N, SPLIT_M, STAGES, LEVELS, CLASSES, DIPOLE, STEP,
             )),
         ],
