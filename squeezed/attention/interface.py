@@ -85,15 +85,15 @@ def merge(*parts: Attended) -> Attended:
     dtype = parts[0].output.dtype
     wide = torch.promote_types(dtype, torch.float32)
     masses = torch.stack([part.log_mass.to(wide) for part in parts])  # [parts, B, Hq, Q]
-    top = masses.amax(0)
-    weights = (masses - top.masked_fill(top == NEG_INF, 0.0)).exp()
+    peak = masses.amax(0)
+    weights = (masses - peak.masked_fill(peak == NEG_INF, 0.0)).exp()
     total = weights.sum(0)
     shares = (weights / total.masked_fill(total == 0, 1.0)).masked_fill(masses == NEG_INF, 0.0)
     outputs = [
         share[..., None] * part.output.to(wide).masked_fill(mass[..., None] == NEG_INF, 0.0)
         for share, mass, part in zip(shares, masses, parts, strict=True)
     ]
-    log_mass = torch.where(total == 0, NEG_INF, top + total.log())
+    log_mass = torch.where(total == 0, NEG_INF, peak + total.log())
     read = reduce(torch.add, (part.keys_read for part in parts))
     return Attended(reduce(torch.add, outputs).to(dtype), log_mass, read)
 

@@ -12,6 +12,6 @@ ROUNDING = 4 * SUM_ROUNDING
 """A difference of sums of squares below this share of them is rounding."""
 
 
-def real_spread(spread: Tensor, whole: Tensor) -> Tensor:
-    """Mean squares `spread` that were left of mean squares `whole`; 0 where rounding left them."""
-    return spread.masked_fill(spread <= ROUNDING * whole, 0.0)
+def real_variance(variance: Tensor, whole: Tensor) -> Tensor:
+    """Mean squares `variance` that are left of mean squares `whole`; 0 where rounding left them."""
+    return variance.masked_fill(variance <= ROUNDING * whole, 0.0)

@@ -65,19 +65,19 @@ def _leaf_excess(query: Tensor, layer: ClusteredLayer, first: Tensor, heads: sli
         first: `s q.c` of all heads, `[Hkv, C, G * n]`.
     """
     sizes, keys = layer.levels[-1].sizes[heads], layer.keys[heads, layer.pinned :].float()
-    spread = _spread(first[heads], sizes, keys.shape[1]).baddbmm_(keys, query.mT, beta=-1)
-    return _log_mean(spread.clamp_(max=80.0).exp_(), sizes, sizes)
+    excess = _repeated(first[heads], sizes, keys.shape[1]).baddbmm_(keys, query.mT, beta=-1)
+    return _log_mean(excess.clamp_(max=80.0).exp_(), sizes, sizes)
 
 
 def _excess_over(mass: Tensor, sizes: Tensor, first: Tensor, level: Level) -> Tensor:
     """The same over the nodes of a coarser level, from the finer level's mean mass."""
     assert level.child_offsets is not None
     children = level.child_offsets.diff(dim=-1)
-    spread = (mass - _spread(first, children, mass.shape[1])).clamp_(max=80.0).exp_()
-    return _log_mean(spread.mul_(sizes[..., None]), children, level.sizes)
+    excess = (mass - _repeated(first, children, mass.shape[1])).clamp_(max=80.0).exp_()
+    return _log_mean(excess.mul_(sizes[..., None]), children, level.sizes)
 
 
-def _spread(of_nodes: Tensor, members: Tensor, rows: int) -> Tensor:
+def _repeated(of_nodes: Tensor, members: Tensor, rows: int) -> Tensor:
     """Repeat every node's row for each of its members, `[Hkv, C, m]` -> `[Hkv, rows, m]`."""
     heads = len(of_nodes)
     own = torch.repeat_interleave(members.flatten(), output_size=heads * rows)

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from squeezed.config import SpaceConfig
 from squeezed.indexing.products import mapped_rows
-from squeezed.indexing.rounding import SUM_ROUNDING, real_spread
+from squeezed.indexing.rounding import SUM_ROUNDING, real_variance
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def place_points(
     return Space(factor, middle - centre[:, None].float() @ factor, away.div_(dim))
 
 
-def _in_sight(middle: Tensor, spread: Tensor, farthest: float) -> Tensor:
+def _in_sight(middle: Tensor, variance: Tensor, farthest: float) -> Tensor:
     """The mean compared key, drawn near where it is so far off that keys point all the same way.
 
     From ten deviations away directions already tell keys apart by their distance alone; from fifty
@@ -82,11 +82,11 @@ def _in_sight(middle: Tensor, spread: Tensor, farthest: float) -> Tensor:
 
     Args:
         middle: `[Hkv, 1, D]`.
-        spread: `[Hkv]`, mean squared distance of the compared keys from it.
+        variance: `[Hkv]`, mean squared distance of the compared keys from it.
         farthest: deviations that it may be away.
     """
     far = vector_norm(middle, dim=-1, keepdim=True).clamp(min=1e-12)
-    return middle * (farthest * spread.sqrt()[:, None, None] / far).clamp(max=1.0)
+    return middle * (farthest * variance.sqrt()[:, None, None] / far).clamp(max=1.0)
 
 
 def space_factor(queries: Tensor, heads: int, plain_share: float) -> Tensor:
@@ -103,22 +103,22 @@ def space_factor(queries: Tensor, heads: int, plain_share: float) -> Tensor:
     return torch.linalg.cholesky_ex(metric).L
 
 
-def weighted_values(values: Tensor, key_spread: Tensor, config: SpaceConfig) -> Tensor:
+def weighted_values(values: Tensor, key_variance: Tensor, config: SpaceConfig) -> Tensor:
     """What lies beside the keys for their values `[Hkv, n, D]`, `[Hkv, n, r]` float32.
 
     Values are projected to `r` random directions, the same ones every time: distances stay what
     they are to a few per cent of a key's.
 
     Args:
-        key_spread: `[Hkv]`, mean squared distance of the compared keys from their mean.
+        key_variance: `[Hkv]`, mean squared distance of the compared keys from their mean.
     """
     heads, _, dim = values.shape
     axes = _random_axes(dim, compared_dimensions(dim, config) - dim, values.device)
     projected = mapped_rows(values, axes.expand(heads, -1, -1))
     whole = vector_norm(projected, dim=(1, 2)).square()
     projected -= projected.mean(1, keepdim=True)
-    spread = real_spread(projected.square().sum((1, 2)), whole) / projected.shape[1]
-    weight = config.value_weight * torch.where(spread > 0, key_spread / spread, 0.0).sqrt()
+    variance = real_variance(projected.square().sum((1, 2)), whole) / projected.shape[1]
+    weight = config.value_weight * torch.where(variance > 0, key_variance / variance, 0.0).sqrt()
     return projected.mul_(weight[:, None, None])
 
 

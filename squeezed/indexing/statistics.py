@@ -8,7 +8,7 @@ from torch.linalg import vector_norm
 
 from squeezed.context.layers import Level
 from squeezed.indexing.products import long_product
-from squeezed.indexing.rounding import ROUNDING, SUM_ROUNDING, real_spread
+from squeezed.indexing.rounding import ROUNDING, SUM_ROUNDING, real_variance
 from squeezed.indexing.space import Space
 
 
@@ -76,7 +76,7 @@ def describe_level(
     return Level(
         mean.to(keys.dtype),
         _segment_mean(values[:, -rows.shape[1] :].float(), sizes).to(values.dtype),
-        real_spread(energy - middle.square().mean(-1), energy),
+        real_variance(energy - middle.square().mean(-1), energy),
         key_offsets.to(torch.int32),
         None if child_offsets is None else child_offsets.to(torch.int32),
     )

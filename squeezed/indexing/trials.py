@@ -92,7 +92,7 @@ class _Trial:
             logit, and the term of second order.
         dense: `[Hkv, G, n, D]`, the exact output.
         near: what every rule reads, weighted values `[Hkv, S, G, n, D]` and weights.
-        tilt: `[Hkv, 1, G, n, D]`, how far a query moves the value of a node of variance 1.
+        shift: `[Hkv, 1, G, n, D]`, how far a query moves the value of a node of variance 1.
     """
 
     def __init__(self, queries: Tensor, layer: ClusteredLayer, alpha: Tensor | None, scale: float):
@@ -119,7 +119,7 @@ class _Trial:
             alpha = self.alpha[-1].view(*q.shape[1:3], 1, 1)
             self.second = alpha * energy * variance[:, None, None]
         slope = torch.bmm(q[0].flatten(1, 2), self.layer.value_slope.float().mT)
-        self.tilt = self.scale * slope.view_as(q[0])[:, None]
+        self.shift = self.scale * slope.view_as(q[0])[:, None]
 
     def attend(self) -> None:
         """Exact attention to all keys, and to those that every rule keeps."""
@@ -127,9 +127,9 @@ class _Trial:
         # On a GPU in the precision of the values: what rounding adds is far below any error here.
         values = layer.values if layer.values.is_cuda else layer.values.float()
         logits = float_product(rows, layer.keys.mT).mul_(self.scale)
-        top = logits.amax(-1, keepdim=True)
-        weights = logits.sub_(top).exp_().to(values.dtype)
-        self.logits -= top.view(*self.queries.shape[:3], 1)
+        peak = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(peak).exp_().to(values.dtype)
+        self.logits -= peak.view(*self.queries.shape[:3], 1)
         owner = owners(layer.levels[-1].key_offsets, layer.tokens)[:, layer.pinned :]
         front, behind = weights.split([layer.pinned, layer.clustered], -1)
         near = kept_products(behind, values[:, layer.pinned :], owner, self.kept)
@@ -160,13 +160,13 @@ class _Trial:
         return parts[best].view(*self.queries.shape[:2], 1, 1)
 
     def _with_far(
-        self, near: tuple[Tensor, Tensor], weights: Tensor, tilted: bool
+        self, near: tuple[Tensor, Tensor], weights: Tensor, moves: bool
     ) -> tuple[Tensor, Tensor]:
         """Weighted values and weights with those of dropped nodes, `weights [Hkv, S, G, n, F]`."""
         sums = torch.bmm(weights.flatten(1, 3), self.summed).unflatten(1, weights.shape[1:4])
-        far, mass, spread = sums.split([self.summed.shape[2] - 2, 1, 1], -1)
+        far, mass, moved = sums.split([self.summed.shape[2] - 2, 1, 1], -1)
         output = near[0] + far
-        return torch.addcmul(output, spread, self.tilt) if tilted else output, near[1] + mass
+        return torch.addcmul(output, moved, self.shift) if moves else output, near[1] + mass
 
     def _distance(self, output: Tensor, mass: Tensor) -> Tensor:
         """Mean squared distance from dense, `[S, Hq]`, from `[Hkv, S, G, n, D]` and weights."""

@@ -124,10 +124,14 @@ def draw(
     queries = queries.flatten(0, 1).to(dtype)
     keys, values = keys.to(dtype), values.to(dtype)
     return Drawn(
-        keys[:, :tokens].contiguous(), values[:, :tokens].contiguous(),
-        keys[None, :, tokens:].contiguous(), values[None, :, tokens:].contiguous(),
-        queries[:, :probe].contiguous(), queries[None, :, probe:].contiguous(), scale,
-    )  # fmt: skip
+        keys[:, :tokens].contiguous(),
+        values[:, :tokens].contiguous(),
+        keys[None, :, tokens:].contiguous(),
+        values[None, :, tokens:].contiguous(),
+        queries[:, :probe].contiguous(),
+        queries[None, :, probe:].contiguous(),
+        scale,
+    )
 
 
 def _stretch(

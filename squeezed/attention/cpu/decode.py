@@ -33,19 +33,31 @@ def attend_units(
     )
     bounds = tasks.group_pieces(pieces, TASKS_PER_THREAD * torch.get_num_threads())
     width, dim = q.shape[1:]
-    top, mass = np.empty((2, len(bounds) - 1, width), np.float32)
+    peak, mass = np.empty((2, len(bounds) - 1, width), np.float32)
     acc = np.empty((len(bounds) - 1, width, dim), np.float32)
     exact.attend_exact(
-        pieces, bounds, q, *map(flat, layer.rows.plain()), layer.tokens, found.state,
-        found.key_offsets, suffix.keys, suffix.values, suffix.strides, rows.batch.numpy(),
-        rows.mask.numpy(), top, mass, acc,
-    )  # fmt: skip
+        pieces,
+        bounds,
+        q,
+        *map(flat, layer.rows.plain()),
+        layer.tokens,
+        found.state,
+        found.key_offsets,
+        suffix.keys,
+        suffix.values,
+        suffix.strides,
+        rows.batch.numpy(),
+        rows.mask.numpy(),
+        peak,
+        mass,
+        acc,
+    )
     if rule.far_field == "second_order" and layer.levels:
-        moved = torch.bmm(torch.from_numpy(q), layer.value_slope.float().mT).numpy()
-        found.acc += found.spread[..., None] * moved
+        shift = torch.bmm(torch.from_numpy(q), layer.value_slope.float().mT).numpy()
+        found.acc += found.moved[..., None] * shift
     output, log_mass = np.empty(q.shape, np.float32), np.empty(q.shape[:2], np.float32)
-    far = found.top, found.mass, found.acc
-    tasks.combine(pieces, bounds, top, mass, acc, *far, output, log_mass)
+    far = found.peak, found.mass, found.acc
+    tasks.combine(pieces, bounds, peak, mass, acc, *far, output, log_mass)
     found_output = torch.from_numpy(output).view_as(rows.queries)
     found_mass = torch.from_numpy(log_mass).view(found_output.shape[:3])
     return found_output, found_mass, torch.from_numpy(found.keys_read.sum(0))

@@ -18,16 +18,16 @@ CONTEXT, PINNED, SUFFIX = 0, 1, 2
 
 
 @compiled
-def _absorb_rows(q, keys, values, offsets, count, logits, top, mass, acc):
+def _absorb_rows(q, keys, values, offsets, count, logits, peak, mass, acc):
     if count:
         for t in range(count):  # the products take long enough for the values to arrive
             prefetch_row(values, offsets[t], q.shape[1])
         dots(q, keys, offsets, count, logits)
-        absorb(logits, count, values, offsets, top, mass, acc)
+        absorb(logits, count, values, offsets, peak, mass, acc)
 
 
 @compiled
-def _all_rows(q, keys, values, first, start, stop, top, mass, acc):
+def _all_rows(q, keys, values, first, start, stop, peak, mass, acc):
     """Rows `[start, stop)` of the head whose elements begin at `first`."""
     dim = q.shape[1]
     offsets, logits = np.empty(TILE, np.int64), np.empty((q.shape[0], TILE), np.float32)
@@ -35,11 +35,11 @@ def _all_rows(q, keys, values, first, start, stop, top, mass, acc):
         count = min(TILE, stop - tile)
         for t in range(count):
             offsets[t] = first + (tile + t) * dim
-        _absorb_rows(q, keys, values, offsets, count, logits, top, mass, acc)
+        _absorb_rows(q, keys, values, offsets, count, logits, peak, mass, acc)
 
 
 @compiled
-def _kept_rows(q, keys, values, first, start, stop, state, key_offsets, top, mass, acc):
+def _kept_rows(q, keys, values, first, start, stop, state, key_offsets, peak, mass, acc):
     """Rows in `[start, stop)` whose leaf is kept, gathered into full tiles."""
     dim = q.shape[1]
     offsets, logits = np.empty(TILE, np.int64), np.empty((q.shape[0], TILE), np.float32)
@@ -51,14 +51,14 @@ def _kept_rows(q, keys, values, first, start, stop, state, key_offsets, top, mas
                 offsets[count] = first + row * dim
                 count += 1
                 if count == TILE:
-                    _absorb_rows(q, keys, values, offsets, count, logits, top, mass, acc)
+                    _absorb_rows(q, keys, values, offsets, count, logits, peak, mass, acc)
                     count = 0
         leaf += 1
-    _absorb_rows(q, keys, values, offsets, count, logits, top, mass, acc)
+    _absorb_rows(q, keys, values, offsets, count, logits, peak, mass, acc)
 
 
 @compiled
-def _suffix_rows(q, keys, key_at, values, value_at, start, stop, mask, top, mass, acc):
+def _suffix_rows(q, keys, key_at, values, value_at, start, stop, mask, peak, mass, acc):
     """Suffix tokens; `mask [block, S]` repeats for every head of the group.
 
     `key_at`, `value_at`: the first element and the step between tokens.
@@ -76,15 +76,28 @@ def _suffix_rows(q, keys, key_at, values, value_at, start, stop, mask, top, mass
             for t in range(count):
                 if not mask[r % block, tile + t]:
                     logits[r, t] = -np.inf
-        absorb(logits, count, values, from_value, top, mass, acc)
+        absorb(logits, count, values, from_value, peak, mass, acc)
 
 
 @compiled
 def _attend_task(
-    pieces, q, keys, values, tokens, state, key_offsets,
-    suffix_keys, suffix_values, strides, batch, mask, top, mass, acc,
-):  # fmt: skip
-    top[:], mass[:], acc[:] = -np.inf, 0.0, 0.0
+    pieces,
+    q,
+    keys,
+    values,
+    tokens,
+    state,
+    key_offsets,
+    suffix_keys,
+    suffix_values,
+    strides,
+    batch,
+    mask,
+    peak,
+    mass,
+    acc,
+):
+    peak[:], mass[:], acc[:] = -np.inf, 0.0, 0.0
     units = mask.shape[0]
     rows, dim = q.shape[1] // units, q.shape[2]
     for piece in range(pieces.shape[0]):
@@ -92,7 +105,7 @@ def _attend_task(
         first = head * tokens * dim
         for u in range(units):
             own = slice(u * rows, (u + 1) * rows)
-            qu, t, m, a = q[head, own], top[own], mass[own], acc[own]
+            qu, t, m, a = q[head, own], peak[own], mass[own], acc[own]
             if kind == CONTEXT:
                 leaves = state[head, u]
                 _kept_rows(qu, keys, values, first, start, stop, leaves, key_offsets[head], t, m, a)
@@ -108,10 +121,24 @@ def _attend_task(
 
 @compiled(parallel=True)
 def attend_exact(
-    pieces, bounds, q, keys, values, tokens, state, key_offsets,
-    suffix_keys, suffix_values, strides, batch, mask, top, mass, acc,
-):  # fmt: skip
-    """Task `i` works on `pieces[bounds[i]:bounds[i+1]]` and writes `top, mass [T, W]`, `acc`.
+    pieces,
+    bounds,
+    q,
+    keys,
+    values,
+    tokens,
+    state,
+    key_offsets,
+    suffix_keys,
+    suffix_values,
+    strides,
+    batch,
+    mask,
+    peak,
+    mass,
+    acc,
+):
+    """Task `i` works on `pieces[bounds[i]:bounds[i+1]]` and writes `peak, mass [T, W]`, `acc`.
 
     `q [H, W, D]`; `keys`, `values` flat, `tokens` rows per head; `state [H, U, C]` of the leaves;
     suffix flat, `strides [2, 3]` of its keys and values (batch, head, token), in elements;
@@ -119,6 +146,19 @@ def attend_exact(
     """
     for task in prange(bounds.shape[0] - 1):
         _attend_task(
-            pieces[bounds[task] : bounds[task + 1]], q, keys, values, tokens, state, key_offsets,
-            suffix_keys, suffix_values, strides, batch, mask, top[task], mass[task], acc[task],
-        )  # fmt: skip
+            pieces[bounds[task] : bounds[task + 1]],
+            q,
+            keys,
+            values,
+            tokens,
+            state,
+            key_offsets,
+            suffix_keys,
+            suffix_values,
+            strides,
+            batch,
+            mask,
+            peak[task],
+            mass[task],
+            acc[task],
+        )

@@ -51,16 +51,16 @@ def _score(q, centroids, base, state, logits):
 def _log_mass(logits, energy, variance, key_offsets, state, wanted):
     """Log of the sum of `size * exp(logit + energy * variance)` over nodes in the wanted state."""
     terms = np.empty(logits.shape[0], np.float32)
-    top = NEG_INF
+    peak = NEG_INF
     for node in range(logits.shape[0]):
         term = logits[node] + energy * variance[node]
         terms[node] = term if state[node] == wanted else NEG_INF
-        top = max(top, terms[node])
-    mass, top = np.float32(0.0), max(top, LOWEST)  # without any mass, minus infinity stays below
+        peak = max(peak, terms[node])
+    mass, peak = np.float32(0.0), max(peak, LOWEST)  # without any mass, minus infinity stays below
     for node in range(logits.shape[0]):
         size = np.float32(key_offsets[node + 1] - key_offsets[node])
-        mass += size * exp_nonpositive(terms[node] - top)
-    return log_sum(mass, top)
+        mass += size * exp_nonpositive(terms[node] - peak)
+    return log_sum(mass, peak)
 
 
 @compiled
@@ -73,23 +73,23 @@ def _mean_score(logits, energy, normaliser, variance, valid, score):
         if valid[r] and math.isnan(normaliser[r]):
             score[:] = np.inf
             return
-    top, mass = np.full(score.shape[0], NEG_INF), np.zeros(score.shape[0], np.float32)
+    peak, mass = np.full(score.shape[0], NEG_INF), np.zeros(score.shape[0], np.float32)
     for r in range(valid.shape[0]):
         if valid[r]:
             for node in range(score.shape[0]):
                 log_score = logits[r, node] + energy[r] * variance[node] - normaliser[r]
-                top[node] = max(top[node], log_score)
+                peak[node] = max(peak[node], log_score)
     count = valid.sum()
     if count > 1:
         for r in range(valid.shape[0]):
             if valid[r]:
                 for node in range(score.shape[0]):
                     log_score = logits[r, node] + energy[r] * variance[node] - normaliser[r]
-                    mass[node] += exp_nonpositive(log_score - top[node])
+                    mass[node] += exp_nonpositive(log_score - peak[node])
         for node in range(score.shape[0]):
-            top[node] = log_sum(mass[node] / np.float32(count), top[node])
+            peak[node] = log_sum(mass[node] / np.float32(count), peak[node])
     for node in range(score.shape[0]):
-        score[node] = max(score[node], top[node])
+        score[node] = max(score[node], peak[node])
 
 
 @compiled
@@ -106,9 +106,9 @@ def _select(logits, energy, normaliser, variance, valid, threshold, state):
 
 
 @compiled
-def _add_far(values, base, state, key_offsets, logits, energy, variance, top, mass, spread, acc):
+def _add_far(values, base, state, key_offsets, logits, energy, variance, peak, mass, moved, acc):
     """Every dropped node as one key of mass `size * exp(logit + energy * variance)` and the node's
-    mean value; `spread` sums its variance with the same weights."""
+    mean value; `moved` sums its variance with the same weights."""
     rows, dim = acc.shape
     offsets, tile = np.empty(TILE, np.int64), np.empty((rows, TILE), np.float32)
     own_variance = np.zeros(TILE, np.float32)
@@ -123,12 +123,12 @@ def _add_far(values, base, state, key_offsets, logits, energy, variance, top, ma
                 tile[r, count] = logits[r, node] + energy[r] * variance[node] + log_size
             count += 1
         if count == TILE or (node == last and count):
-            before = top.copy()
-            absorb(tile, count, values, offsets, top, mass, acc)
+            before = peak.copy()
+            absorb(tile, count, values, offsets, peak, mass, acc)
             for r in range(rows):
-                spread[r] *= exp_nonpositive(before[r] - top[r]) if top[r] > before[r] else 1
+                moved[r] *= exp_nonpositive(before[r] - peak[r]) if peak[r] > before[r] else 1
                 for t in range(count):
-                    spread[r] += tile[r, t] * own_variance[t]
+                    moved[r] += tile[r, t] * own_variance[t]
             count = 0
 
 
@@ -158,10 +158,31 @@ def _kept_keys(key_offsets, state):
 
 @compiled
 def _visit_unit(
-    h, u, q, centroids, mean_values, variance, key_offsets, child_offsets, energy, far_energy,
-    valid, threshold, is_first, to_score, with_far, normaliser, state, below, logits, keys_read,
-    top, mass, spread, acc,
-):  # fmt: skip
+    h,
+    u,
+    q,
+    centroids,
+    mean_values,
+    variance,
+    key_offsets,
+    child_offsets,
+    energy,
+    far_energy,
+    valid,
+    threshold,
+    is_first,
+    to_score,
+    with_far,
+    normaliser,
+    state,
+    below,
+    logits,
+    keys_read,
+    peak,
+    mass,
+    moved,
+    acc,
+):
     base = h * state.shape[0] * q.shape[1]
     _bury_empty(state, key_offsets)
     if to_score:
@@ -172,9 +193,18 @@ def _visit_unit(
     _select(logits, energy, normaliser, variance, valid, threshold, state)
     if with_far:
         _add_far(
-            mean_values, base, state, key_offsets, logits, far_energy, variance, top, mass, spread,
+            mean_values,
+            base,
+            state,
+            key_offsets,
+            logits,
+            far_energy,
+            variance,
+            peak,
+            mass,
+            moved,
             acc,
-        )  # fmt: skip
+        )
     if below.shape[0]:
         _open_children(state, child_offsets, below)
     else:
@@ -183,10 +213,29 @@ def _visit_unit(
 
 @compiled(parallel=True)
 def descend(
-    q, centroids, mean_values, variance, key_offsets, child_offsets, energy, far_energy, valid,
-    threshold, is_first, to_score, with_far, normaliser, state, below, logits, keys_read,
-    top, mass, spread, acc,
-):  # fmt: skip
+    q,
+    centroids,
+    mean_values,
+    variance,
+    key_offsets,
+    child_offsets,
+    energy,
+    far_energy,
+    valid,
+    threshold,
+    is_first,
+    to_score,
+    with_far,
+    normaliser,
+    state,
+    below,
+    logits,
+    keys_read,
+    peak,
+    mass,
+    moved,
+    acc,
+):
     """One level for every head and unit.
 
     Reads `q [H, W, D]`, the level (centroids and mean values flat), `energy [H, W]`, the weight of
@@ -194,7 +243,7 @@ def descend(
     padding moves no mean, and the log `threshold [H]`. Writes `normaliser [H, W]` at the first
     level, `logits [H, W, C]` if `to_score` (else they are given), `state`, and `below`, the states
     of the next level, which has no nodes at the leaves; there `keys_read [H, U]` is written. The
-    far field is added to the softmax sums `top, mass, spread [H, W]`, `acc [H, W, D]`.
+    far field is added to the softmax sums `peak, mass, moved [H, W]`, `acc [H, W, D]`.
     """
     units = state.shape[1]
     rows = q.shape[1] // units
@@ -202,8 +251,28 @@ def descend(
         h, u = task // units, task % units
         own = slice(u * rows, (u + 1) * rows)
         _visit_unit(
-            h, u, q[h, own], centroids, mean_values, variance[h], key_offsets[h],
-            child_offsets[h], energy[h, own], far_energy[h, own], valid[u], threshold[h], is_first,
-            to_score, with_far, normaliser[h, own], state[h, u], below[h, u], logits[h, own],
-            keys_read, top[h, own], mass[h, own], spread[h, own], acc[h, own],
-        )  # fmt: skip
+            h,
+            u,
+            q[h, own],
+            centroids,
+            mean_values,
+            variance[h],
+            key_offsets[h],
+            child_offsets[h],
+            energy[h, own],
+            far_energy[h, own],
+            valid[u],
+            threshold[h],
+            is_first,
+            to_score,
+            with_far,
+            normaliser[h, own],
+            state[h, u],
+            below[h, u],
+            logits[h, own],
+            keys_read,
+            peak[h, own],
+            mass[h, own],
+            moved[h, own],
+            acc[h, own],
+        )

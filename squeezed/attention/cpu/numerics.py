@@ -187,10 +187,10 @@ def _largest(rows, r, count):
 
 
 @compiled(fastmath={"reassoc"})
-def _exponentiate(rows, r, count, top):
-    """Row `r` becomes `exp(row - top)`; returns its sum."""
+def _exponentiate(rows, r, count, peak):
+    """Row `r` becomes `exp(row - peak)`; returns its sum."""
     for t in range(count):
-        rows[r, t] = exp_nonpositive(rows[r, t] - top)
+        rows[r, t] = exp_nonpositive(rows[r, t] - peak)
     mass = np.float32(0.0)
     for t in range(count):
         mass += rows[r, t]
@@ -198,34 +198,34 @@ def _exponentiate(rows, r, count, top):
 
 
 @compiled
-def log_sum(mass, top):
-    """Logarithm of `mass * exp(top)`; `-inf` if there is no mass."""
-    return np.float32(-np.inf) if mass == 0 else top + np.float32(math.log(mass))
+def log_sum(mass, peak):
+    """Logarithm of `mass * exp(peak)`; `-inf` if there is no mass."""
+    return np.float32(-np.inf) if mass == 0 else peak + np.float32(math.log(mass))
 
 
 @compiled
-def _weigh(logits, count, r, top, mass, acc):
+def _weigh(logits, count, r, peak, mass, acc):
     """Turn one row of logits into softmax weights under a running maximum."""
     here = _largest(logits, r, count)
-    if here > top[r]:
-        shrink = exp_nonpositive(top[r] - here)
-        top[r] = here
+    if here > peak[r]:
+        shrink = exp_nonpositive(peak[r] - here)
+        peak[r] = here
         mass[r] *= shrink
         for d in range(acc.shape[1]):
             acc[r, d] *= shrink
-    if top[r] == -np.inf:
+    if peak[r] == -np.inf:
         for t in range(count):  # every key so far is masked, or NaN
             logits[r, t] = np.float32(0.0 if logits[r, t] == -np.inf else np.nan)
             mass[r] += logits[r, t]
     else:
-        mass[r] += _exponentiate(logits, r, count, top[r])
+        mass[r] += _exponentiate(logits, r, count, peak[r])
 
 
 @compiled
-def absorb(logits, count, flat, offsets, top, mass, acc):
+def absorb(logits, count, flat, offsets, peak, mass, acc):
     """One step of the online softmax: add `count <= TILE` values with these logits.
 
-    `top[r]`, `mass[r]`, `acc[r]` hold the running maximum, sum of weights and weighted values.
+    `peak[r]`, `mass[r]`, `acc[r]` hold the running maximum, sum of weights and weighted values.
     `logits` is overwritten; its rows and `offsets` have room for TILE entries.
     """
     padded = (count + 3) // 4 * 4
@@ -233,5 +233,5 @@ def absorb(logits, count, flat, offsets, top, mass, acc):
         offsets[t] = offsets[count - 1]
         logits[:, t] = -np.inf
     for r in range(acc.shape[0]):
-        _weigh(logits, padded, r, top, mass, acc)
+        _weigh(logits, padded, r, peak, mass, acc)
     _add_values(logits, padded, flat, offsets, acc)

@@ -60,9 +60,14 @@ def attend_units(
 
 
 def gather(
-    head: int, unit: int, rows: QueryRows, layer: ClusteredLayer, found: Walk, suffix: SuffixRows,
+    head: int,
+    unit: int,
+    rows: QueryRows,
+    layer: ClusteredLayer,
+    found: Walk,
+    suffix: SuffixRows,
     rule: SelectionRule,
-) -> Gathered:  # fmt: skip
+) -> Gathered:
     """Copy what the unit reads, widened to float32."""
     keys, values = (rows_of[head] for rows_of in layer.rows.plain())
     pinned = layer.pinned if layer.levels else layer.tokens
@@ -106,10 +111,10 @@ def _attend(q: Tensor, read: Gathered, mask: Tensor, far_logits: Tensor) -> tupl
     parts = [(q @ keys.T, values) for keys, values in (read.kept, read.pinned)]
     recent = (q @ read.suffix[0].T).masked_fill_(~mask, -torch.inf)
     parts += [(recent, read.suffix[1]), (far_logits, read.far_values)]
-    output, mass, top = _softmax_sum(parts)
+    output, mass, peak = _softmax_sum(parts)
     if read.slope is not None:
         output += (far_logits @ read.far_variance)[:, None] * (q @ read.slope.T)
-    return output / mass.masked_fill(mass == 0, 1.0), (top + mass.log())[:, 0]
+    return output / mass.masked_fill(mass == 0, 1.0), (peak + mass.log())[:, 0]
 
 
 def _softmax_sum(parts: list[Part]) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,9 +122,9 @@ def _softmax_sum(parts: list[Part]) -> tuple[Tensor, Tensor, Tensor]:
 
     Logits become weights.
     """
-    tops = [logits.amax(-1) for logits, _ in parts if logits.shape[1]]
-    top = torch.stack(tops).amax(0) if tops else parts[0][0].new_zeros(len(parts[0][0]))
-    top = top.masked_fill(top == -torch.inf, 0.0)[:, None]
-    weights = [(logits.sub_(top).exp_(), values) for logits, values in parts]
+    peaks = [logits.amax(-1) for logits, _ in parts if logits.shape[1]]
+    peak = torch.stack(peaks).amax(0) if peaks else parts[0][0].new_zeros(len(parts[0][0]))
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)[:, None]
+    weights = [(logits.sub_(peak).exp_(), values) for logits, values in parts]
     mass = reduce(torch.add, (w.sum(-1, keepdim=True) for w, _ in weights))
-    return reduce(torch.add, (w @ values for w, values in weights)), mass, top
+    return reduce(torch.add, (w @ values for w, values in weights)), mass, peak

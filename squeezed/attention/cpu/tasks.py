@@ -76,25 +76,25 @@ def group_pieces(pieces, tasks):
 
 
 @compiled
-def _merge_row(tasks, w, top, mass, acc, far_top, far_mass, far_acc, out):
+def _merge_row(tasks, w, peak, mass, acc, far_peak, far_mass, far_acc, out):
     """Softmax over all tasks and the far field of one query row; returns its log mass.
 
     NaN is no mass of 0: it shows.
     """
-    highest = far_top if far_mass != 0 else np.float32(-np.inf)
+    highest = far_peak if far_mass != 0 else np.float32(-np.inf)
     for task in tasks:
         if mass[task, w] != 0:
-            highest = max(highest, top[task, w])
+            highest = max(highest, peak[task, w])
     out[:] = 0.0
     weights = np.float32(0.0)
     if far_mass != 0:
-        factor = np.float32(math.exp(far_top - highest))
+        factor = np.float32(math.exp(far_peak - highest))
         weights += factor * far_mass
         for d in range(out.shape[0]):
             out[d] += factor * far_acc[d]
     for task in tasks:
         if mass[task, w] != 0:
-            factor = np.float32(math.exp(top[task, w] - highest))
+            factor = np.float32(math.exp(peak[task, w] - highest))
             weights += factor * mass[task, w]
             for d in range(out.shape[0]):
                 out[d] += factor * acc[task, w, d]
@@ -106,7 +106,7 @@ def _merge_row(tasks, w, top, mass, acc, far_top, far_mass, far_acc, out):
 
 
 @compiled
-def combine(pieces, bounds, top, mass, acc, far_top, far_mass, far_acc, out, log_mass):
+def combine(pieces, bounds, peak, mass, acc, far_peak, far_mass, far_acc, out, log_mass):
     """Merge the tasks of every head into `out [H, W, D]` and `log_mass [H, W]`.
 
     Rows that attend to nothing become 0 and minus infinity.
@@ -119,5 +119,5 @@ def combine(pieces, bounds, top, mass, acc, far_top, far_mass, far_acc, out, log
         tasks = np.nonzero(owner == h)[0]
         for w in range(width):
             log_mass[h, w] = _merge_row(
-                tasks, w, top, mass, acc, far_top[h, w], far_mass[h, w], far_acc[h, w], out[h, w]
+                tasks, w, peak, mass, acc, far_peak[h, w], far_mass[h, w], far_acc[h, w], out[h, w]
             )

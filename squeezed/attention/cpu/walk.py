@@ -22,7 +22,7 @@ class Walk:
         state: `[H, U, C]` uint8 of the level to visit, in the end of the leaves.
         key_offsets: `[H, C + 1]` int32 of the leaves.
         keys_read: `[H, U]` int64.
-        top, mass, spread, acc: softmax sums of the far field, `[H, W]` and `[H, W, D]`, `spread` of
+        peak, mass, moved, acc: softmax sums of the far field, `[H, W]` and `[H, W, D]`, `moved` of
             the nodes' variances; empty if the kernel does not compute it.
     """
 
@@ -35,8 +35,8 @@ class Walk:
         self.key_offsets = np.zeros((heads, 1), np.int32)
         self.keys_read = np.zeros((heads, rows.units), np.int64)
         self.normaliser = np.empty((heads, width), np.float32)
-        self.top = np.full((heads, width), -np.inf, np.float32)
-        self.mass, self.spread = np.zeros((2, heads, width), np.float32)
+        self.peak = np.full((heads, width), -np.inf, np.float32)
+        self.mass, self.moved = np.zeros((2, heads, width), np.float32)
         self.acc = np.zeros((heads, width, dim if in_kernel else 0), np.float32)
 
     def visit(self, level: Level, depth: int, below: int, rule: SelectionRule) -> None:
@@ -52,13 +52,29 @@ class Walk:
         else:
             logits = torch.bmm(torch.from_numpy(self.q), level.centroids.float().mT).numpy()
         descend(
-            self.q, flat(level.centroids), flat(level.mean_values),
-            level.variance.contiguous().numpy(), self.key_offsets, children,
-            energies(self.rows, alpha), self.far_energy,
-            self.rows.valid.numpy(), rule.log_thresholds[depth].numpy(), depth == 0,
-            self.in_kernel, rule.far_field != "none" and self.in_kernel, self.normaliser, state,
-            self.state, logits, self.keys_read, self.top, self.mass, self.spread, self.acc,
-        )  # fmt: skip
+            self.q,
+            flat(level.centroids),
+            flat(level.mean_values),
+            level.variance.contiguous().numpy(),
+            self.key_offsets,
+            children,
+            energies(self.rows, alpha),
+            self.far_energy,
+            self.rows.valid.numpy(),
+            rule.log_thresholds[depth].numpy(),
+            depth == 0,
+            self.in_kernel,
+            rule.far_field != "none" and self.in_kernel,
+            self.normaliser,
+            state,
+            self.state,
+            logits,
+            self.keys_read,
+            self.peak,
+            self.mass,
+            self.moved,
+            self.acc,
+        )
         self.visited.append((level, state, logits))
         if not below:
             self.state = state

@@ -54,7 +54,7 @@ def attend(
     output, log_mass, weights = softmax_over(parts, valid)
     if far_variance is not None:
         of_far = weights[..., : far_variance.shape[-1]]
-        output = output + _tilt(of_far, far_variance, q, layer)
+        output = output + _shift(of_far, far_variance, q, layer)
     output = output.reshape(query.shape).to(query.dtype)
     return Attended(output, log_mass.flatten(1, 2), keys_read)
 
@@ -99,14 +99,14 @@ def softmax_over(
     return output, logits.logsumexp(-1), weights
 
 
-def _tilt(weights: Tensor, variance: Tensor, q: Tensor, layer: ClusteredLayer) -> Tensor:
+def _shift(weights: Tensor, variance: Tensor, q: Tensor, layer: ClusteredLayer) -> Tensor:
     """How far queries move the values that stand for dropped nodes, `[B, Hkv, G, Q, D]`.
 
     Args:
         weights: `[B, Hkv, G, Q, F]`, of the nodes; variance: `[Hkv, F]`; q: `[B, Hkv, G, Q, D]`.
     """
-    moved = layer.scale * torch.einsum("bhgqe,hde->bhgqd", q, layer.value_slope.to(q.dtype))
-    return torch.einsum("bhgqf,hf->bhgq", weights, variance)[..., None] * moved
+    shift = layer.scale * torch.einsum("bhgqe,hde->bhgqd", q, layer.value_slope.to(q.dtype))
+    return torch.einsum("bhgqf,hf->bhgq", weights, variance)[..., None] * shift
 
 
 def _rows_read(found: Lookup, layer: ClusteredLayer, rule: SelectionRule, rows: int) -> Tensor:

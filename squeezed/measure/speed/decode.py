@@ -64,9 +64,15 @@ def oracle_error(
 
 
 def measure(
-    sizes: Sizes, budget: float, far_fields: Sequence[FarField], agreement: float,
-    coarse_ratio: float, bandwidth: float, replays: int, dense: bool = True,
-) -> dict:  # fmt: skip
+    sizes: Sizes,
+    budget: float,
+    far_fields: Sequence[FarField],
+    agreement: float,
+    coarse_ratio: float,
+    bandwidth: float,
+    replays: int,
+    dense: bool = True,
+) -> dict:
     """One case: its bytes, its times, its distance from the limit and from the best dense."""
     held = 4 * sizes.kv_heads * sizes.tokens * sizes.dim
     count = rotations(int(held * min(1.0, 1.2 * budget)), held)
@@ -93,8 +99,10 @@ def measure(
         read = calls[0]().keys_read.double().mean() / (sizes.kv_heads * layers[0].clustered)
         timing = time_in_graph(calls, replays)
         result["methods"][f"squeezed, far field {far_field}"] = {
-            **asdict(timing), "oracle_error": error, "budget_read": float(read)
-        }  # fmt: skip
+            **asdict(timing),
+            "oracle_error": error,
+            "budget_read": float(read),
+        }
     result["physical_bytes"] = physical_bytes(query, layers[0], rules[0])
     result["physical_us"] = result["physical_bytes"] / bandwidth * 1e6
     if dense:
@@ -124,12 +132,21 @@ def summarised(result: dict, far_field: str) -> dict:
 
 
 def run(
-    contexts: list[int], heads: int = 32, kv_heads: int = 8, dim: int = 128,
-    batches: tuple[int, ...] = (1,), budget: float = 0.1, agreement: float = 0.0,
-    coarse_ratio: float = 3.0, shares: tuple[float, ...] = (0.01, 0.05),
-    far_fields: Sequence[FarField] = ("none", "second_order"), keys_kept: int | None = None,
-    recent: int = 128, replays: int = 30, dense: bool = True,
-) -> list[dict]:  # fmt: skip
+    contexts: list[int],
+    heads: int = 32,
+    kv_heads: int = 8,
+    dim: int = 128,
+    batches: tuple[int, ...] = (1,),
+    budget: float = 0.1,
+    agreement: float = 0.0,
+    coarse_ratio: float = 3.0,
+    shares: tuple[float, ...] = (0.01, 0.05),
+    far_fields: Sequence[FarField] = ("none", "second_order"),
+    keys_kept: int | None = None,
+    recent: int = 128,
+    replays: int = 30,
+    dense: bool = True,
+) -> list[dict]:
     """Time every context length and batch; `keys_kept` per head overrides `budget`."""
     require_gpu()
     bandwidth = copy_bandwidth()
@@ -215,9 +232,21 @@ def main(
     settings = dict(locals())
     settings["output"] = str(output)
     rows = run(
-        contexts, heads, kv_heads, dim, tuple(batches), budget, agreement, coarse_ratio,
-        tuple(shares), far_fields_of(far_fields), keys_kept or None, recent, replays, dense,
-    )  # fmt: skip
+        contexts,
+        heads,
+        kv_heads,
+        dim,
+        tuple(batches),
+        budget,
+        agreement,
+        coarse_ratio,
+        tuple(shares),
+        far_fields_of(far_fields),
+        keys_kept or None,
+        recent,
+        replays,
+        dense,
+    )
     write_record(output.with_suffix(".json"), settings, rows, at_commit=at_commit or None)
     title = f"{kv_heads} KV heads x {heads // kv_heads}, D {dim}, {torch.cuda.get_device_name()}"
     plot(rows, output.with_suffix(".png"), title)
