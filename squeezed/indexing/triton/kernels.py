@@ -25,10 +25,18 @@ def load_parts(rows, ok, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constex
 
 @triton.jit
 def assign_kernel(
-    points, centroids, runs, tiles, label, similarity,
-    DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_P: tl.constexpr,
+    points,
+    centroids,
+    runs,
+    tiles,
+    label,
+    similarity,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """Nearest centroid of `BLOCK_P` points of one run, and the cosine to it.
 
     Vectors are taken in `MAIN` and then `REST` numbers, powers of two that may add up to more.
@@ -66,8 +74,16 @@ def assign_kernel(
 
 
 @triton.jit
-def sum_rows(rows, order, start, end, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_P: tl.constexpr, LISTED: tl.constexpr):  # fmt: skip
+def sum_rows(
+    rows,
+    order,
+    start,
+    end,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    LISTED: tl.constexpr,
+):
     """Sum of the rows `start:end`, or of those that `order` lists there, `[BLOCK_D]` float32."""
     dims = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
@@ -82,9 +98,14 @@ def sum_rows(rows, order, start, end, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 
 @triton.jit
 def centroid_kernel(
-    points, order, offsets, centroids,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+    points,
+    order,
+    offsets,
+    centroids,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
     """Direction of the mean of one cluster's points; an empty cluster keeps its centroid.
 
     `points [N, DIM]` in the `order [N]` of clusters, `offsets [K + 1]`, `centroids [K, DIM]`.
@@ -102,10 +123,18 @@ def centroid_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "nodes", "unclustered"])
 def describe_kernel(
-    keys, values, level, space, tokens, nodes, unclustered, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    keys,
+    values,
+    level,
+    space,
+    tokens,
+    nodes,
+    unclustered,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     SPACE: tl.constexpr,
-):  # fmt: skip
+):
     """Mean key, mean value and key variance of one node, from sorted rows; zero if it is empty.
 
     In a space of the keys the mean of `energies` takes the place of the variance, and `means` get

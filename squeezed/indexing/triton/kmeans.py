@@ -16,7 +16,7 @@ from torch import Tensor
 from squeezed.attention.triton.gpus import compiled_or_refused
 from squeezed.config import ClusteringConfig
 from squeezed.context.layers import Level
-from squeezed.indexing.rounding import real_spread
+from squeezed.indexing.rounding import real_variance
 from squeezed.indexing.space import Space
 from squeezed.indexing.triton.kernels import assign_kernel, centroid_kernel, describe_kernel
 
@@ -109,11 +109,20 @@ def nearest(points: Tensor, centroids: Tensor, runs: Runs) -> tuple[Tensor, Tens
     similarity = torch.empty(count, dtype=torch.float32, device=points.device)
     main, rest = _widths(dim)
     assign_kernel[(len(runs.tile_run),)](
-        points, centroids, (runs.end, runs.first, runs.last), (runs.tile_run, runs.tile_start),
-        label, similarity, DIM=dim, MAIN=main, REST=rest, BLOCK_P=runs.points_per_tile,
+        points,
+        centroids,
+        (runs.end, runs.first, runs.last),
+        (runs.tile_run, runs.tile_start),
+        label,
+        similarity,
+        DIM=dim,
+        MAIN=main,
+        REST=rest,
+        BLOCK_P=runs.points_per_tile,
         BLOCK_C=runs.centroids_per_step,
-        num_warps=8 if runs.points_per_tile == 128 else 4, num_stages=2,
-    )  # fmt: skip
+        num_warps=8 if runs.points_per_tile == 128 else 4,
+        num_stages=2,
+    )
     return label, similarity
 
 
@@ -163,9 +172,15 @@ def _update(points: Tensor, order: Tensor, offsets: Tensor, centroids: Tensor) -
     """Move `centroids` to the mean direction of their points, in place."""
     dim = points.shape[1]
     centroid_kernel[(len(centroids),)](
-        points, order, offsets, centroids, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
-        BLOCK_P=16, num_warps=2,
-    )  # fmt: skip
+        points,
+        order,
+        offsets,
+        centroids,
+        DIM=dim,
+        BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_P=16,
+        num_warps=2,
+    )
 
 
 def _refill(
@@ -200,13 +215,21 @@ def describe_level(
     exact = None if space is None else torch.empty_like(centroids, dtype=torch.float32)
     key_offsets = key_offsets.to(torch.int32).contiguous()
     describe_kernel[(heads * nodes,)](
-        keys.contiguous(), values.contiguous(), (centroids, mean_values, variance, key_offsets),
-        (variance if space is None else space.energy, variance if exact is None else exact), tokens,
-        nodes, tokens if space is None else tokens - space.energy.shape[1], DIM=dim,
-        BLOCK_D=triton.next_power_of_2(dim), BLOCK_P=16, SPACE=space is not None, num_warps=2,
-    )  # fmt: skip
+        keys.contiguous(),
+        values.contiguous(),
+        (centroids, mean_values, variance, key_offsets),
+        (variance if space is None else space.energy, variance if exact is None else exact),
+        tokens,
+        nodes,
+        tokens if space is None else tokens - space.energy.shape[1],
+        DIM=dim,
+        BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_P=16,
+        SPACE=space is not None,
+        num_warps=2,
+    )
     if space is not None and exact is not None:
         middle = torch.baddbmm(space.middle, exact, space.factor, beta=-1)
-        variance = real_spread(variance - middle.square().mean(-1), variance)
+        variance = real_variance(variance - middle.square().mean(-1), variance)
     children = None if child_offsets is None else child_offsets.to(torch.int32)
     return Level(centroids, mean_values, variance, key_offsets, children)

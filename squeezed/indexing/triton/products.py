@@ -19,10 +19,24 @@ MOST_RULES = 30  # bits of an int32
 
 @triton.jit(do_not_specialize=["rows", "length", "queries", "nodes"])
 def product_kernel(
-    left, right, owner, kept, sums, masses, rows, length, queries, nodes, PIECE: tl.constexpr,
-    RULES: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    left,
+    right,
+    owner,
+    kept,
+    sums,
+    masses,
+    rows,
+    length,
+    queries,
+    nodes,
+    PIECE: tl.constexpr,
+    RULES: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """One piece of `BLOCK_M` rows of `left` by all columns of `right`, as one rule keeps them.
 
     `owner [H, K]` says in which node a column of `left` lies, `kept [H, queries, nodes]` which
@@ -93,9 +107,24 @@ def _launch(
     sums = left.new_empty(heads, pieces, rules, rows, dim, dtype=torch.float32)
     masses = left.new_empty(heads, pieces, rules, rows, 1, dtype=torch.float32)
     product_kernel[triton.cdiv(rows, block) * rules, pieces, heads](
-        (left, *left.stride()), (right, *right.stride()[:2]), left if owner is None else owner,
-        left if bits is None else bits, sums, masses, rows, length, queries, nodes, PIECE=PIECE,
-        RULES=rules, DIM=dim, BLOCK_M=block, BLOCK_N=width, BLOCK_K=32 if masked else 64,
-        MASKED=masked, num_warps=8 if block * width > 64 * 64 else 4, num_stages=3 if masked else 2,
-    )  # fmt: skip
+        (left, *left.stride()),
+        (right, *right.stride()[:2]),
+        left if owner is None else owner,
+        left if bits is None else bits,
+        sums,
+        masses,
+        rows,
+        length,
+        queries,
+        nodes,
+        PIECE=PIECE,
+        RULES=rules,
+        DIM=dim,
+        BLOCK_M=block,
+        BLOCK_N=width,
+        BLOCK_K=32 if masked else 64,
+        MASKED=masked,
+        num_warps=8 if block * width > 64 * 64 else 4,
+        num_stages=3 if masked else 2,
+    )
     return sums.sum(1), masses.sum(1)

@@ -54,10 +54,25 @@ def repeat(values, TILE: tl.constexpr):
 
 @triton.jit
 def attend_runs(
-    q, peak, mass, acc, keys, values, kept, count, first, last, row, scale_bits,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
-    SHARED: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    q,
+    peak,
+    mass,
+    acc,
+    keys,
+    values,
+    kept,
+    count,
+    first,
+    last,
+    row,
+    scale_bits,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    SHARED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Add units `first:last` of a list of `count` runs of rows to a running softmax."""
     runs, run_bits = kept  # [runs] each
     lane, entry = tl.arange(0, TILE), tl.arange(0, TILE // RUN)
@@ -105,10 +120,26 @@ def node_rows(means, bounds, node, head, D: tl.constexpr):
 
 @triton.jit
 def attend_nodes(
-    peak, mass, acc, means, bounds, far, count, first, last, head, row, exists,
-    ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
-    NODE_UNIT: tl.constexpr, DIPOLE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    peak,
+    mass,
+    acc,
+    means,
+    bounds,
+    far,
+    count,
+    first,
+    last,
+    head,
+    row,
+    exists,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    NODE_UNIT: tl.constexpr,
+    DIPOLE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Add units `first:last` of a list of `count` dropped nodes to a running softmax.
 
     Returns with it the sum of the nodes' variances, weighted alike, `[M]`; zero without DIPOLE.
@@ -134,13 +165,35 @@ def attend_nodes(
 
 @triton.jit
 def attend_kernel(
-    query, context, kept, means, bounds, far, counters, partials, moved, batch, problems,
+    query,
+    context,
+    kept,
+    means,
+    bounds,
+    far,
+    counters,
+    partials,
+    moved,
+    batch,
+    problems,
     scale_bits,
-    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
-    NODE_TILE: tl.constexpr, NODE_UNIT: tl.constexpr, Z_PAD: tl.constexpr, SHARED: tl.constexpr,
-    FAR: tl.constexpr, DIPOLE: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    GROUP: tl.constexpr,
+    TILE_BATCH: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    NODE_TILE: tl.constexpr,
+    NODE_UNIT: tl.constexpr,
+    Z_PAD: tl.constexpr,
+    SHARED: tl.constexpr,
+    FAR: tl.constexpr,
+    DIPOLE: tl.constexpr,
+    PDL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """One program's part of the stream; grid `(programs,)`."""
     keys, values, tokens = context  # [Hkv, P, D] twice
     runs, run_bits, run_capacity = kept  # [Z, capacity] each
@@ -162,30 +215,60 @@ def attend_kernel(
         last = cursor - at(begin, z, Z_PAD)
         near = at(near_of, z, Z_PAD)
         head, tile = problem(z, TILES)
-        q, exists = load_query(
-            query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD
-        )  # fmt: skip
+        q, exists = load_query(query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD)
         exists = exists & (row < ROWS)
         first_key = head.to(tl.int64) * tokens * D
         first_run = z.to(tl.int64) * run_capacity
         peak, mass, acc = nothing(M, D_PAD)
         peak, mass, acc = attend_runs(
-            q, peak, mass, acc, keys + first_key, values + first_key,
-            (runs + first_run, run_bits + first_run), at(runs_of, z, Z_PAD), first,
-            tl.minimum(last, near), row, scale_bits, GROUP, D, D_PAD, TILE, SHARED, STAGES,
-        )  # fmt: skip
+            q,
+            peak,
+            mass,
+            acc,
+            keys + first_key,
+            values + first_key,
+            (runs + first_run, run_bits + first_run),
+            at(runs_of, z, Z_PAD),
+            first,
+            tl.minimum(last, near),
+            row,
+            scale_bits,
+            GROUP,
+            D,
+            D_PAD,
+            TILE,
+            SHARED,
+            STAGES,
+        )
         slot = program + z
         if FAR:
             first_node = z.to(tl.int64) * far_capacity
             own = (
-                far_nodes + first_node, far_variances + first_node, far_logits + first_node * ROWS,
-            )  # fmt: skip
+                far_nodes + first_node,
+                far_variances + first_node,
+                far_logits + first_node * ROWS,
+            )
             peak, mass, acc, node_moved = attend_nodes(
-                peak, mass, acc, means, bounds, own, at(dropped_of, z, Z_PAD),
-                tl.maximum(first - near, 0), tl.maximum(last - near, 0), head.to(tl.int64), row,
+                peak,
+                mass,
+                acc,
+                means,
+                bounds,
+                own,
+                at(dropped_of, z, Z_PAD),
+                tl.maximum(first - near, 0),
+                tl.maximum(last - near, 0),
+                head.to(tl.int64),
+                row,
                 exists,
-                ROWS, D, D_PAD, NODE_TILE, NODE_UNIT, DIPOLE, STAGES,
-            )  # fmt: skip
+                ROWS,
+                D,
+                D_PAD,
+                NODE_TILE,
+                NODE_UNIT,
+                DIPOLE,
+                STAGES,
+            )
             if DIPOLE:
                 tl.store(moved + slot.to(tl.int64) * ROWS + row, node_moved, mask=exists)
         store_partial(partials, slot, row, exists, peak, mass, acc, ROWS, D, D_PAD)

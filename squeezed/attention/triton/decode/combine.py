@@ -10,10 +10,20 @@ from squeezed.attention.triton.decode.softmax import LOG2_E, problem
 
 @triton.jit
 def merge(
-    partials, moved, near, near_slots, fixed, fixed_slots, row, d,
-    SLOTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
+    partials,
+    moved,
+    near,
+    near_slots,
+    fixed,
+    fixed_slots,
+    row,
+    d,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    DIMS: tl.constexpr,
     DIPOLE: tl.constexpr,
-):  # fmt: skip
+):
     """Peak, mass, weighted values and variances of two runs of partial sums, merged.
 
     They are walked as one, so that all loads of a row travel together.
@@ -43,9 +53,7 @@ def merge(
 
 
 @triton.jit
-def shift_of(
-    query, slope, head, d, scale, D: tl.constexpr, D_PAD: tl.constexpr
-):  # fmt: skip
+def shift_of(query, slope, head, d, scale, D: tl.constexpr, D_PAD: tl.constexpr):
     """How far one query `[D]` moves dimensions `d` of a value, for a variance of 1."""
     e = tl.arange(0, D_PAD)
     q = tl.load(query + e, mask=e < D, other=0.0).to(tl.float32)
@@ -56,13 +64,36 @@ def shift_of(
 
 @triton.jit
 def combine_kernel(
-    query, slope, output, log_mass, keys_read, valid, counters, read_counts, partials, moved,
-    batch, problems, programs, fixed, scale_bits,
-    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, DIMS: tl.constexpr,
-    Z_PAD: tl.constexpr, SLOTS: tl.constexpr, CLUSTERED: tl.constexpr, PADDED: tl.constexpr,
-    DIPOLE: tl.constexpr, NODE_UNIT: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    query,
+    slope,
+    output,
+    log_mass,
+    keys_read,
+    valid,
+    counters,
+    read_counts,
+    partials,
+    moved,
+    batch,
+    problems,
+    programs,
+    fixed,
+    scale_bits,
+    GROUP: tl.constexpr,
+    TILE_BATCH: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DIMS: tl.constexpr,
+    Z_PAD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CLUSTERED: tl.constexpr,
+    PADDED: tl.constexpr,
+    DIPOLE: tl.constexpr,
+    NODE_UNIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Grid `(problems, ROWS, dimensions / DIMS)`; a program writes a part of one output row."""
     queries, query_batch_stride, query_head_stride = query  # [B, Hq, 1, D]
     outputs, output_batch_stride = output  # [B, Hq, 1, D]
@@ -89,9 +120,20 @@ def combine_kernel(
         gdc_wait()
     if request < batch:
         peak, mass, value, variances = merge(
-            partials, moved, near, near_slots, fixed_base + z * fixed_slots, fixed_slots, row, d,
-            SLOTS, ROWS, D, DIMS, DIPOLE,
-        )  # fmt: skip
+            partials,
+            moved,
+            near,
+            near_slots,
+            fixed_base + z * fixed_slots,
+            fixed_slots,
+            row,
+            d,
+            SLOTS,
+            ROWS,
+            D,
+            DIMS,
+            DIPOLE,
+        )
         if PADDED:
             real, real_stride = valid  # [B, 1]
             mass = tl.where(tl.load(real + request.to(tl.int64) * real_stride) != 0, mass, 0.0)

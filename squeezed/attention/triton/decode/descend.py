@@ -27,9 +27,17 @@ from squeezed.attention.triton.decode.softmax import LOG2_E, energy_of, load_que
 
 @triton.jit
 def inherit(
-    scores, parent, live, bar, row, exists,
-    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
+    scores,
+    parent,
+    live,
+    bar,
+    row,
+    exists,
+    GROUP: tl.constexpr,
+    TILE_BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+):
     """Which requests keep the parent of each node `[N]`, by the scores the first kernel left."""
     place = parent.to(tl.int64)[:, None] * ROWS + row[None, :]
     mask = live[:, None] & exists[None, :]
@@ -39,11 +47,27 @@ def inherit(
 
 @triton.jit
 def list_found(
-    kept, inherited, node, start, length, variance, logit, far_energy, row, exists, runs, far,
+    kept,
+    inherited,
+    node,
+    start,
+    length,
+    variance,
+    logit,
+    far_energy,
+    row,
+    exists,
+    runs,
+    far,
     counter,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, WRITE: tl.constexpr, SHARED: tl.constexpr,
-    LEAVES: tl.constexpr, FAR: tl.constexpr, DIPOLE: tl.constexpr,
-):  # fmt: skip
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WRITE: tl.constexpr,
+    SHARED: tl.constexpr,
+    LEAVES: tl.constexpr,
+    FAR: tl.constexpr,
+    DIPOLE: tl.constexpr,
+):
     """Append the rows of kept leaves and the dropped nodes."""
     count, dropped = tl.zeros(node.shape, tl.int32), tl.zeros_like(kept)
     if LEAVES:
@@ -59,18 +83,47 @@ def list_found(
         if FAR:
             mass = node_scores(logit, far_energy, variance, DIPOLE) + log_size(length)[:, None]
             append_nodes(
-                far, first_node, dropped, node, variance, mass, row, exists, GROUP, ROWS, SHARED,
+                far,
+                first_node,
+                dropped,
+                node,
+                variance,
+                mass,
+                row,
+                exists,
+                GROUP,
+                ROWS,
+                SHARED,
                 DIPOLE,
-            )  # fmt: skip
+            )
 
 
 @triton.jit
 def list_coarsest(
-    first, step, scores, key_offsets, variance, nodes, base, bar, energy, far_energy, row, exists,
-    far, counter,
-    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, BITS,
-    EVERYONE: tl.constexpr, SHARED: tl.constexpr, SECOND: tl.constexpr, DIPOLE: tl.constexpr,
-):  # fmt: skip
+    first,
+    step,
+    scores,
+    key_offsets,
+    variance,
+    nodes,
+    base,
+    bar,
+    energy,
+    far_energy,
+    row,
+    exists,
+    far,
+    counter,
+    GROUP: tl.constexpr,
+    TILE_BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    BITS,
+    EVERYONE: tl.constexpr,
+    SHARED: tl.constexpr,
+    SECOND: tl.constexpr,
+    DIPOLE: tl.constexpr,
+):
     """Append the dropped ones of some blocks of the coarsest nodes, by the first kernel's scores.
 
     All pointers are those of the problem and its head.
@@ -94,23 +147,67 @@ def list_coarsest(
         if found > 0:
             _, begin = reserve(counter, tl.zeros_like(found), found)
             append_nodes(
-                far, begin, dropped, base + node, variances, logit, row, exists, GROUP, ROWS,
-                SHARED, DIPOLE,
-            )  # fmt: skip
+                far,
+                begin,
+                dropped,
+                base + node,
+                variances,
+                logit,
+                row,
+                exists,
+                GROUP,
+                ROWS,
+                SHARED,
+                DIPOLE,
+            )
 
 
 @triton.jit
 def descend_kernel(
-    query, above, level, alphas, thresholds, scores, parents_of, states, child_states, children,
-    norms, kept, far, counters, read_counts, valid, batch, listers, scale_bits,
-    TOP: tl.constexpr, FLAT: tl.constexpr, LEAVES: tl.constexpr,
-    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, WRITE: tl.constexpr,
-    NORM_PAD: tl.constexpr, ROWS_PAD: tl.constexpr, NORM_STEP: tl.constexpr,
-    REQUESTS: tl.constexpr, BITS: tl.constexpr,
-    EVERYONE: tl.constexpr, SHARED: tl.constexpr, SECOND: tl.constexpr, PADDED: tl.constexpr,
-    FAR: tl.constexpr, DIPOLE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    query,
+    above,
+    level,
+    alphas,
+    thresholds,
+    scores,
+    parents_of,
+    states,
+    child_states,
+    children,
+    norms,
+    kept,
+    far,
+    counters,
+    read_counts,
+    valid,
+    batch,
+    listers,
+    scale_bits,
+    TOP: tl.constexpr,
+    FLAT: tl.constexpr,
+    LEAVES: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE_BATCH: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    N: tl.constexpr,
+    WRITE: tl.constexpr,
+    NORM_PAD: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    NORM_STEP: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    BITS: tl.constexpr,
+    EVERYONE: tl.constexpr,
+    SHARED: tl.constexpr,
+    SECOND: tl.constexpr,
+    PADDED: tl.constexpr,
+    FAR: tl.constexpr,
+    DIPOLE: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Grid `(problems, parts + listers)`; a part is every `parts`-th block of `N` nodes of a level.
 
     TOP: their parents are nodes of the coarsest level, which are selected here. With a far field,
@@ -128,9 +225,7 @@ def descend_kernel(
     head, tile = problem(z, TILES)
     wide = z.to(tl.int64)
     row = tl.arange(0, R)
-    q, exists = load_query(
-        query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD
-    )  # fmt: skip
+    q, exists = load_query(query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD)
     energy = energy_of(q, alpha, head, row, scale_bits, GROUP, SECOND)
     far_energy = energy_of(q, far_alpha, head, row, scale_bits, GROUP, DIPOLE)
     threshold, parent_threshold = tl.load(threshold + head), tl.load(parent_threshold + head)
@@ -154,12 +249,30 @@ def descend_kernel(
     parts = tl.num_programs(1) - listers
     if TOP and FAR and not FLAT and part >= parts:
         list_coarsest(
-            part - parts, listers, scores, parent_offsets + head * (parents + 1),
-            parent_variance + head * parents, parents, parent_base, parent_bar,
-            energy_of(q, parent_alpha, head, row, scale_bits, GROUP, SECOND), far_energy,
-            row, exists, own_far, counters + z, GROUP, TILE_BATCH, ROWS, N, BITS, EVERYONE,
-            SHARED, SECOND, DIPOLE,
-        )  # fmt: skip
+            part - parts,
+            listers,
+            scores,
+            parent_offsets + head * (parents + 1),
+            parent_variance + head * parents,
+            parents,
+            parent_base,
+            parent_bar,
+            energy_of(q, parent_alpha, head, row, scale_bits, GROUP, SECOND),
+            far_energy,
+            row,
+            exists,
+            own_far,
+            counters + z,
+            GROUP,
+            TILE_BATCH,
+            ROWS,
+            N,
+            BITS,
+            EVERYONE,
+            SHARED,
+            SECOND,
+            DIPOLE,
+        )
     else:
         for block in range(part * N, nodes, parts * N):
             node = block + tl.arange(0, N)
@@ -169,9 +282,17 @@ def descend_kernel(
             elif TOP:
                 parent = tl.load(parents_of + wide * nodes + node, mask=live, other=0)
                 inherited = inherit(
-                    scores, parent, live, parent_bar, row, exists,
-                    GROUP, TILE_BATCH, ROWS, BITS,
-                )  # fmt: skip
+                    scores,
+                    parent,
+                    live,
+                    parent_bar,
+                    row,
+                    exists,
+                    GROUP,
+                    TILE_BATCH,
+                    ROWS,
+                    BITS,
+                )
             else:
                 inherited = tl.load(states + wide * nodes + node, mask=live, other=0)
             keeps = inherited & 0
@@ -180,19 +301,40 @@ def descend_kernel(
                 busy = tl.max((inherited != 0).to(tl.int32)) > 0
             if busy:
                 mean, start, length, variances = load_nodes(
-                    (centroids, variance, key_offsets, child_offsets, nodes), node,
-                    inherited != 0, head, D, D_PAD, SECOND or DIPOLE,
-                )  # fmt: skip
+                    (centroids, variance, key_offsets, child_offsets, nodes),
+                    node,
+                    inherited != 0,
+                    head,
+                    D,
+                    D_PAD,
+                    SECOND or DIPOLE,
+                )
                 inherited = tl.where(length > 0, inherited, 0)
                 logit = node_logits(q, mean, scale_bits)
                 score = node_scores(logit, energy, variances, SECOND)
                 keeps = inherited & keep_bits(score, bar, row, GROUP, TILE_BATCH, BITS)
                 list_found(
-                    keeps, inherited, base + node, start, length, variances, logit, far_energy,
-                    row, exists, (runs + wide * run_capacity, run_bits + wide * run_capacity),
-                    own_far, counters + z,
-                    GROUP, ROWS, WRITE, SHARED, LEAVES, FAR, DIPOLE,
-                )  # fmt: skip
+                    keeps,
+                    inherited,
+                    base + node,
+                    start,
+                    length,
+                    variances,
+                    logit,
+                    far_energy,
+                    row,
+                    exists,
+                    (runs + wide * run_capacity, run_bits + wide * run_capacity),
+                    own_far,
+                    counters + z,
+                    GROUP,
+                    ROWS,
+                    WRITE,
+                    SHARED,
+                    LEAVES,
+                    FAR,
+                    DIPOLE,
+                )
                 if LEAVES:
                     wanted = wanted_by(keeps, request, 0)
                     read += tl.sum(tl.where(wanted, length[:, None], 0), 0)

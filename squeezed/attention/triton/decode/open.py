@@ -21,9 +21,7 @@ from squeezed.attention.triton.decode.softmax import (
 
 
 @triton.jit
-def load_nodes(
-    level, node, live, head, D: tl.constexpr, D_PAD: tl.constexpr, SECOND: tl.constexpr
-):  # fmt: skip
+def load_nodes(level, node, live, head, D: tl.constexpr, D_PAD: tl.constexpr, SECOND: tl.constexpr):
     """Mean keys `[N, D_PAD]`, first rows, sizes and variances `[N]`; no load waits for another."""
     centroids, variance, key_offsets, _, nodes = level  # [Hkv, C, D], [Hkv, C], [Hkv, C + 1]
     mean = load_rows(centroids + head.to(tl.int64) * nodes * D, node, live, D, D, D_PAD)
@@ -53,10 +51,27 @@ def node_scores(first, energy, variances, SECOND: tl.constexpr):
 
 @triton.jit
 def weigh_nodes(
-    q, exists, row, z, head, split, level, alpha, scale_bits, scores, parents_of, children, norms,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr,
-    SECOND: tl.constexpr, NESTED: tl.constexpr,
-):  # fmt: skip
+    q,
+    exists,
+    row,
+    z,
+    head,
+    split,
+    level,
+    alpha,
+    scale_bits,
+    scores,
+    parents_of,
+    children,
+    norms,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    N: tl.constexpr,
+    SECOND: tl.constexpr,
+    NESTED: tl.constexpr,
+):
     """One share of the coarsest nodes: its part of the normaliser, and what selects below it."""
     norm_peaks, norm_masses, splits = norms  # [Z, splits, ROWS] twice
     nodes = level[4]
@@ -86,9 +101,21 @@ def weigh_nodes(
 
 @triton.jit
 def attend_run(
-    q, keys, values, row_stride, first, stop, mask, mask_stride, scale_bits,
-    M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    q,
+    keys,
+    values,
+    row_stride,
+    first,
+    stop,
+    mask,
+    mask_stride,
+    scale_bits,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Softmax partial over the rows `[first, stop)` of one matrix of keys."""
     peak, mass, acc = nothing(M, D_PAD)
     for start in range(first, stop, N):
@@ -105,37 +132,93 @@ def attend_run(
 
 @triton.jit
 def attend_recent(
-    query, suffix, mask, partials, head, tile, member, slot, batch, first, stop, scale_bits,
-    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    query,
+    suffix,
+    mask,
+    partials,
+    head,
+    tile,
+    member,
+    slot,
+    batch,
+    first,
+    stop,
+    scale_bits,
+    GROUP: tl.constexpr,
+    TILE_BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """The heads of one request over a share of its own recent rows."""
     keys, values, batch_stride, head_stride, row_stride = suffix  # [B, Hkv, S, D] twice
     seen, seen_batch_stride, seen_row_stride = mask  # [B, 1, 1, S]
     index = tl.arange(0, M)
     row = member * GROUP + index
-    q, exists = load_query(
-        query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD
-    )  # fmt: skip
+    q, exists = load_query(query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD)
     request = tl.minimum(tile * TILE_BATCH + member, batch - 1).to(tl.int64)
     base = request * batch_stride + head.to(tl.int64) * head_stride
     peak, mass, acc = attend_run(
-        q, keys + base, values + base, row_stride, first, stop,
-        seen + request * seen_batch_stride, seen_row_stride, scale_bits, M, D, D_PAD, N, MASKED,
-    )  # fmt: skip
+        q,
+        keys + base,
+        values + base,
+        row_stride,
+        first,
+        stop,
+        seen + request * seen_batch_stride,
+        seen_row_stride,
+        scale_bits,
+        M,
+        D,
+        D_PAD,
+        N,
+        MASKED,
+    )
     exists = exists & (index < GROUP)
     store_partial(partials, slot, row, exists, peak, mass, acc, ROWS, D, D_PAD)
 
 
 @triton.jit
 def open_kernel(
-    query, context, level, alpha, suffix, mask, scores, parents_of, norms, partials, counters,
-    read_counts, keys_read, batch, pinned, recent, children, chunks, fixed_base, scale_bits,
-    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    M: tl.constexpr, M_ONE: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    N: tl.constexpr, CHUNK: tl.constexpr, SECOND: tl.constexpr, NESTED: tl.constexpr,
-    MASKED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    query,
+    context,
+    level,
+    alpha,
+    suffix,
+    mask,
+    scores,
+    parents_of,
+    norms,
+    partials,
+    counters,
+    read_counts,
+    keys_read,
+    batch,
+    pinned,
+    recent,
+    children,
+    chunks,
+    fixed_base,
+    scale_bits,
+    GROUP: tl.constexpr,
+    TILE_BATCH: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    M: tl.constexpr,
+    M_ONE: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SECOND: tl.constexpr,
+    NESTED: tl.constexpr,
+    MASKED: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Grid `(problems, pinned chunks + splits + TILE_BATCH * suffix chunks)`."""
     keys, values, tokens = context  # [Hkv, P, D] twice
     splits = norms[2]
@@ -154,30 +237,72 @@ def open_kernel(
     slot = fixed_base + z * (pinned_chunks + suffix_chunks)
     if part < pinned_chunks:
         row = tl.arange(0, M)
-        q, exists = load_query(
-            query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD
-        )  # fmt: skip
+        q, exists = load_query(query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD)
         base = head.to(tl.int64) * tokens * D
         stop = tl.minimum(pinned, (part + 1) * CHUNK)
         peak, mass, acc = attend_run(
-            q, keys + base, values + base, D, part * CHUNK, stop, None, 0, scale_bits,
-            M, D, D_PAD, N, False,
-        )  # fmt: skip
+            q,
+            keys + base,
+            values + base,
+            D,
+            part * CHUNK,
+            stop,
+            None,
+            0,
+            scale_bits,
+            M,
+            D,
+            D_PAD,
+            N,
+            False,
+        )
         store_partial(partials, slot + part, row, exists, peak, mass, acc, ROWS, D, D_PAD)
     elif part < shared_parts:
         row = tl.arange(0, R)
-        q, exists = load_query(
-            query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD
-        )  # fmt: skip
+        q, exists = load_query(query, head, tile, row, batch, GROUP, TILE_BATCH, D, D_PAD)
         weigh_nodes(
-            q, exists, row, z, head, part - pinned_chunks, level, alpha, scale_bits, scores,
-            parents_of, children, norms, GROUP, ROWS, D, D_PAD, N, SECOND, NESTED,
-        )  # fmt: skip
+            q,
+            exists,
+            row,
+            z,
+            head,
+            part - pinned_chunks,
+            level,
+            alpha,
+            scale_bits,
+            scores,
+            parents_of,
+            children,
+            norms,
+            GROUP,
+            ROWS,
+            D,
+            D_PAD,
+            N,
+            SECOND,
+            NESTED,
+        )
     else:
         chunk = (part - shared_parts) % suffix_chunks
         attend_recent(
-            query, suffix, mask, partials, head, tile, (part - shared_parts) // suffix_chunks,
-            slot + pinned_chunks + chunk, batch, chunk * CHUNK,
-            tl.minimum(recent, (chunk + 1) * CHUNK), scale_bits,
-            GROUP, TILE_BATCH, ROWS, M_ONE, D, D_PAD, N, MASKED,
-        )  # fmt: skip
+            query,
+            suffix,
+            mask,
+            partials,
+            head,
+            tile,
+            (part - shared_parts) // suffix_chunks,
+            slot + pinned_chunks + chunk,
+            batch,
+            chunk * CHUNK,
+            tl.minimum(recent, (chunk + 1) * CHUNK),
+            scale_bits,
+            GROUP,
+            TILE_BATCH,
+            ROWS,
+            M_ONE,
+            D,
+            D_PAD,
+            N,
+            MASKED,
+        )

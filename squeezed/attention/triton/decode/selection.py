@@ -75,9 +75,19 @@ def append_runs(kept, begin, bits, start, length, count, WRITE: tl.constexpr, SH
 
 @triton.jit
 def append_nodes(
-    far, first, dropped, node, variance, logit, row, exists,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr, DIPOLE: tl.constexpr,
-):  # fmt: skip
+    far,
+    first,
+    dropped,
+    node,
+    variance,
+    logit,
+    row,
+    exists,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHARED: tl.constexpr,
+    DIPOLE: tl.constexpr,
+):
     """Write the nodes that any request dropped from place `first` on, with variances and masses.
 
     Args:
@@ -98,9 +108,14 @@ def append_nodes(
 
 @triton.jit
 def normaliser(
-    norms, z, row,
-    ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
+    norms,
+    z,
+    row,
+    ROWS: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """Log of the estimated softmax denominator over the context, in bits, `[M]`."""
     peaks, masses, splits = norms  # [Z, splits, ROWS] twice
     line = tl.arange(0, ROWS_PAD)  # rows without the padding that products of matrices need

@@ -19,9 +19,16 @@ def problem(z, TILES: tl.constexpr):
 
 @triton.jit
 def load_query(
-    query, head, tile, row, batch,
-    GROUP: tl.constexpr, TILE_BATCH: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-):  # fmt: skip
+    query,
+    head,
+    tile,
+    row,
+    batch,
+    GROUP: tl.constexpr,
+    TILE_BATCH: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
     """Rows `[M, D_PAD]` of a problem and whether each exists."""
     queries, batch_stride, head_stride = query  # [B, Hq, 1, D]
     request = tile * TILE_BATCH + row // GROUP
@@ -67,9 +74,17 @@ def nothing(M: tl.constexpr, D_PAD: tl.constexpr):
 
 @triton.jit
 def store_partial(
-    partials, slot, row, exists, peak, mass, acc,
-    ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-):  # fmt: skip
+    partials,
+    slot,
+    row,
+    exists,
+    peak,
+    mass,
+    acc,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
     """Leave an unnormalised sum, its peak and its mass in a slot, for the last kernel."""
     sums, peaks, masses = partials  # [slots, ROWS, D], [slots, ROWS] twice
     at = slot.to(tl.int64) * ROWS + row

@@ -28,9 +28,22 @@ def softmax_step(raw, scale, acc, peak, mass, v):
 
 @triton.jit
 def attend_rows(
-    q, scale, acc, peak, mass, keys, values, list_, first, last, count,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr,
-):  # fmt: skip
+    q,
+    scale,
+    acc,
+    peak,
+    mass,
+    keys,
+    values,
+    list_,
+    first,
+    last,
+    count,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
     """Units `first:last` of the rows of one head in `list_`.
 
     With `PARTIAL` the last of the `count` rows may end inside a unit.
@@ -58,10 +71,26 @@ def attend_rows(
 
 @triton.jit
 def attend_nodes(
-    q, scale, acc, peak, mass, moved, energy, centroids, means, list_, log_sizes, variances,
-    first, last, count,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DIPOLE: tl.constexpr,
-):  # fmt: skip
+    q,
+    scale,
+    acc,
+    peak,
+    mass,
+    moved,
+    energy,
+    centroids,
+    means,
+    list_,
+    log_sizes,
+    variances,
+    first,
+    last,
+    count,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DIPOLE: tl.constexpr,
+):
     """Units `first:last` of one level's dropped nodes; `log_sizes`: how many keys each stands for.
 
     If DIPOLE, `moved` sums their `variances` with the weights of the softmax, `[BLOCK_M]`.
@@ -94,12 +123,29 @@ def attend_nodes(
 
 @triton.jit
 def attend_suffix(
-    q, scale, acc, peak, mass, keys, key_stride, values, value_stride, mask, mask_row_stride,
+    q,
+    scale,
+    acc,
+    peak,
+    mass,
+    keys,
+    key_stride,
+    values,
+    value_stride,
+    mask,
+    mask_row_stride,
     mask_step,
-    row, ok,
-    first, last, rows, suffix,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
+    row,
+    ok,
+    first,
+    last,
+    rows,
+    suffix,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
     """Units `first:last` of the tokens after the context, under their mask."""
     dims = tl.arange(0, BLOCK_D)
     for unit in tl.range(first, last, num_stages=1):  # few: spare shared memory
@@ -121,8 +167,9 @@ def attend_suffix(
 
 
 @triton.jit
-def store_part(partials, slot, acc, peak, mass, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-               BLOCK_M: tl.constexpr):  # fmt: skip
+def store_part(
+    partials, slot, acc, peak, mass, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """Normalised output and log2 mass of one stretch."""
     outputs, log_masses, _ = partials  # [slots, BLOCK_M, DIM], [slots, BLOCK_M]
     at = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -140,14 +187,42 @@ def clip(first, last, start, end):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_kernel(
-    query, context, tokens, suffix_keys, suffix_values, mask, mask_batch_stride, mask_row_stride,
-    mask_step, plan, kept, levels, far, far_alpha, partials, tiles, blocks, rows, suffix, capacity,
-    pass_tiles, scale,
-    HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_M: tl.constexpr,
-    LEVELS: tl.constexpr, CLASSES: tl.constexpr, DIPOLE: tl.constexpr,
-    CAUSAL: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
+    query,
+    context,
+    tokens,
+    suffix_keys,
+    suffix_values,
+    mask,
+    mask_batch_stride,
+    mask_row_stride,
+    mask_step,
+    plan,
+    kept,
+    levels,
+    far,
+    far_alpha,
+    partials,
+    tiles,
+    blocks,
+    rows,
+    suffix,
+    capacity,
+    pass_tiles,
+    scale,
+    HEADS_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_M: tl.constexpr,
+    LEVELS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    DIPOLE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """One program's stretches of the line of units, one in every pass."""
     queries, query_batch_stride, query_head_stride, query_row_stride = query  # [B, Hq, Q, D]
     keys, values = context  # [Hkv, P, D] each
@@ -191,22 +266,65 @@ def attention_kernel(
             first, last, whole = lo, tl.minimum(hi, rows_end), count // BLOCK_N
             rows_here = row_list + wide * capacity
             acc, peak, mass = attend_rows(
-                q, scale, acc, peak, mass, k_head, v_head, rows_here,
-                first, tl.minimum(last, whole), count, DIM, BLOCK_D, BLOCK_N, False,
-            )  # fmt: skip
+                q,
+                scale,
+                acc,
+                peak,
+                mass,
+                k_head,
+                v_head,
+                rows_here,
+                first,
+                tl.minimum(last, whole),
+                count,
+                DIM,
+                BLOCK_D,
+                BLOCK_N,
+                False,
+            )
             acc, peak, mass = attend_rows(
-                q, scale, acc, peak, mass, k_head, v_head, rows_here,
-                tl.maximum(first, whole), last, count, DIM, BLOCK_D, BLOCK_N, True,
-            )  # fmt: skip
+                q,
+                scale,
+                acc,
+                peak,
+                mass,
+                k_head,
+                v_head,
+                rows_here,
+                tl.maximum(first, whole),
+                last,
+                count,
+                DIM,
+                BLOCK_D,
+                BLOCK_N,
+                True,
+            )
             end = tl.load(bound + 1)
             first, last = clip(lo, hi, rows_end, end)
             acc, peak, mass = attend_suffix(
-                q, scale, acc, peak, mass,
-                recent_keys + b.to(tl.int64) * key_batch_stride + h * key_head_stride, key_stride,
+                q,
+                scale,
+                acc,
+                peak,
+                mass,
+                recent_keys + b.to(tl.int64) * key_batch_stride + h * key_head_stride,
+                key_stride,
                 recent_values + b.to(tl.int64) * value_batch_stride + h * value_head_stride,
-                value_stride, mask + b.to(tl.int64) * mask_batch_stride, mask_row_stride,
-                mask_step, row, ok, first, last, rows, suffix, DIM, BLOCK_D, BLOCK_N, CAUSAL,
-            )  # fmt: skip
+                value_stride,
+                mask + b.to(tl.int64) * mask_batch_stride,
+                mask_row_stride,
+                mask_step,
+                row,
+                ok,
+                first,
+                last,
+                rows,
+                suffix,
+                DIM,
+                BLOCK_D,
+                BLOCK_N,
+                CAUSAL,
+            )
             moved = tl.zeros([BLOCK_M], tl.float32)
             energy = moved
             if DIPOLE:
@@ -218,11 +336,26 @@ def attention_kernel(
                 end = tl.load(bound + 2 + level)
                 first, last = clip(lo, hi, start, end)
                 acc, peak, mass, moved = attend_nodes(
-                    q, scale, acc, peak, mass, moved, energy, centroids[level] + head * DIM,
-                    mean_values[level] + head * DIM, dropped[level] + line, log_sizes[level] + line,
-                    variances[level] + line, first, last,
-                    tl.load(dropped_counts[level] + t), DIM, BLOCK_D, BLOCK_N, DIPOLE,
-                )  # fmt: skip
+                    q,
+                    scale,
+                    acc,
+                    peak,
+                    mass,
+                    moved,
+                    energy,
+                    centroids[level] + head * DIM,
+                    mean_values[level] + head * DIM,
+                    dropped[level] + line,
+                    log_sizes[level] + line,
+                    variances[level] + line,
+                    first,
+                    last,
+                    tl.load(dropped_counts[level] + t),
+                    DIM,
+                    BLOCK_D,
+                    BLOCK_N,
+                    DIPOLE,
+                )
             if DIPOLE:
                 slots = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
                 tl.store(partials[2] + slots, moved / tl.where(mass > 0, mass, 1.0))

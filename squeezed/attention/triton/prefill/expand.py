@@ -8,9 +8,20 @@ import triton.language as tl
 
 @triton.jit
 def _write_nodes(
-    dropped, counts, node, log_size, variance, chosen, wide, chunk, chunks, live, capacity,
-    CHUNKS: tl.constexpr, DIPOLE: tl.constexpr,
-):  # fmt: skip
+    dropped,
+    counts,
+    node,
+    log_size,
+    variance,
+    chosen,
+    wide,
+    chunk,
+    chunks,
+    live,
+    capacity,
+    CHUNKS: tl.constexpr,
+    DIPOLE: tl.constexpr,
+):
     """Append the `chosen` nodes to the lists of the tile, and write their length if first."""
     nodes, log_sizes, variances, count = dropped  # [T, capacity] three times, [T]
     other = tl.arange(0, CHUNKS)
@@ -27,11 +38,26 @@ def _write_nodes(
 
 @triton.jit(do_not_specialize=["nodes", "blocks", "chunks", "tiles", "capacity", "pinned"])
 def expand_kernel(
-    level, candidates, state, counts, found, dropped, nodes, blocks, chunks, tiles, capacity,
+    level,
+    candidates,
+    state,
+    counts,
+    found,
+    dropped,
+    nodes,
+    blocks,
+    chunks,
+    tiles,
+    capacity,
     pinned,
-    HEADS_KV: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr, RUN: tl.constexpr,
-    LISTED: tl.constexpr, FAR: tl.constexpr, DIPOLE: tl.constexpr,
-):  # fmt: skip
+    HEADS_KV: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    RUN: tl.constexpr,
+    LISTED: tl.constexpr,
+    FAR: tl.constexpr,
+    DIPOLE: tl.constexpr,
+):
     """Write the members of the kept nodes of one chunk, and the dropped nodes.
 
     Rows `0:pinned`, which every query reads, lead the list.
@@ -75,6 +101,17 @@ def expand_kernel(
         if DIPOLE:
             variances = tl.load(variance + h * nodes + node, mask=fate == 2, other=0.0)
         _write_nodes(
-            dropped, counts + tiles * chunks, node, log_size, variances, fate == 2, wide, chunk,
-            chunks, live, nodes, CHUNKS, DIPOLE,
-        )  # fmt: skip
+            dropped,
+            counts + tiles * chunks,
+            node,
+            log_size,
+            variances,
+            fate == 2,
+            wide,
+            chunk,
+            chunks,
+            live,
+            nodes,
+            CHUNKS,
+            DIPOLE,
+        )

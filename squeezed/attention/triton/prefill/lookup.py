@@ -136,12 +136,25 @@ def _normaliser(
     partial = query.new_empty(sizes.batch, heads, sizes.rows, splits, dtype=torch.float32)
     grid = (row_tiles, splits)
     normaliser_kernel[grid](
-        (query, *query.stride()[:3]), (level.centroids, level.variance, level.key_offsets),
-        alpha_of(rule, 0, query), partial, sizes.rows, level.nodes, splits, share,
-        layer.scale, HEADS=heads, GROUP=sizes.group, DIM=sizes.dim,
-        BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=block_r, BLOCK_C=64,
-        SECOND=rule.alpha is not None, num_warps=4, num_stages=3,
-    )  # fmt: skip
+        (query, *query.stride()[:3]),
+        (level.centroids, level.variance, level.key_offsets),
+        alpha_of(rule, 0, query),
+        partial,
+        sizes.rows,
+        level.nodes,
+        splits,
+        share,
+        layer.scale,
+        HEADS=heads,
+        GROUP=sizes.group,
+        DIM=sizes.dim,
+        BLOCK_D=triton.next_power_of_2(sizes.dim),
+        BLOCK_R=block_r,
+        BLOCK_C=64,
+        SECOND=rule.alpha is not None,
+        num_warps=4,
+        num_stages=3,
+    )
     return partial
 
 
@@ -174,9 +187,12 @@ class _Step:
         return level.centroids, level.variance, level.key_offsets, members
 
     def select(
-        self, query: Tensor, valid: Tensor | None, partial: Tensor,
+        self,
+        query: Tensor,
+        valid: Tensor | None,
+        partial: Tensor,
         candidates: NodeList | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """Fate of every candidate `[T, C]` int8 (1 kept, 2 dropped) and counts `[2, T, chunks]`."""
         level, sizes = self.level, self.sizes
         state = query.new_empty(sizes.tiles, level.nodes, dtype=torch.int8)
@@ -185,17 +201,38 @@ class _Step:
         programs, settings = self._select_programs(query.device)
         spans = min(self.chunks, triton.cdiv(programs, sizes.tiles))
         select_kernel[(sizes.tiles * spans,)](
-            (query, *query.stride()[:3]), query if valid is None else valid, self._level(),
-            alpha_of(self.rule, self.depth, query), partial, _listed(candidates, state), state,
-            counts, sizes.rows, level.nodes, sizes.blocks, self.chunks, sizes.tiles, splits, spans,
-            self.layer.scale, self.rule.log_thresholds[self.depth],
-            HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
-            BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_R=row_tile(sizes.block, query),
-            BLOCK_C=NODES_PER_PROGRAM, SPLITS=triton.next_power_of_2(splits),
-            SECOND=self.rule.alpha is not None, MASKED=valid is not None,
-            LISTED=candidates is not None, FAR=self.rule.far_field != "none", num_stages=2,
+            (query, *query.stride()[:3]),
+            query if valid is None else valid,
+            self._level(),
+            alpha_of(self.rule, self.depth, query),
+            partial,
+            _listed(candidates, state),
+            state,
+            counts,
+            sizes.rows,
+            level.nodes,
+            sizes.blocks,
+            self.chunks,
+            sizes.tiles,
+            splits,
+            spans,
+            self.layer.scale,
+            self.rule.log_thresholds[self.depth],
+            HEADS_KV=sizes.kv_heads,
+            GROUP=sizes.group,
+            BLOCK=sizes.block,
+            DIM=sizes.dim,
+            BLOCK_D=triton.next_power_of_2(sizes.dim),
+            BLOCK_R=row_tile(sizes.block, query),
+            BLOCK_C=NODES_PER_PROGRAM,
+            SPLITS=triton.next_power_of_2(splits),
+            SECOND=self.rule.alpha is not None,
+            MASKED=valid is not None,
+            LISTED=candidates is not None,
+            FAR=self.rule.far_field != "none",
+            num_stages=2,
             **settings,
-        )  # fmt: skip
+        )
         return state, counts
 
     def _select_programs(self, device: torch.device) -> tuple[int, dict[str, int]]:
@@ -220,15 +257,27 @@ class _Step:
         members = _new_list(sizes, capacity, state.device)
         dropped = _new_list(sizes, level.nodes if far else 0, state.device, far, dipole)
         expand_kernel[(sizes.tiles * self.chunks,)](
-            self._level(), _listed(candidates, state), state, counts,
+            self._level(),
+            _listed(candidates, state),
+            state,
+            counts,
             (members.nodes, members.count),
-            (dropped.nodes, dropped.log_size, dropped.variance, dropped.count), level.nodes,
-            sizes.blocks, self.chunks, sizes.tiles, capacity,
+            (dropped.nodes, dropped.log_size, dropped.variance, dropped.count),
+            level.nodes,
+            sizes.blocks,
+            self.chunks,
+            sizes.tiles,
+            capacity,
             self.layer.pinned if leaf else 0,
-            HEADS_KV=sizes.kv_heads, BLOCK_C=NODES_PER_PROGRAM,
-            CHUNKS=triton.next_power_of_2(self.chunks), RUN=8,
-            LISTED=candidates is not None, FAR=far, DIPOLE=dipole, num_warps=4,
-        )  # fmt: skip
+            HEADS_KV=sizes.kv_heads,
+            BLOCK_C=NODES_PER_PROGRAM,
+            CHUNKS=triton.next_power_of_2(self.chunks),
+            RUN=8,
+            LISTED=candidates is not None,
+            FAR=far,
+            DIPOLE=dipole,
+            num_warps=4,
+        )
         return members, dropped
 
 

@@ -25,12 +25,28 @@ LENGTHS = """
 
 @triton.jit(do_not_specialize=["tiles", "blocks", "rows", "suffix", "pinned", "batch"])
 def plan_kernel(
-    plan, keys_read, row_count, dropped_counts, valid_count,
-    tiles, blocks, rows, suffix, pinned, batch,
-    HEADS_KV: tl.constexpr, SPLIT_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    OTHER_N: tl.constexpr, LEVELS: tl.constexpr, CLASSES: tl.constexpr,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
+    plan,
+    keys_read,
+    row_count,
+    dropped_counts,
+    valid_count,
+    tiles,
+    blocks,
+    rows,
+    suffix,
+    pinned,
+    batch,
+    HEADS_KV: tl.constexpr,
+    SPLIT_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OTHER_N: tl.constexpr,
+    LEVELS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """`bounds[w, c]`: first unit after class `c` of tile `w`; `ends[w]`: the same on the line."""
     ends, bounds = plan  # [W], [W, CLASSES]
     done = tl.zeros([], tl.int32)
@@ -100,12 +116,32 @@ def merge_shares(log_mass, more):
 
 @triton.jit(do_not_specialize=["tiles", "blocks", "rows", "programs", "pass_tiles"])
 def combine_kernel(
-    query, slope, output, log_mass, valid, plan, partials,
-    tiles, blocks, rows, programs, pass_tiles, scale,
-    HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
-    CLASSES: tl.constexpr, DIPOLE: tl.constexpr, MASKED: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    query,
+    slope,
+    output,
+    log_mass,
+    valid,
+    plan,
+    partials,
+    tiles,
+    blocks,
+    rows,
+    programs,
+    pass_tiles,
+    scale,
+    HEADS_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLIT_M: tl.constexpr,
+    CLASSES: tl.constexpr,
+    DIPOLE: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Merge all stretches of `BLOCK_R` rows of one tile into output and log mass."""
     queries, batch_stride, head_stride, row_stride = query  # [B, Hq, Q, D]
     ends, bounds = plan  # [W], [W, CLASSES]

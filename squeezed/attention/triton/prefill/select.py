@@ -62,10 +62,23 @@ def _node_sizes(level, nodes, head, node, SECOND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "nodes", "splits", "share"])
 def normaliser_kernel(
-    query, level, alpha, partial, rows, nodes, splits, share, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SECOND: tl.constexpr,
-):  # fmt: skip
+    query,
+    level,
+    alpha,
+    partial,
+    rows,
+    nodes,
+    splits,
+    share,
+    scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SECOND: tl.constexpr,
+):
     """A share of softmax denominators of `BLOCK_R` rows of a head, `partial [B, Hq, Q, splits]`."""
     queries, batch_stride, head_stride, row_stride = query  # [B, Hq, Q, D]
     centroids, _, _ = level  # [Hkv, C, D]
@@ -107,10 +120,26 @@ def _normaliser(partial, line, ok, splits, SPLITS: tl.constexpr):
 
 @triton.jit
 def _query_tile(
-    q_base, row_stride, first, start, valid, alpha, partial, lead, rows, splits, scale, threshold,
-    BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    SPLITS: tl.constexpr, SECOND: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    q_base,
+    row_stride,
+    first,
+    start,
+    valid,
+    alpha,
+    partial,
+    lead,
+    rows,
+    splits,
+    scale,
+    threshold,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SECOND: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Queries `[BLOCK_R, D]` of one head, their energy, and the logit that meets the threshold.
 
     That logit is infinite for rows outside the block and for padding: they keep nothing.
@@ -146,12 +175,36 @@ def _store_sum(target, values, BLOCK_C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "nodes", "blocks", "chunks", "tiles", "splits", "spans"])
 def select_kernel(
-    query, valid, level, alpha, partial, candidates, state, counts, rows, nodes, blocks, chunks,
-    tiles, splits, spans, scale, thresholds,
-    HEADS_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
-    SECOND: tl.constexpr, MASKED: tl.constexpr, LISTED: tl.constexpr, FAR: tl.constexpr,
-):  # fmt: skip
+    query,
+    valid,
+    level,
+    alpha,
+    partial,
+    candidates,
+    state,
+    counts,
+    rows,
+    nodes,
+    blocks,
+    chunks,
+    tiles,
+    splits,
+    spans,
+    scale,
+    thresholds,
+    HEADS_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SECOND: tl.constexpr,
+    MASKED: tl.constexpr,
+    LISTED: tl.constexpr,
+    FAR: tl.constexpr,
+):
     """Keep or drop every `spans`-th chunk of one tile's candidates; count what becomes of them.
 
     The mean score of a block exceeds the threshold T when the scores over T add up to more than the
@@ -171,10 +224,26 @@ def select_kernel(
     mine = valid + b.to(tl.int64) * rows
     threshold = tl.maximum(tl.load(thresholds + h) * LOG2E, LOWEST)
     q, energy, bar, ok = _query_tile(
-        q_base, row_stride, first, 0, mine, tl.load(alpha + h * GROUP) if SECOND else 0.0,
-        partial, lead,
-        rows, splits, scale, threshold, BLOCK, DIM, BLOCK_D, BLOCK_R, SPLITS, SECOND, MASKED,
-    )  # fmt: skip
+        q_base,
+        row_stride,
+        first,
+        0,
+        mine,
+        tl.load(alpha + h * GROUP) if SECOND else 0.0,
+        partial,
+        lead,
+        rows,
+        splits,
+        scale,
+        threshold,
+        BLOCK,
+        DIM,
+        BLOCK_D,
+        BLOCK_R,
+        SPLITS,
+        SECOND,
+        MASKED,
+    )
     count = tl.sum(ok.to(tl.int32), 0)
     node = span * BLOCK_C + lane
     if LISTED:
@@ -199,11 +268,30 @@ def select_kernel(
             wanted = _weights(q, energy, bar, c, variances, scale) > count
         else:
             wanted, count = _any_head(
-                q_base, head_stride, row_stride, first, mine, alpha + h * GROUP, partial, lead, c,
-                variances, rows,
-                splits, scale, threshold, GROUP, BLOCK, DIM, BLOCK_D, BLOCK_R, BLOCK_C, SPLITS,
-                SECOND, MASKED,
-            )  # fmt: skip
+                q_base,
+                head_stride,
+                row_stride,
+                first,
+                mine,
+                alpha + h * GROUP,
+                partial,
+                lead,
+                c,
+                variances,
+                rows,
+                splits,
+                scale,
+                threshold,
+                GROUP,
+                BLOCK,
+                DIM,
+                BLOCK_D,
+                BLOCK_R,
+                BLOCK_C,
+                SPLITS,
+                SECOND,
+                MASKED,
+            )
         kept = wanted & there
         dropped = there & ~kept
         fate = tl.where(kept, 1, tl.where(dropped, 2, 0))
@@ -219,12 +307,30 @@ def select_kernel(
 
 @triton.jit
 def _any_head(
-    q_base, head_stride, row_stride, first, valid, alpha, partial, lead, nodes_tile, variance,
-    rows, splits, scale, threshold,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr, SECOND: tl.constexpr,
+    q_base,
+    head_stride,
+    row_stride,
+    first,
+    valid,
+    alpha,
+    partial,
+    lead,
+    nodes_tile,
+    variance,
+    rows,
+    splits,
+    scale,
+    threshold,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SECOND: tl.constexpr,
     MASKED: tl.constexpr,
-):  # fmt: skip
+):
     """Whether any head of the group wants each node, `[BLOCK_C]`, and the block's valid rows."""
     wanted = tl.zeros([BLOCK_C], tl.int32)
     count = 0
@@ -233,10 +339,26 @@ def _any_head(
         count = 0
         for start in range(0, BLOCK, BLOCK_R):
             q, energy, bar, ok = _query_tile(
-                q_base + g * head_stride, row_stride, first, start, valid,
-                tl.load(alpha + g) if SECOND else 0.0, partial, lead + g * rows, rows, splits,
-                scale, threshold, BLOCK, DIM, BLOCK_D, BLOCK_R, SPLITS, SECOND, MASKED,
-            )  # fmt: skip
+                q_base + g * head_stride,
+                row_stride,
+                first,
+                start,
+                valid,
+                tl.load(alpha + g) if SECOND else 0.0,
+                partial,
+                lead + g * rows,
+                rows,
+                splits,
+                scale,
+                threshold,
+                BLOCK,
+                DIM,
+                BLOCK_D,
+                BLOCK_R,
+                SPLITS,
+                SECOND,
+                MASKED,
+            )
             total += _weights(q, energy, bar, nodes_tile, variance, scale)
             count += tl.sum(ok.to(tl.int32), 0)
         wanted = wanted | (total > count).to(tl.int32)

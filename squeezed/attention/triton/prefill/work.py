@@ -100,15 +100,29 @@ class Work:
         keys_read = torch.empty(sizes.batch, dtype=torch.int64, device=device)
         found = self.found
         plan_kernel[(1,)](
-            (ends, bounds), keys_read, found.rows.count,
+            (ends, bounds),
+            keys_read,
+            found.rows.count,
             tuple(gone.count for gone in found.dropped),
             ends if valid is None else _valid_per_block(valid, sizes),
-            sizes.tiles, sizes.blocks, sizes.rows, _tokens(suffix), self.layer.pinned, sizes.batch,
-            HEADS_KV=sizes.kv_heads, SPLIT_M=self.split_m, BLOCK=sizes.block,
-            BLOCK_N=self.tile.keys, OTHER_N=self.tile.others or self.tile.keys,
-            LEVELS=self.far_levels, CLASSES=self.classes,
-            MASKED=valid is not None, CAUSAL=_is_causal(suffix), STEP=1024, num_warps=8,
-        )  # fmt: skip
+            sizes.tiles,
+            sizes.blocks,
+            sizes.rows,
+            _tokens(suffix),
+            self.layer.pinned,
+            sizes.batch,
+            HEADS_KV=sizes.kv_heads,
+            SPLIT_M=self.split_m,
+            BLOCK=sizes.block,
+            BLOCK_N=self.tile.keys,
+            OTHER_N=self.tile.others or self.tile.keys,
+            LEVELS=self.far_levels,
+            CLASSES=self.classes,
+            MASKED=valid is not None,
+            CAUSAL=_is_causal(suffix),
+            STEP=1024,
+            num_warps=8,
+        )
         return ends, bounds, keys_read
 
     def attend_lists(
@@ -129,19 +143,41 @@ class Work:
             keys, values = map(aligned, (keys, values))
         kernel, settings = self._kernel(query)
         kernel[(self.programs,)](
-            (query, *query.stride()[:3]), layer.rows.plain(), layer.tokens,
-            (keys, *keys.stride()[:3]), (values, *values.stride()[:3]), mask, *mask_strides,
-            (ends, bounds), (found.nodes, found.count),
+            (query, *query.stride()[:3]),
+            layer.rows.plain(),
+            layer.tokens,
+            (keys, *keys.stride()[:3]),
+            (values, *values.stride()[:3]),
+            mask,
+            *mask_strides,
+            (ends, bounds),
+            (found.nodes, found.count),
             _by_field(levels, "centroids", "mean_values", "nodes"),
             _by_field(dropped, "nodes", "log_size", "variance", "count"),
-            self.rule.far_alpha if self.dipole else query, partials,
-            sizes.tiles, sizes.blocks, sizes.rows, _tokens(suffix), found.nodes.stride(0),
-            self.pass_tiles, layer.scale * LOG2E,
-            HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
-            BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT_M=self.split_m, LEVELS=self.far_levels,
-            CLASSES=self.classes, DIPOLE=self.dipole, CAUSAL=_is_causal(suffix), STEP=512,
-            num_warps=tile.warps, **settings,
-        )  # fmt: skip
+            self.rule.far_alpha if self.dipole else query,
+            partials,
+            sizes.tiles,
+            sizes.blocks,
+            sizes.rows,
+            _tokens(suffix),
+            found.nodes.stride(0),
+            self.pass_tiles,
+            layer.scale * LOG2E,
+            HEADS_KV=sizes.kv_heads,
+            GROUP=sizes.group,
+            BLOCK=sizes.block,
+            DIM=sizes.dim,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.keys,
+            SPLIT_M=self.split_m,
+            LEVELS=self.far_levels,
+            CLASSES=self.classes,
+            DIPOLE=self.dipole,
+            CAUSAL=_is_causal(suffix),
+            STEP=512,
+            num_warps=tile.warps,
+            **settings,
+        )
         return partials
 
     def _kernel(self, query: Tensor) -> tuple[triton.JITFunction, dict[str, int]]:
@@ -175,15 +211,33 @@ class Work:
         log_mass = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         grid = (sizes.tiles * self.split_m, triton.cdiv(tile.rows, 16))
         combine_kernel[grid](
-            (query, *query.stride()[:3]), self.layer.value_slope, output, log_mass,
-            ends if valid is None else valid, (ends, bounds), partials, sizes.tiles,
-            sizes.blocks, sizes.rows, self.programs, self.pass_tiles, self.layer.scale,
-            HEADS_KV=sizes.kv_heads, GROUP=sizes.group, BLOCK=sizes.block, DIM=sizes.dim,
-            BLOCK_D=triton.next_power_of_2(sizes.dim), BLOCK_M=tile.rows, BLOCK_R=16,
-            SPLIT_M=self.split_m, CLASSES=self.classes, DIPOLE=self.dipole,
-            MASKED=valid is not None, BLOCK_K=min(128, triton.next_power_of_2(sizes.dim)),
+            (query, *query.stride()[:3]),
+            self.layer.value_slope,
+            output,
+            log_mass,
+            ends if valid is None else valid,
+            (ends, bounds),
+            partials,
+            sizes.tiles,
+            sizes.blocks,
+            sizes.rows,
+            self.programs,
+            self.pass_tiles,
+            self.layer.scale,
+            HEADS_KV=sizes.kv_heads,
+            GROUP=sizes.group,
+            BLOCK=sizes.block,
+            DIM=sizes.dim,
+            BLOCK_D=triton.next_power_of_2(sizes.dim),
+            BLOCK_M=tile.rows,
+            BLOCK_R=16,
+            SPLIT_M=self.split_m,
+            CLASSES=self.classes,
+            DIPOLE=self.dipole,
+            MASKED=valid is not None,
+            BLOCK_K=min(128, triton.next_power_of_2(sizes.dim)),
             num_warps=4,
-        )  # fmt: skip
+        )
         return output, log_mass
 
 

@@ -28,9 +28,21 @@ def score_layout(block_n):
 
 @gluon.jit
 def see(
-    raw, unit, scale, count, row, limit, mask, mask_step, energy, size_line, variance_line,
-    BLOCK_N: gl.constexpr, KIND: gl.constexpr, LAST: gl.constexpr,
-):  # fmt: skip
+    raw,
+    unit,
+    scale,
+    count,
+    row,
+    limit,
+    mask,
+    mask_step,
+    energy,
+    size_line,
+    variance_line,
+    BLOCK_N: gl.constexpr,
+    KIND: gl.constexpr,
+    LAST: gl.constexpr,
+):
     """`raw` of one unit with what its class adds, `-inf` where a row sees nothing."""
     columns: gl.constexpr = gl.SliceLayout(0, score_layout(BLOCK_N))
     at = unit * BLOCK_N + gl.arange(0, BLOCK_N, columns)
@@ -51,8 +63,7 @@ def see(
 
 
 @gluon.jit
-def weigh(raw, scale, peak, mass, moved, variance_line, BLOCK_N: gl.constexpr,
-          KIND: gl.constexpr):  # fmt: skip
+def weigh(raw, scale, peak, mass, moved, variance_line, BLOCK_N: gl.constexpr, KIND: gl.constexpr):
     """Weights of one unit in a running softmax, and by how much older weights shrink."""
     new = gl.maximum(peak, gl.max(raw, 1) * scale)
     base = gl.where(new == NEG_INF, 0.0, new)
@@ -67,10 +78,27 @@ def weigh(raw, scale, peak, mass, moved, variance_line, BLOCK_N: gl.constexpr,
 
 @gluon.jit
 def attend_class(
-    step, q, acc, peak, mass, moved, scale, count, first, last,
-    rings, row, limit, mask, mask_step, energy,
-    DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr,
-):  # fmt: skip
+    step,
+    q,
+    acc,
+    peak,
+    mass,
+    moved,
+    scale,
+    count,
+    first,
+    last,
+    rings,
+    row,
+    limit,
+    mask,
+    mask_step,
+    energy,
+    DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    KIND: gl.constexpr,
+):
     """Attend to units `last - 1` to `first` of a class; returns the next step and the state."""
     k_ring, v_ring, size_ring, variance_ring, full, empty = rings
     M: gl.constexpr = q.shape[0]
@@ -87,10 +115,21 @@ def attend_class(
         raw = warpgroup_mma_wait(0, [keys_product])
         size_line, variance_line = size_ring.index(slot), variance_ring.index(slot)
         raw = see(
-            raw, last - 1, scale, count, row, limit, mask, mask_step, energy, size_line,
+            raw,
+            last - 1,
+            scale,
+            count,
+            row,
+            limit,
+            mask,
+            mask_step,
+            energy,
+            size_line,
             variance_line,
-            BLOCK_N, KIND, True,
-        )  # fmt: skip
+            BLOCK_N,
+            KIND,
+            True,
+        )
         weights, shrink, peak, mass, moved = weigh(
             raw, scale, peak, mass, moved, variance_line, BLOCK_N, KIND
         )
@@ -108,9 +147,21 @@ def attend_class(
             raw = warpgroup_mma_wait(1, [keys_product])
             size_line, variance_line = size_ring.index(slot), variance_ring.index(slot)
             raw = see(
-                raw, last - 1 - i, scale, count, row, limit, mask, mask_step, energy, size_line,
-                variance_line, BLOCK_N, KIND, False,
-            )  # fmt: skip
+                raw,
+                last - 1 - i,
+                scale,
+                count,
+                row,
+                limit,
+                mask,
+                mask_step,
+                energy,
+                size_line,
+                variance_line,
+                BLOCK_N,
+                KIND,
+                False,
+            )
             weights, shrink, peak, mass, moved = weigh(
                 raw, scale, peak, mass, moved, variance_line, BLOCK_N, KIND
             )
@@ -134,14 +185,38 @@ def attend_class(
 
 @gluon.jit
 def attender(
-    query, mask, mask_step, plan, row_count, dropped_counts, far_alpha, partials, spans, blocks,
-    rows, suffix,
-    pass_tiles, scale, q_smem, rings,
-    HALF: gl.constexpr, HEADS_KV: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr,
-    DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, OTHER_N: gl.constexpr,
-    SPLIT_M: gl.constexpr, STAGES: gl.constexpr, LEVELS: gl.constexpr, CLASSES: gl.constexpr,
-    SUFFIX: gl.constexpr, FAR: gl.constexpr, STEP: gl.constexpr,
-):  # fmt: skip
+    query,
+    mask,
+    mask_step,
+    plan,
+    row_count,
+    dropped_counts,
+    far_alpha,
+    partials,
+    spans,
+    blocks,
+    rows,
+    suffix,
+    pass_tiles,
+    scale,
+    q_smem,
+    rings,
+    HALF: gl.constexpr,
+    HEADS_KV: gl.constexpr,
+    GROUP: gl.constexpr,
+    BLOCK: gl.constexpr,
+    DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    OTHER_N: gl.constexpr,
+    SPLIT_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    LEVELS: gl.constexpr,
+    CLASSES: gl.constexpr,
+    SUFFIX: gl.constexpr,
+    FAR: gl.constexpr,
+    STEP: gl.constexpr,
+):
     """The warps that attend with half of the query rows of every tile."""
     queries, batch_stride, head_stride, row_stride = query  # [B, Hq, Q, D]
     bits, mask_batch_stride, mask_row_stride = mask  # [B, 1, Q, S]
@@ -192,28 +267,80 @@ def attender(
             mass = gl.zeros([M], gl.float32, by_row)
             first, last = class_part(lo, hi, 0, class_end)
             step, acc, peak, mass, moved = attend_class(
-                step, q_mine, acc, peak, mass, moved, scale, count, first, last,
-                rings, row, limit, all_bits, mask_step, energy, DIM, BLOCK_N, STAGES, ROWS,
-            )  # fmt: skip
+                step,
+                q_mine,
+                acc,
+                peak,
+                mass,
+                moved,
+                scale,
+                count,
+                first,
+                last,
+                rings,
+                row,
+                limit,
+                all_bits,
+                mask_step,
+                energy,
+                DIM,
+                BLOCK_N,
+                STAGES,
+                ROWS,
+            )
             peak, mass = gl.convert_layout(peak, by_other), gl.convert_layout(mass, by_other)
             start = class_end
             class_end = gl.load(bounds + w * CLASSES + 1)
             first, last = class_part(lo, hi, start, class_end)
             step, acc, peak, mass, moved = attend_class(
-                step, q_mine, acc, peak, mass, moved, scale, suffix, first, last,
-                rings, row, limit, (bits + b * mask_batch_stride, mask_row_stride), mask_step,
+                step,
+                q_mine,
+                acc,
+                peak,
+                mass,
+                moved,
+                scale,
+                suffix,
+                first,
+                last,
+                rings,
+                row,
+                limit,
+                (bits + b * mask_batch_stride, mask_row_stride),
+                mask_step,
                 energy,
-                DIM, OTHER_N, STAGES, SUFFIX,
-            )  # fmt: skip
+                DIM,
+                OTHER_N,
+                STAGES,
+                SUFFIX,
+            )
             for level in gl.static_range(LEVELS):
                 start = class_end
                 class_end = gl.load(bounds + w * CLASSES + 2 + level)
                 count = gl.load(dropped_counts[level] + t)
                 first, last = class_part(lo, hi, start, class_end)
                 step, acc, peak, mass, moved = attend_class(
-                    step, q_mine, acc, peak, mass, moved, scale, count, first, last,
-                    rings, row, limit, all_bits, mask_step, energy, DIM, OTHER_N, STAGES, FAR,
-                )  # fmt: skip
+                    step,
+                    q_mine,
+                    acc,
+                    peak,
+                    mass,
+                    moved,
+                    scale,
+                    count,
+                    first,
+                    last,
+                    rings,
+                    row,
+                    limit,
+                    all_bits,
+                    mask_step,
+                    energy,
+                    DIM,
+                    OTHER_N,
+                    STAGES,
+                    FAR,
+                )
             norm = gl.where(mass > 0, mass, 1.0)
             acc = acc / gl.convert_layout(norm, by_out)[:, None]
             slots = (number * programs + pid + w).to(gl.int64) * BLOCK_M + HALF * M

@@ -11,8 +11,9 @@ from squeezed.attention.triton.prefill.hopper.stretch import ROLE, class_part, s
 
 
 @gluon.jit
-def rows_of(list_, unit, first, count, BLOCK_N: gl.constexpr, LISTED: gl.constexpr,
-            lane: gl.constexpr):  # fmt: skip
+def rows_of(
+    list_, unit, first, count, BLOCK_N: gl.constexpr, LISTED: gl.constexpr, lane: gl.constexpr
+):
     """Row numbers of a unit, those beyond `count` and of units before `first` being any."""
     row = gl.maximum(unit, first) * BLOCK_N + gl.arange(0, BLOCK_N, lane)
     inside = row < count
@@ -40,11 +41,25 @@ def fetch_line(place, line, unit, count, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def gather_class(
-    step, keys, key_stride, values, value_stride, list_, log_sizes, variances, count, first, last,
+    step,
+    keys,
+    key_stride,
+    values,
+    value_stride,
+    list_,
+    log_sizes,
+    variances,
+    count,
+    first,
+    last,
     rings,
-    DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, LISTED: gl.constexpr,
-    FAR: gl.constexpr, DIPOLE: gl.constexpr,
-):  # fmt: skip
+    DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    LISTED: gl.constexpr,
+    FAR: gl.constexpr,
+    DIPOLE: gl.constexpr,
+):
     """Feed the rows of units `last - 1` to `first` to the ring; returns the next step."""
     k_ring, v_ring, size_ring, variance_ring, full, empty = rings
     gather: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [ROLE, 1], [1, 0])
@@ -71,12 +86,31 @@ def gather_class(
 
 @gluon.jit
 def gatherer(
-    context, tokens, suffix_keys, suffix_values, plan, kept, levels, far, spans, blocks, suffix,
-    capacity, pass_tiles, rings,
-    HEADS_KV: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr, OTHER_N: gl.constexpr,
-    SPLIT_M: gl.constexpr, STAGES: gl.constexpr, LEVELS: gl.constexpr, CLASSES: gl.constexpr,
-    DIPOLE: gl.constexpr, STEP: gl.constexpr,
-):  # fmt: skip
+    context,
+    tokens,
+    suffix_keys,
+    suffix_values,
+    plan,
+    kept,
+    levels,
+    far,
+    spans,
+    blocks,
+    suffix,
+    capacity,
+    pass_tiles,
+    rings,
+    HEADS_KV: gl.constexpr,
+    DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    OTHER_N: gl.constexpr,
+    SPLIT_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    LEVELS: gl.constexpr,
+    CLASSES: gl.constexpr,
+    DIPOLE: gl.constexpr,
+    STEP: gl.constexpr,
+):
     """The warps that copy: every class of every tile, in the order in which it is attended to."""
     keys, values = context  # [Hkv, P, D] each
     recent_keys, key_batch_stride, key_head_stride, key_stride = suffix_keys  # [B, Hkv, S, D]
@@ -97,27 +131,70 @@ def gatherer(
             class_end = gl.load(bounds + w * CLASSES)
             first, last = class_part(lo, hi, 0, class_end)
             step = gather_class(
-                step, keys + h * tokens * DIM, DIM, values + h * tokens * DIM, DIM,
-                row_list + wide * capacity, ends, ends, gl.load(row_count + t), first, last,
-                rings, DIM, BLOCK_N, STAGES, True, False, False,
-            )  # fmt: skip
+                step,
+                keys + h * tokens * DIM,
+                DIM,
+                values + h * tokens * DIM,
+                DIM,
+                row_list + wide * capacity,
+                ends,
+                ends,
+                gl.load(row_count + t),
+                first,
+                last,
+                rings,
+                DIM,
+                BLOCK_N,
+                STAGES,
+                True,
+                False,
+                False,
+            )
             start = class_end
             class_end = gl.load(bounds + w * CLASSES + 1)
             first, last = class_part(lo, hi, start, class_end)
             step = gather_class(
-                step, recent_keys + b * key_batch_stride + h * key_head_stride, key_stride,
-                recent_values + b * value_batch_stride + h * value_head_stride, value_stride,
-                row_list, ends, ends, suffix, first, last,
-                rings, DIM, OTHER_N, STAGES, False, False, False,
-            )  # fmt: skip
+                step,
+                recent_keys + b * key_batch_stride + h * key_head_stride,
+                key_stride,
+                recent_values + b * value_batch_stride + h * value_head_stride,
+                value_stride,
+                row_list,
+                ends,
+                ends,
+                suffix,
+                first,
+                last,
+                rings,
+                DIM,
+                OTHER_N,
+                STAGES,
+                False,
+                False,
+                False,
+            )
             for level in gl.static_range(LEVELS):
                 head, line = h * nodes[level] * DIM, wide * nodes[level]
                 start = class_end
                 class_end = gl.load(bounds + w * CLASSES + 2 + level)
                 first, last = class_part(lo, hi, start, class_end)
                 step = gather_class(
-                    step, centroids[level] + head, DIM, mean_values[level] + head, DIM,
-                    dropped[level] + line, log_sizes[level] + line, variances[level] + line,
-                    gl.load(dropped_counts[level] + t), first, last,
-                    rings, DIM, OTHER_N, STAGES, True, True, DIPOLE,
-                )  # fmt: skip
+                    step,
+                    centroids[level] + head,
+                    DIM,
+                    mean_values[level] + head,
+                    DIM,
+                    dropped[level] + line,
+                    log_sizes[level] + line,
+                    variances[level] + line,
+                    gl.load(dropped_counts[level] + t),
+                    first,
+                    last,
+                    rings,
+                    DIM,
+                    OTHER_N,
+                    STAGES,
+                    True,
+                    True,
+                    DIPOLE,
+                )
