@@ -117,8 +117,7 @@ def answer_errors(app: FastAPI) -> None:
 def of_validation(error: RequestValidationError) -> Refusal:
     """The first thing that is wrong with a body."""
     found = error.errors()[0]
-    place = [str(part) for part in found["loc"] if part not in ("body", "query", "path")]
-    name = ".".join(place) if not str(found["loc"][-1]).isdigit() or len(place) > 1 else ""
+    name = ".".join(str(part) for part in found["loc"] if part not in ("body", "query", "path"))
     if found["type"] == "extra_forbidden":
         message = f"{shown(name)}: this field is not supported here; leave it out"
         return Refusal(400, message, shown(name), "unsupported_field")
