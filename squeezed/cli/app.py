@@ -19,7 +19,7 @@ COMMANDS = {
     "inspect": ("squeezed.cli.inspect:inspect", "Show what a context holds and reads."),
     "plan": ("squeezed.cli.plan:plan", "Work out what a context would cost, without running."),
     "demo": ("squeezed.cli.demo:demo", "Ask three questions about a real document, twice."),
-    "serve": ("squeezed.cli.serve:serve", "Serve a model over contexts: OpenAI's routes, jobs."),
+    "serve": ("squeezed.cli.serve:app", "Serve a model over contexts: OpenAI's routes, jobs."),
     "vllm": ("squeezed.cli.vllm:app", "Serve a model by vLLM, over saved contexts."),
     "eval": ("squeezed.cli.eval:app", "Measure accuracy against dense attention."),
     "bench": ("squeezed.cli.bench:app", "Measure speed against dense attention."),

@@ -54,6 +54,7 @@ def create_app(settings: ServerSettings, make_engine: MakeEngine) -> tuple[FastA
         redoc_url=None,
         lifespan=life,
     )
+    app.state.keys = keys
     answer_errors(app)
     for module in (answers, contexts, status):
         app.include_router(module.router)

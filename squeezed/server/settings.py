@@ -39,7 +39,7 @@ class ServerSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address; all but loopback need an API key file.")
     port: int = Field(8000, ge=0, le=65535, description="Port; 0 takes a free one.")
     api_key_file: Path | None = Field(None, description="File of keys, one a line.")
-    engine: Literal["local"] = Field("local", description="local: Transformers.")
+    engine: Literal["local", "vllm"] = Field("local", description="local or vllm.")
     budget: float = Field(DEFAULT_BUDGET, gt=0, le=1, description="Share of keys read; 1 is dense.")
     preset: str = Field(BEST.name, description="best or paper.")
     implementation: str = Field("auto", description="auto, reference, cpu or triton.")

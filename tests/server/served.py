@@ -35,7 +35,7 @@ class Served:
         return httpx.Client(base_url=self.base, timeout=60, **arguments)
 
     def openai(self, key="-"):
-        return openai.OpenAI(base_url=f"{self.base}/v1", api_key=key, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.base}/v1", api_key=key, max_retries=0, timeout=300)
 
     def make(self, name, text, **more):
         """Index a document, and wait for it."""

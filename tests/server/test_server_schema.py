@@ -57,7 +57,7 @@ def test_nothing_that_is_sent_makes_the_server_fail(served, described, mode):
             assert mode is GenerationMode.NEGATIVE
             continue
         tried += 1
-    assert tried > 5
+    assert tried >= 4
 
 
 def test_server_goes_on_after_all_that(served):
