@@ -55,7 +55,7 @@ vllm: $(INSTALLED)
 oldest newest:
 	test -x build/$@/bin/python || $(PYTHON) -m venv build/$@
 	build/$@/bin/python -m pip install --quiet --constraint constraints-$@.txt torch
-	build/$@/bin/python -m pip install --quiet --constraint constraints-$@.txt --editable ".[dev,eval]"
+	build/$@/bin/python -m pip install --quiet --constraint constraints-$@.txt --editable ".[dev,eval,server]"
 	OMP_NUM_THREADS=1 build/$@/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
 
 format: $(INSTALLED)
@@ -70,7 +70,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt torch
 	@# a CUDA build of torch brought its own Triton; for a CPU build the tests' interpreter needs one
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install "triton==3.6.0"
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,eval]"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,eval,server]"
 	touch $@
 
 clean:

@@ -45,12 +45,12 @@ class Metrics:
         self._own = own
 
     @contextmanager
-    def asking(self, route: str, ask: Ask) -> Iterator[None]:
+    def asking(self, ask: Ask) -> Iterator[None]:
         """Count what is refused before it begins."""
         try:
             yield
         except BaseException as error:
-            self.requests.labels(route, ended_by(error)).inc()
+            self.requests.labels(route_of(ask), ended_by(error)).inc()
             raise
 
     def answering(self, ask: Ask) -> Watch:
@@ -76,7 +76,7 @@ class Watch:
 
     def __init__(self, metrics: Metrics, ask: Ask) -> None:
         self.metrics, self.ask = metrics, ask
-        self.route = "chat" if ask.id.startswith("chat") else "text"
+        self.route = route_of(ask)
         self.started, self.first, self.outcome = time.perf_counter(), 0.0, ""
 
     def saw(self, piece: Piece | Ended) -> None:
@@ -105,6 +105,11 @@ class Watch:
     def end(self) -> None:
         if self.outcome or self.first:
             self.metrics.requests.labels(self.route, self.outcome or "left").inc()
+
+
+def route_of(ask: Ask) -> str:
+    """`chat`, `text` or `responses`, as a label."""
+    return {"chatcmpl": "chat", "cmpl": "text"}.get(ask.id.partition("-")[0], "responses")
 
 
 def ended_by(error: BaseException) -> str:

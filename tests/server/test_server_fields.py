@@ -299,3 +299,27 @@ def test_errors_reach_openais_client_as_its_own(served):
     with pytest.raises(openai.BadRequestError) as refused:
         served.openai().chat.completions.create(**ASK, n=2)
     assert refused.value.param == "n" and refused.value.code == "unsupported_field"
+
+
+def test_responses_are_the_chats_answers_whole_and_as_events(served):
+    expected = text(answered(served, messages=[
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is alpha?"}
+    ]))  # fmt: skip
+    client = served.openai()
+    asked = {
+        "model": "tiny", "input": "What is alpha?", "instructions": "Be brief.",
+        "max_output_tokens": 8, "extra_body": {"context": "one"},
+    }  # fmt: skip
+    whole = client.responses.create(**asked)
+    assert whole.output_text == expected and whole.squeezed["context"] == "one"
+    assert whole.status == "incomplete" and whole.incomplete_details.reason == "max_output_tokens"
+    assert whole.usage.input_tokens_details.cached_tokens == 601
+    with client.responses.stream(**asked) as stream:
+        pieces = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(pieces) == expected and len(pieces) > 2
+    parts = [{"role": "user", "content": [{"type": "input_text", "text": "What is alpha?"}]}]
+    assert client.responses.create(**asked | {"input": parts}).output_text == expected
+    for field in ({"previous_response_id": "resp_1"}, {"store": True}, {"tools": [{"type": "x"}]}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.responses.create(**asked, **field)
+        assert refused.value.param == next(iter(field))

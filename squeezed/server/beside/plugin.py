@@ -18,7 +18,7 @@ from squeezed.server.guard import App, Guard, Receive, Scope, Send
 from squeezed.server.settings import ServerSettings
 
 NAME = "squeezed_server"
-ANSWERS = ("/v1/chat/completions", "/v1/completions")
+ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 OWN_FIELDS = ("context", "budget", "preset", "squeezed")
 OWN_PATHS = ("/", "/ready", "/v1/contexts", "/v1/jobs")
 OWN_PREFIXES = ("/page/", "/v1/contexts/", "/v1/jobs/")

@@ -15,9 +15,10 @@ from squeezed.server.port import Ask, Ended, Piece, TokenSaid
 from squeezed.server.prompts import Prompt
 from squeezed.server.refusals import Refusal, refusal_of
 from squeezed.server.routes.state import Json, Server, log, server_of, while_there
-from squeezed.server.wire.fields import Generation
+from squeezed.server.wire.fields import Answering, Generation
 from squeezed.server.wire.replies import ChatShape, Shape, TextShape, event
-from squeezed.server.wire.requests import ChatRequest, CompletionRequest
+from squeezed.server.wire.requests import ChatRequest, CompletionRequest, ResponsesRequest
+from squeezed.server.wire.responses import ResponseShape
 
 router = APIRouter()
 
@@ -34,7 +35,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     said = [(message.role, message.text) for message in body.messages]
     prompt = server.prompts.chat(said, body.context)
     shape = ChatShape(f"chatcmpl-{uuid4().hex}", server.settings.name)
-    ask = asked(server, body, prompt, body.longest, body.told_logprobs, shape.id)
+    ask = asked(server, body, prompt, shape.id)
     return await Reply(server, request, ask, shape, body).given()
 
 
@@ -45,20 +46,23 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     prompt = body.prompt if isinstance(body.prompt, str) else [int(t) for t in body.prompt]  # type: ignore[arg-type]
     found = server.prompts.text(prompt, body.context)
     shape = TextShape(f"cmpl-{uuid4().hex}", server.settings.name)
-    ask = asked(server, body, found, body.longest, body.told_logprobs, shape.id)
+    ask = asked(server, body, found, shape.id)
     return await Reply(server, request, ask, shape, body).given()
 
 
-def asked(
-    server: Server,
-    body: Generation,
-    prompt: Prompt,
-    longest: int | None,
-    logprobs: int | None,
-    id: str,
-) -> Ask:
+@router.post("/v1/responses")
+async def respond(body: ResponsesRequest, request: Request) -> Response:
+    """Answer a conversation that is sent whole: nothing is stored here."""
+    server = server_of(request)
+    prompt = server.prompts.chat(body.said, body.context)
+    shape = ResponseShape(f"resp_{uuid4().hex}", server.settings.name, body)
+    ask = asked(server, body, prompt, shape.id)
+    return await Reply(server, request, ask, shape, body).given()
+
+
+def asked(server: Server, body: Answering, prompt: Prompt, id: str) -> Ask:
     """The request as the engine takes it; raises `Refusal` for what passes a limit."""
-    settings = server.settings
+    settings, longest = server.settings, body.longest
     if server.closing:
         raise Refusal(503, "the server is about to end", None, "closing", 10)
     if body.model != settings.name:
@@ -96,7 +100,7 @@ def asked(
         id=id,
         entry=prompt.entry,
         ids=prompt.ids,
-        sampling=body.sampling(longest or _fitting(server, prompt), logprobs),
+        sampling=body.sampling(longest or _fitting(server, prompt)),
         asking=asking,
         passages=telling.passages or telling.tokens,
         per_token=telling.tokens,
@@ -121,15 +125,14 @@ class Reply:
     request: Request
     ask: Ask
     shape: Shape
-    body: Generation
+    body: Answering
 
     @property
     def told(self) -> bool:
         return self.ask.sampling.logprobs is not None
 
     async def given(self) -> Response:
-        kind = "chat" if isinstance(self.shape, ChatShape) else "text"
-        with self.server.metrics.asking(kind, self.ask):
+        with self.server.metrics.asking(self.ask):
             pieces = self._measured()
             try:
                 first = await while_there(self.request, anext(pieces))
@@ -172,18 +175,19 @@ class Reply:
         return self.shape.whole("".join(texts), said, ended, self.told)
 
     async def _events(self, first: Piece | Ended, pieces: Said) -> AsyncGenerator[bytes, None]:
-        options = self.body.stream_options
+        counted = isinstance(self.body, Generation) and self.body.counts_usage
+        texts = []
         try:
-            if (opening := self.shape.first()) is not None:
-                yield event(opening)
+            for chunk in self.shape.first():
+                yield event(chunk)
             async for piece in _again(first, pieces):
                 if isinstance(piece, Piece):
-                    yield event(self.shape.piece(piece.text, piece.tokens, self.told))
-                    continue
-                yield event(self.shape.last(piece))
-                if options is not None and options.include_usage:
-                    yield event(self.shape.counted(piece))
-            yield event("[DONE]")
+                    texts.append(piece.text)
+                    chunks = self.shape.piece(piece.text, piece.tokens, self.told)
+                else:
+                    chunks = self.shape.last("".join(texts), piece, counted)
+                for chunk in chunks:
+                    yield event(chunk)
         except Exception as error:
             refusal = refusal_of(error)
             if refusal.code == "fault":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -26,6 +27,10 @@ OFF: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "service_tier": ("auto", "default"),
+    "text": ({"format": {"type": "text"}},),
+    "truncation": ("disabled",),
+    "background": (False,),
+    "include": ([],),
 }
 """Fields of OpenAI's that are not supported, and the values that ask for nothing."""
 
@@ -65,8 +70,8 @@ class Telling(Strict):
     tokens: bool = False
 
 
-class Generation(Strict):
-    """Fields of `/v1/chat/completions` and `/v1/completions` alike.
+class Answering(Strict):
+    """Fields of every request for an answer.
 
     Attributes:
         context: name of the context that stands before the prompt, or `none`; left out, the longest
@@ -78,12 +83,8 @@ class Generation(Strict):
 
     model: str = Field(max_length=500)
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
     user: str | None = Field(None, max_length=500)
     context: str | None = Field(None, max_length=200)
     budget: float | None = Field(None, gt=0, le=1)
@@ -101,6 +102,35 @@ class Generation(Strict):
             for name, value in given.items()
             if value is not None and not (name in OFF and _is_off(name, value))
         }
+
+    @property
+    def longest(self) -> int | None:
+        """The longest answer that is asked for."""
+        raise NotImplementedError
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told beside each; `None` tells nothing."""
+        return None
+
+    def sampling(self, longest: int) -> Sampling:
+        """How tokens are chosen: greedy, unless the request asks for anything else."""
+        draws = self.temperature is None and self.top_p is not None
+        return Sampling(
+            temperature=1.0 if draws else self.temperature or 0.0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            max_tokens=longest,
+            logprobs=self.told_logprobs,
+        )
+
+
+class Generation(Answering):
+    """Fields of `/v1/chat/completions` and `/v1/completions` alike."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
 
     @model_validator(mode="after")
     def _streamed(self) -> Generation:
@@ -122,17 +152,12 @@ class Generation(Strict):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def sampling(self, longest: int, logprobs: int | None) -> Sampling:
-        """How tokens are chosen: greedy, unless the request asks for anything else."""
-        draws = self.temperature is None and self.top_p is not None
-        return Sampling(
-            temperature=1.0 if draws else self.temperature or 0.0,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            seed=self.seed,
-            max_tokens=longest,
-            stop=self.stops,
-            logprobs=logprobs,
-        )
+    @property
+    def counts_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, longest: int) -> Sampling:
+        return replace(super().sampling(longest), seed=self.seed, stop=self.stops)
 
 
 def _is_off(name: str, value: Any) -> bool:

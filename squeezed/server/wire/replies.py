@@ -6,9 +6,28 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from squeezed.server.port import Ended, TokenSaid
+
+DONE = "[DONE]"
+
+Chunks = list[dict[str, Any] | str]
+"""What a stream sends: objects, and the word that ends it."""
+
+
+class Shape(Protocol):
+    """The objects of one route: a whole answer, or a stream's first, further and last ones."""
+
+    id: str
+
+    def whole(self, text: str, said: Sequence[TokenSaid], ended: Ended, told: bool) -> dict: ...
+
+    def first(self) -> Chunks: ...
+
+    def piece(self, text: str, said: Sequence[TokenSaid], told: bool) -> Chunks: ...
+
+    def last(self, text: str, ended: Ended, counted: bool) -> Chunks: ...
 
 
 def usage(ended: Ended) -> dict[str, Any]:
@@ -22,7 +41,7 @@ def usage(ended: Ended) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChatShape:
     """Objects of `/v1/chat/completions`."""
 
@@ -42,17 +61,17 @@ class ChatShape:
             "squeezed": ended.report,
         }
 
-    def first(self) -> dict | None:
-        return self._chunk({"role": "assistant", "content": ""})
+    def first(self) -> Chunks:
+        return [self._chunk({"role": "assistant", "content": ""})]
 
-    def piece(self, text: str, said: Sequence[TokenSaid], told: bool) -> dict:
-        return self._chunk({"content": text}, self.logprobs(said) if told else None)
+    def piece(self, text: str, said: Sequence[TokenSaid], told: bool) -> Chunks:
+        return [self._chunk({"content": text}, self.logprobs(said) if told else None)]
 
-    def last(self, ended: Ended) -> dict:
-        return self._chunk({}, None, ended.reason) | {"squeezed": ended.report}
-
-    def counted(self, ended: Ended) -> dict:
-        return self._object("chat.completion.chunk", []) | {"usage": usage(ended)}
+    def last(self, text: str, ended: Ended, counted: bool) -> Chunks:
+        found = [self._chunk({}, None, ended.reason) | {"squeezed": ended.report}]
+        if counted:
+            found.append(self._object("chat.completion.chunk", []) | {"usage": usage(ended)})
+        return [*found, DONE]
 
     def logprobs(self, said: Sequence[TokenSaid]) -> dict:
         content = [
@@ -78,7 +97,7 @@ class ChatShape:
         }
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextShape:
     """Objects of `/v1/completions`; chunks and whole answers look alike."""
 
@@ -93,17 +112,17 @@ class TextShape:
             "squeezed": ended.report,
         }
 
-    def first(self) -> dict | None:
-        return None
+    def first(self) -> Chunks:
+        return []
 
-    def piece(self, text: str, said: Sequence[TokenSaid], told: bool) -> dict:
-        return self._object(text, self.logprobs(said) if told else None, None)
+    def piece(self, text: str, said: Sequence[TokenSaid], told: bool) -> Chunks:
+        return [self._object(text, self.logprobs(said) if told else None, None)]
 
-    def last(self, ended: Ended) -> dict:
-        return self._object("", None, ended.reason) | {"squeezed": ended.report}
-
-    def counted(self, ended: Ended) -> dict:
-        return self._object("", None, None) | {"choices": [], "usage": usage(ended)}
+    def last(self, text: str, ended: Ended, counted: bool) -> Chunks:
+        found = [self._object("", None, ended.reason) | {"squeezed": ended.report}]
+        if counted:
+            found.append(self._object("", None, None) | {"choices": [], "usage": usage(ended)})
+        return [*found, DONE]
 
     def logprobs(self, said: Sequence[TokenSaid]) -> dict:
         return {
@@ -124,9 +143,6 @@ class TextShape:
         }
 
 
-Shape = ChatShape | TextShape
-
-
 def _entry(text: str, logprob: float | None) -> dict:
     return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
 
@@ -134,5 +150,6 @@ def _entry(text: str, logprob: float | None) -> dict:
 def event(data: dict[str, Any] | str, name: str | None = None) -> bytes:
     """One server-sent event."""
     text = data if isinstance(data, str) else json.dumps(data, allow_nan=False)
+    name = name or (None if isinstance(data, str) else data.get("type"))
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {text}\n\n".encode()

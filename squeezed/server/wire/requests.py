@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from squeezed.server.library.names import NAME
-from squeezed.server.wire.fields import MOST_LOGPROBS, Generation, Strict
+from squeezed.server.wire.fields import MOST_LOGPROBS, Answering, Generation, Strict
 
 MOST_MESSAGES, MOST_PARTS = 2048, 2048
 
@@ -83,6 +83,56 @@ class CompletionRequest(Generation):
     @property
     def told_logprobs(self) -> int | None:
         return self.logprobs
+
+
+class SaidPart(Strict):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: list[Any] = Field(default=[], max_length=0)
+    logprobs: list[Any] = Field(default=[], max_length=0)
+
+
+class Said(Strict):
+    """A message of `/v1/responses`; an answer of before is taken as it was given."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[SaidPart], Field(max_length=MOST_PARTS)]
+    type: Literal["message"] = "message"
+    id: str | None = None
+    status: Literal["completed", "incomplete", "in_progress"] | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ResponsesRequest(Answering):
+    """`POST /v1/responses`: nothing is stored, so a conversation is sent whole."""
+
+    input: str | Annotated[list[Said], Field(min_length=1, max_length=MOST_MESSAGES)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_output_tokens
+
+    @property
+    def said(self) -> list[tuple[str, str]]:
+        """Messages: role and text."""
+        before = [("system", self.instructions)] if self.instructions else []
+        if isinstance(self.input, str):
+            return [*before, ("user", self.input)]
+        return [*before, *((message.role, message.text) for message in self.input)]
+
+    @field_validator("input")
+    @classmethod
+    def _ends_with_a_question(cls, said: str | list[Said]) -> str | list[Said]:
+        if not said or (not isinstance(said, str) and said[-1].role != "user"):
+            raise ValueError("expected a text, or a message of the user as the last one")
+        return said
 
 
 class ContextRequest(Strict):
