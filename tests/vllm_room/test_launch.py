@@ -35,6 +35,12 @@ def test_a_cpu_has_its_own_way(tmp_path):
     assert "SQUEEZED_VLLM" not in launch.server_environment({}, on_cpu=False)
 
 
+def test_steps_on_a_gpu_are_graphs_without_a_compiler_unless_said_otherwise():
+    assert launch.server_environment({}, on_cpu=False)[launch.BREAKABLE] == "1"
+    assert launch.server_environment({launch.BREAKABLE: "0"}, False)[launch.BREAKABLE] == "0"
+    assert launch.BREAKABLE not in launch.server_environment({}, on_cpu=True)
+
+
 def test_a_block_size_that_was_given_stays(tmp_path):
     assert words(tmp_path, "--block-size", "32").count("--block-size") == 1
     assert words(tmp_path, "--block-size=64").count("--block-size") == 0

@@ -31,6 +31,7 @@ from squeezed.context.storage.names import MANIFEST, common_token, layer_file, o
 from squeezed.context.storage.saving import save
 from squeezed.errors import SqueezedError
 from squeezed.measure.speed.fabricated import context_of
+from squeezed.vllm.launch import graph_pieces
 
 Case = tuple[int, int]
 """Tokens of the document, and requests at once."""
@@ -116,9 +117,7 @@ def context_directory(
     queries = drawn(shape["num_attention_heads"], PROBE_TOKENS, dim)
     seed = CapturedLayer(keys, values, queries, dim**-0.5)
     one = context_of(None, [seed], tokens, budget)
-    one = replace(
-        one, tokens=torch.tensor(document(tokens, shape["vocab_size"])), model={"weights": {}}
-    )
+    one = replace(one, tokens=torch.tensor(document(tokens, shape["vocab_size"])))
     path = place / f"{tokens}.sqz"
     save(one, path)
     return repeated(one, path, shape["num_hidden_layers"])
@@ -165,6 +164,7 @@ def engine(kind: str, model: Path, contexts: Path, cases: list[Case], shape: dic
         "max_num_seqs": most,
         "enable_prefix_caching": True,
         "distributed_executor_backend": "uni",
+        "block_size": 16 if torch.cuda.is_available() else 32,
     }
     if kind == "fp8":
         arguments["kv_cache_dtype"] = "fp8"
@@ -179,16 +179,15 @@ def engine(kind: str, model: Path, contexts: Path, cases: list[Case], shape: dic
 
 def on_gpu(kind: str, sizes: list[int]) -> dict:
     """Arguments for a GPU: dense steps are one graph, ours are graphs between attention."""
-    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-    if kind == "squeezed":
-        graphs = {"mode": 3, "backend": "eager", "cudagraph_mode": "PIECEWISE"}
+    mode = "PIECEWISE" if kind == "squeezed" else "FULL_DECODE_ONLY"
+    graphs = {"mode": 0, "cudagraph_mode": mode, "cudagraph_capture_sizes": sizes}
     found = {
         "gpu_memory_utilization": 0.9,
         "max_num_batched_tokens": 8192,
-        "compilation_config": graphs | {"cudagraph_capture_sizes": sizes},
+        "compilation_config": graphs,
     }
     if kind == "squeezed":
-        found |= {"attention_backend": "CUSTOM", "block_size": 16}
+        found["attention_backend"] = "CUSTOM"
     return found
 
 
@@ -300,6 +299,7 @@ def main(
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "SQUEEZED_VLLM": "1",
     }
+    os.environ |= graph_pieces(os.environ) if kind == "squeezed" else {}
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     rows = []
