@@ -18,7 +18,7 @@ from squeezed.answers.chat import Chat
 from squeezed.answers.reading import Traffic, traffic
 from squeezed.answers.sources import NEUTRAL_QUESTION, NEUTRAL_TOKENS, Passage, sources
 from squeezed.answers.stream import Listener, Stream
-from squeezed.config import BEST, DEFAULT_BUDGET, IndexConfig
+from squeezed.config import DEFAULT_BUDGET, IndexConfig
 from squeezed.context.prompt import PromptTemplate
 from squeezed.engine import Progress
 from squeezed.errors import SqueezedError, expect
@@ -149,32 +149,28 @@ class Session(AbstractContextManager):
         context: str | FixedContext,
         question: str,
         budget: float = DEFAULT_BUDGET,
-        preset: str = BEST.name,
-        implementation: str = "auto",
-        method: str = "squeezed",
         watch: bool = False,
-        **generate_arguments: Any,
+        **arguments: Any,
     ) -> Answer:
         """Answer a question; takes and raises as `squeezed.generate`.
 
         Args:
             context: the name of an open context, or a context.
+            arguments: what an `Asking` holds beside the budget, and arguments of Transformers'
+                `generate`.
             watch: keep the answer's queries, `Hq D` numbers per layer and token, for `sources` and
                 `traffic`.
         """
-        asking = Asking(budget, preset, implementation, method)
-        return self._request(context, question, asking, watch, generate_arguments).run()
+        asking, arguments = Asking.among(arguments | {"budget": budget})
+        return self._request(context, question, asking, watch, arguments).run()
 
     def stream(
         self,
         context: str | FixedContext,
         question: str,
         budget: float = DEFAULT_BUDGET,
-        preset: str = BEST.name,
-        implementation: str = "auto",
-        method: str = "squeezed",
         watch: bool = False,
-        **generate_arguments: Any,
+        **arguments: Any,
     ) -> Stream:
         """The same in pieces of text, with the whole `Answer` in the stream's `answer`.
 
@@ -183,20 +179,19 @@ class Session(AbstractContextManager):
         loop over it.
         """
         listener = Listener(self.tokenizer)
-        arguments = listener.arguments(generate_arguments)
-        asking = Asking(budget, preset, implementation, method)
+        asking, arguments = Asking.among(arguments | {"budget": budget})
+        arguments = listener.arguments(arguments)
         return Stream(self._request(context, question, asking, watch, arguments).run, listener)
 
     def chat(
-        self,
-        context: str | FixedContext,
-        budget: float = DEFAULT_BUDGET,
-        preset: str = BEST.name,
-        implementation: str = "auto",
-        method: str = "squeezed",
+        self, context: str | FixedContext, budget: float = DEFAULT_BUDGET, **settings: str
     ) -> Chat:
-        """A conversation, whose turns see those before; its answers can be asked for `sources`."""
-        asking = Asking(budget, preset, implementation, method)
+        """A conversation, whose turns see those before; its answers can be asked for `sources`.
+
+        Args:
+            settings: what an `Asking` holds beside the budget.
+        """
+        asking = Asking(budget, **settings)
         context = self.context(context)
         return Chat(self.model, self.tokenizer, context, context.cache_for(asking), asking=asking)
 

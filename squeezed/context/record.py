@@ -55,11 +55,6 @@ class ContextRecord:
         return [layer for layer in self.layers if isinstance(layer, ClusteredLayer)]
 
     @property
-    def scales(self) -> tuple[float, ...]:
-        """Softmax scale of every full-attention layer; opens all of them."""
-        return tuple(layer.scale for layer in self.clustered_layers)
-
-    @property
     def is_dense(self) -> bool:
         """Whether the document was too short to cluster, so that all of it is always read."""
         return not any(outline.nodes for outline in self.outlines)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -41,6 +42,13 @@ class Asking:
             expect(name, getattr(self, name), str, "a name (str)")
         check_name(self.implementation)
         self.made()
+
+    @classmethod
+    def among(cls, arguments: dict[str, Any]) -> tuple[Asking, dict[str, Any]]:
+        """The settings that a call's keyword arguments name, and the arguments that are left."""
+        own = {field.name for field in fields(cls)} & arguments.keys()
+        others = {name: value for name, value in arguments.items() if name not in own}
+        return cls(**{name: arguments[name] for name in own}), others
 
     def made(self) -> Method:
         """The method with these settings."""

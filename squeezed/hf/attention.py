@@ -54,9 +54,6 @@ class Handover:
     Layers without keys of their own get that of the layer they share with, and ask it again.
     """
 
-    recognise: Callable[[Any], None] | None = None
-    """Called with the attention module that opens it."""
-
     def __init__(
         self,
         answer: Answering,
@@ -64,12 +61,14 @@ class Handover:
         document: int = 0,
         tokens: int = 0,
         check: Check | None = None,
+        recognise: Callable[[nn.Module], None] | None = None,
     ) -> None:
         """`answer` takes queries of `dtype`, whatever `torch.autocast` made of the model's.
 
         `tokens` may be in the cache after a document of `document`; 0 while that is read.
+        `recognise` is called with the attention module that opens it.
         """
-        self.answer, self.dtype, self.check = answer, dtype, check
+        self.answer, self.dtype, self.check, self.recognise = answer, dtype, check, recognise
         self.document, self.tokens = document, tokens
 
     def to(self, *args: Any, **kwargs: Any) -> Handover:

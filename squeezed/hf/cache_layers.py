@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from squeezed.attention.interface import Suffix
+from squeezed.attention.interface import Attended, Suffix
 from squeezed.context.layers import WindowLayer
 from squeezed.errors import SqueezedError
 from squeezed.hf.attention import Handover
@@ -43,6 +43,14 @@ def real_tokens(mask: Tensor, requests: int) -> Tensor:
     return mask.any(-1)[:, 0].expand(requests, -1)
 
 
+class Listener(Protocol):
+    """Hears what a layer was asked, as `ContextAttention.attend` takes it, and what it found."""
+
+    def __call__(
+        self, query: Tensor, suffix: Suffix, valid: Tensor | None, per_token: bool, found: Attended
+    ) -> None: ...
+
+
 class ContextLayer(SuffixLayer):
     """Full attention over a fixed context, by any method, and a dense suffix `[B, Hkv, S, D]`."""
 
@@ -56,6 +64,7 @@ class ContextLayer(SuffixLayer):
         self.checks_positions = False
         self.recognise: Callable[[nn.Module], None] | None = None
         self.watch: list[Tensor] | None = None
+        self.listen: Listener | None = None
         self.asked_again = False  # by a layer that shares these keys
         self.keys_read: Tensor | None = None
         self.queries_answered: Tensor | None = None
@@ -90,9 +99,8 @@ class ContextLayer(SuffixLayer):
 
     def hand_over(self) -> tuple[Handover, Handover]:
         self.asked_again = False
-        document = (self.tokens, self.most_tokens, self.check)
+        document = self.tokens, self.most_tokens, self.check, self.recognise_once
         handover = Handover(self.answer, self.keys.dtype, *document)
-        handover.recognise = self.recognise_once
         return handover, handover
 
     def recognise_once(self, module: nn.Module) -> None:
@@ -148,6 +156,8 @@ class ContextLayer(SuffixLayer):
         per_token = query.shape[2] == 1 or self.select_per_token
         suffix = Suffix(self.keys, self.values, mask)
         found = self.context.attend(query, suffix, valid, per_token)
+        if self.listen is not None:
+            self.listen(query, suffix, valid, per_token, found)
         self._account(query, valid, found.keys_read)
         return found.output
 

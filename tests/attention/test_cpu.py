@@ -5,9 +5,8 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
-import numpy as np
+import poison
 import pytest
 import torch
 from trees import far_alpha_for, random_layer
@@ -26,13 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch):
-    """Buffers that are handed out unwritten hold NaN, so that reading one shows."""
-    poisoned = SimpleNamespace(**vars(np))
-    poisoned.empty = lambda shape, dtype: np.full(
-        shape, np.nan if dtype == np.float32 else 0, dtype
-    )
-    for module in (decode, walk):
-        monkeypatch.setattr(module, "np", poisoned)
+    poison.buffers(monkeypatch, decode, walk)
 
 
 def request(layer, batch=2, group=4, rows=1, suffix=5, seed=1, spread=1.0):

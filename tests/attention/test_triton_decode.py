@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import interpreter  # before any kernel
+import poison
 import pytest
 import torch
 from devices import gpu
@@ -12,7 +13,6 @@ from squeezed.attention import Suffix, reference, triton
 from squeezed.attention.reference.lookup import lookup
 from squeezed.attention.triton.decode import launch as decode
 from squeezed.attention.triton.decode import operator
-from squeezed.attention.triton.decode.step import Step
 from squeezed.attention.triton.decode.workspace import Tuning
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rows import Rows
@@ -89,21 +89,8 @@ def assert_equals_reference(
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Scratch and outputs hold NaN and nonsense before every launch."""
-    begin = Step.__init__
-
-    def begin_poisoned(step, *arguments):
-        begin(step, *arguments)
-        scratch = [part for field in vars(step.scratch).values() for part in _tensors(field)]
-        for tensor in (step.output, step.log_mass, step.keys_read, *scratch):
-            tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
-
-    monkeypatch.setattr(Step, "__init__", begin_poisoned)
-
-
-def _tensors(field):
-    return field if isinstance(field, tuple) else (field,)
+def poisoned_buffers(monkeypatch):
+    poison.buffers(monkeypatch)
 
 
 @SIZES

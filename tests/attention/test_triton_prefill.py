@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import interpreter
+import poison
 import pytest
 import torch
 from devices import gpu
@@ -104,15 +105,8 @@ def check(layer, rule, query, keys, values, mask=None, scale=None):
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Every new buffer starts as NaN, or as an impossible index."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-
-    def poison(buffer):
-        return buffer.fill_(float("nan") if buffer.is_floating_point() else 101)
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+def poisoned_buffers(monkeypatch):
+    poison.buffers(monkeypatch)
 
 
 @pytest.mark.parametrize("tokens", [200, gpu(3000)])

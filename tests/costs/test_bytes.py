@@ -57,16 +57,15 @@ def test_an_answers_bytes_are_those_of_the_meter_and_of_the_benches(model, conte
     respond(model, tiny_tokenizer(), cache, ids, max_new_tokens=1)
     counted = traffic(context, cache)
 
-    meter = Meter()
-    layers = create("squeezed", preset=preset, implementation="reference").prepare(context, BUDGET)
-    stepped = 0
-    for entry, metered in zip(cache.context_layers, meter.wrap(layers), strict=True):
-        query = answer_queries(entry)
+    meter, stepped = Meter(), 0
+    for entry in meter.metering(cache).context_layers:
+        query, own = answer_queries(entry), entry.context
         assert query.shape[2] == 1
-        nothing = query.new_zeros(1, metered.layer.keys.shape[0], 1, query.shape[3])
-        metered.attend(query, Suffix(nothing, nothing), per_token=True)
-        found = lookup(query, metered.layer, metered.rule)
-        stepped += step_bytes(metered.layer, found, metered.rule)
+        nothing = query.new_zeros(1, own.layer.keys.shape[0], 1, query.shape[3])
+        call = query, Suffix(nothing, nothing), None, True
+        entry.listen(*call, own.attend(*call))
+        found = lookup(query, own.layer, own.rule)
+        stepped += step_bytes(own.layer, found, own.rule)
     assert counted.total == pytest.approx(float(meter.bytes_read), rel=1e-9)
     assert counted.total == stepped
     assert counted.dense == meter.bytes == context.kv_bytes()

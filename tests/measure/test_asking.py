@@ -15,7 +15,8 @@ def test_meter_counts_bytes_of_kept_and_pinned_rows():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     context = engine.index(model, tokenizer, document(500), template=PromptTemplate.plain())
     meter, tokens = Meter(), len(context.tokens)
-    cache = build_cache(context, meter.wrap(create("streaming").prepare(context, 0.25)), 0.25)
+    layers = create("streaming").prepare(context, 0.25)
+    cache = meter.metering(build_cache(context, layers, 0.25))
     parts = [(torch.arange(40, 45), torch.arange(60, 64))]
     forced_logits(model, cache, parts)
     pinned = 116
@@ -32,7 +33,7 @@ def test_meter_measures_no_token_that_only_fills_up_a_batch():
     def measured(some):
         meter = Meter(measure_errors=True)
         layers = create("best", implementation="reference").prepare(context, 0.1)
-        forced_logits(model, build_cache(context, meter.wrap(layers), 0.1), some)
+        forced_logits(model, meter.metering(build_cache(context, layers, 0.1)), some)
         return meter
 
     together, alone = measured(parts), [measured([part]) for part in parts]

@@ -37,7 +37,7 @@ def manifest_text(context: ContextRecord, files: dict[str, dict]) -> bytes:
         "assumed": list(context.assumed),
         "template": asdict(context.template),
         "windows": list(context.windows),
-        "scales": list(context.scales),
+        "scales": [layer.scale for layer in context.clustered_layers],
         "seconds": context.seconds,
         "calibrations": {
             name: {

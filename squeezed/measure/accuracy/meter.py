@@ -1,14 +1,14 @@
 """What a method really reads, and how far its attention output is from dense.
 
-A `Meter` wraps the layers of any method. Only tokens that select alone count, as in decoding, so
-that a figure is per generated token. Bytes are those of the fixed context: kept keys and values,
-pinned ones, and whatever the method reads to choose; relative to reading every key and value.
+A `Meter` listens to the layers of a cache, whatever their method. Only tokens that select alone
+count, as in decoding, so that a figure is per generated token. Bytes are those of the fixed
+context: kept keys and values, pinned ones, and whatever the method reads to choose; relative to
+reading every key and value.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from squeezed.attention.interface import Attended, Suffix
 from squeezed.context.bytes import LayerBytes
-from squeezed.context.layers import ClusteredLayer
-from squeezed.context.rule import SelectionRule
+from squeezed.hf.cache import SqueezedCache
 from squeezed.methods.base import ContextAttention
 from squeezed.methods.dense import DenseLayer
 
@@ -51,9 +50,13 @@ class Meter:
     _valid: Tensor | None = field(default=None, repr=False)
     _answering: Tensor | None = field(default=None, repr=False)
 
-    def wrap(self, layers: Sequence[ContextAttention]) -> list[MeteredLayer]:
-        self.errors = [ErrorHistogram() for _ in layers]
-        return [MeteredLayer(layer, self, i) for i, layer in enumerate(layers)]
+    def metering(self, cache: SqueezedCache) -> SqueezedCache:
+        """The same cache, whose answers count from now on; errors begin anew."""
+        self.errors = []
+        for entry in cache.context_layers:
+            self.errors.append(ErrorHistogram())
+            entry.listen = MeteredLayer(entry.context, self, self.errors[-1])
+        return cache
 
     def spent(self) -> dict[str, float]:
         """Shares of keys and bytes; 1.0 where nothing was counted."""
@@ -127,54 +130,35 @@ class ErrorHistogram:
 
 
 @dataclass(frozen=True)
-class MeteredLayer(ContextAttention):
-    """A method's layer that tells the meter what happens in it."""
+class MeteredLayer:
+    """A method's layer, of which the meter hears; a `squeezed.hf.cache_layers.Listener`."""
 
     inner: ContextAttention
     meter: Meter
-    index: int
+    errors: ErrorHistogram
 
-    @property
-    def layer(self) -> ClusteredLayer:  # type: ignore[override]  # not a field of its own
-        return self.inner.layer
-
-    @property
-    def rule(self) -> SelectionRule | None:  # type: ignore[override]
-        return self.inner.rule
-
-    def tensors(self) -> list[Tensor]:
-        return self.inner.tensors()
-
-    def index_bytes(self, query: Tensor) -> Tensor | float:
-        return self.inner.index_bytes(query)
-
-    def attend(
-        self,
-        query: Tensor,
-        suffix: Suffix | None = None,
-        valid: Tensor | None = None,
-        per_token: bool = False,
-    ) -> Attended:
-        found = self.inner.attend(query, suffix, valid, per_token)
-        if per_token and self.meter.enabled:
-            tokens = self.meter.answering(query, valid)
-            self._count(tokens_of(query, tokens), query.shape[0], found.keys_read)
-            if self.meter.measure_errors:
-                dense = DenseLayer(self.layer).attend(query, suffix, valid, per_token)
-                ours, theirs = (tokens_of(x.output, tokens).float() for x in (found, dense))
-                away = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(1e-12)
-                self.meter.errors[self.index].add(away)
-        return found
+    def __call__(
+        self, query: Tensor, suffix: Suffix, valid: Tensor | None, per_token: bool, found: Attended
+    ) -> None:
+        if not per_token or not self.meter.enabled:
+            return
+        tokens = self.meter.answering(query, valid)
+        self._count(tokens_of(query, tokens), query.shape[0], found.keys_read)
+        if self.meter.measure_errors:
+            dense = DenseLayer(self.inner.layer).attend(query, suffix, valid, per_token)
+            ours, theirs = (tokens_of(x.output, tokens).float() for x in (found, dense))
+            away = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(1e-12)
+            self.errors.add(away)
 
     def _count(self, query: Tensor, requests: int, read: Tensor) -> None:
         """Add what `read` and the index cost the tokens of `query [1, Hq, n, D]`."""
-        layer, meter = self.layer, self.meter
+        layer, meter = self.inner.layer, self.meter
         queries, heads = query.shape[2], layer.keys.shape[0]
         keys_read = read.sum().double()
         meter.keys_read = meter.keys_read + keys_read
-        meter.keys += queries * self.selectable_keys
+        meter.keys += queries * self.inner.selectable_keys
         sample = query[:, :, :: max(1, -(-queries // (requests * SAMPLED_TOKENS)))]
-        index_bytes = self.index_bytes(sample) * (queries / max(1, sample.shape[2]))
+        index_bytes = self.inner.index_bytes(sample) * (queries / max(1, sample.shape[2]))
         pinned_and_kept = queries * layer.pinned * heads + keys_read
         exact_bytes = LayerBytes.of(layer).keys(pinned_and_kept)
         meter.bytes_read = meter.bytes_read + exact_bytes + index_bytes

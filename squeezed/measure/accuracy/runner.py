@@ -170,7 +170,7 @@ class Runner:
         predictions: dict[str, str] = {}
         started = time.perf_counter()
         if forced := [q for q in questions if q.forced]:
-            cache = build_cache(asked.context, meter.wrap(layers), budget)
+            cache = meter.metering(build_cache(asked.context, layers, budget))
             for q, found in zip(forced, self._force(asked, forced, cache), strict=True):
                 scores[q.id] |= found
             for total, part in zip(errors, meter.errors, strict=True):
@@ -178,7 +178,7 @@ class Runner:
             meter.measure_errors = False
             meter.enabled = not meter.keys  # all methods are measured on the same tokens
         if spoken := [q for q in questions if q.metrics and self.options.generate]:
-            cache = build_cache(asked.context, meter.wrap(layers), budget)
+            cache = meter.metering(build_cache(asked.context, layers, budget))
             predictions = self._generate(asked, spoken, cache)
             for q in spoken:
                 scores[q.id] |= score(predictions[q.id], q)
