@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Event, Lock
+from threading import Event, Lock, get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +56,7 @@ class Chat:
     turns: list[Turn] = field(default_factory=list)
     asking: Asking | None = None
     _one_turn: Lock = field(default_factory=Lock, repr=False)
+    _asked_by: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_maker(self.model, self.tokenizer, self.context)
@@ -80,12 +83,27 @@ class Chat:
         check_maker(self.model, self.tokenizer, self.context)
 
     def _turn(self, question: str, arguments: dict[str, Any], left: Event | None = None) -> Answer:
-        with self._one_turn:
+        with self._alone():
             answer = self._request(question, arguments).run()
             ends = Wishes(self.model, arguments).end_tokens
             if left is None or not left.is_set():
                 self.turns.append(Turn(question, self._spoken(answer.sequences[0], ends)))
         return answer
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait for the turns of other threads; one that asks within its own would wait for ever."""
+        if self._asked_by == get_ident():
+            raise SqueezedError(
+                "chat: it was asked while its own answer is made, by a streamer or another function"
+                " that generate calls; ask when the answer is there"
+            )
+        with self._one_turn:
+            self._asked_by = get_ident()
+            try:
+                yield
+            finally:
+                self._asked_by = None
 
     def _request(self, question: str, arguments: dict[str, Any]) -> Request:
         ids = conversation_ids(self.tokenizer, self.context.template, self.turns, question)

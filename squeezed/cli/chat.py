@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from squeezed.cli import options
 from squeezed.cli.ask import check_question, printer, report, summary
 from squeezed.cli.console import json_text, note
+from squeezed.cli.document import is_stdin
 from squeezed.cli.options import DEFAULTS
 from squeezed.cli.session import open_session
 from squeezed.context.text import decoded
@@ -41,7 +42,7 @@ def chat(
 
     asking = Asking(budget, preset, implementation, method)
     check_question("-", max_new_tokens)
-    if str(source) == "-":
+    if is_stdin(source):
         raise SqueezedError("source: stdin carries the questions; name a context or a text file")
     opened = open_session(source, model, dtype, device, asking, None, keep_control_tokens)
     with opened as (session, context):

@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from squeezed.context.text import encodable, printable, text_of_file
-from squeezed.errors import SqueezedError
-from squeezed.system.failures import cause_of
+from squeezed.context.text import encodable, printable
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -97,26 +95,6 @@ def index_progress() -> Iterator[Callable[[str, int, int], None]]:
     finally:
         if tasks:
             bars.stop()
-
-
-def read_document(path: Path) -> str:
-    """The text of a file, or of standard input for `-`.
-
-    Raises:
-        SqueezedError: missing, unreadable, empty, or not UTF-8 text.
-    """
-    source = "stdin" if str(path) == "-" else str(path)
-    try:
-        data = sys.stdin.buffer.read() if source == "stdin" else path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise SqueezedError(
-            f"document: cannot read {source} ({cause_of(error)}); name a text file or a saved "
-            "context"
-        ) from error
-    text = text_of_file("document", data, source)
-    if not text.strip():
-        raise SqueezedError(f"document: {source} is empty; give some text")
-    return text
 
 
 def is_directory(path: Path) -> bool:

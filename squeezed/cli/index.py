@@ -9,6 +9,7 @@ import typer
 
 from squeezed.cli import options
 from squeezed.cli.console import emit, is_directory, megabytes
+from squeezed.cli.document import is_stdin
 from squeezed.cli.options import DEFAULTS, index_config
 from squeezed.cli.session import open_session
 from squeezed.errors import SqueezedError
@@ -59,14 +60,18 @@ def index(
 
 
 def default_output(document: Path) -> Path:
-    if str(document) == "-":
-        raise SqueezedError("output: name a directory with --output when the document is stdin")
+    """`manual.sqz` beside `manual.txt`; none beside what a system or a shell gives a name."""
+    parent = str(document.absolute().parent)
+    if is_stdin(document) or parent in ("/dev", "/dev/fd") or parent.startswith("/proc"):
+        what = "stdin" if is_stdin(document) else str(document)
+        raise SqueezedError(f"output: name a directory with --output when the document is {what}")
     return document.with_suffix(".sqz")
 
 
 def named(output: Path) -> Path:
-    """`output` if it names a directory that can be made or replaced; `.` and `/` do not."""
-    if output.name in ("", ".."):
+    """`output` if it names a directory that can be made or replaced; `.` and `/` do not, and `-`
+    would be read as stdin."""
+    if output.name in ("", "..", "-"):
         raise SqueezedError(
             f"output: expected the name of a directory to write, got {output}; name it, as in "
             "../manual.sqz"

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from squeezed.cli.console import index_progress, is_directory, note, quiet_libraries, read_document
+from squeezed.cli.console import index_progress, is_directory, note, quiet_libraries
+from squeezed.cli.document import read_document
 from squeezed.config import PRESETS, IndexConfig
 
 if TYPE_CHECKING:

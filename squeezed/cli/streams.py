@@ -91,7 +91,7 @@ class Notes(_Stream):
 
     def write(self, text: str) -> int:
         try:
-            self.stream.write(text)
+            self.stream.write(encodable(text, self.encoding))
         except (OSError, ValueError):
             discard(self.stream)
         return len(text)

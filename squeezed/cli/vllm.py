@@ -12,7 +12,8 @@ import typer
 import typer.core
 
 from squeezed.cli import options
-from squeezed.cli.console import emit, is_directory, note, quiet_libraries, read_document
+from squeezed.cli.console import emit, is_directory, note, quiet_libraries
+from squeezed.cli.document import read_document
 from squeezed.cli.index import default_output, named
 from squeezed.cli.options import DEFAULTS
 from squeezed.errors import SqueezedError

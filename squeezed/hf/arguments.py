@@ -80,7 +80,7 @@ METHODS = {
     "assistant_model": (("config", "generate"), "a Transformers model"),
 }
 
-FUNCTIONS = ("stopping_criteria", "logits_processor")
+FUNCTIONS = ("stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn")
 """One function, or several; Transformers calls them at every token."""
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")

@@ -118,7 +118,27 @@ def squeezed_attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
         output = key.answer(query.to(key.dtype), attention_mask, scale)
+    if query.requires_grad and not output.requires_grad and torch.is_grad_enabled():
+        output = _WithoutGradient.apply(output, query)
     return output.transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """An answer of kernels, which say nothing of how it depends on the query.
+
+    Without it a loss would go past the attention in silence, and train the rest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, query: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise SqueezedError(
+            "backward: attention over a fixed context has no gradient in its kernels; train with "
+            "an ordinary cache, or answer with context.cache(implementation='reference')"
+        )
 
 
 def refuse(module: nn.Module, kwargs: dict[str, Any], changes: dict[str, str]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from squeezed.errors import SqueezedError
+from squeezed.errors import SqueezedError, expect
 from squeezed.hf.cache_layers import ContextLayer, Padding
 from squeezed.hf.suffix import SuffixLayer
 
@@ -74,6 +75,7 @@ class SqueezedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens of the suffix, as Transformers asks: `-n` removes `n`."""
         held = int(self.layers[-1].suffix_length)
+        expect("crop", tokens_to_remove, Integral, "a whole number, -n to remove n tokens")
         if not -held <= tokens_to_remove <= 0:
             raise SqueezedError(
                 f"crop: expected -n to remove n of the {held} tokens after the document, which "

@@ -151,7 +151,7 @@ class ContextLayer(SuffixLayer):
                 f"past_key_values: the context's softmax scale is {self.context.layer.scale}, this "
                 f"model's {scale}: another model made it"
             )
-        check_mask(mask, self.keys.shape[2])
+        check_mask(mask, len(query), self.keys.shape[2])
         valid = self.padding.look(mask, len(query), first=self.checks_positions)
         per_token = query.shape[2] == 1 or self.select_per_token
         suffix = Suffix(self.keys, self.values, mask)

@@ -16,7 +16,7 @@ from torch import Tensor
 from squeezed.context.layers import WindowLayer
 from squeezed.errors import SqueezedError
 from squeezed.hf.cache_layers import ContextLayer, WindowedLayer
-from squeezed.hf.suffix import SuffixLayer, check_new_tokens, check_rows
+from squeezed.hf.suffix import SuffixLayer, check_new_tokens, check_positioned, check_rows
 from squeezed.methods.base import ContextAttention
 
 
@@ -47,6 +47,7 @@ class StaticSuffix(SuffixLayer):
             self.start(key_states, value_states)
         if torch.compiler.is_compiling():
             return
+        check_positioned(key_states, value_states)
         if not self.last.is_initialized:
             self.filled.zero_()
         elif self.last is not self:

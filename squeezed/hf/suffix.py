@@ -64,6 +64,7 @@ class SuffixLayer(DynamicLayer):
 
     def prepare(self, key_states: Tensor, value_states: Tensor) -> None:
         """Drop what an interrupted pass left, and refuse another number of requests than before."""
+        check_positioned(key_states, value_states)
         if not self.is_initialized:
             return
         completed = self.completed
@@ -108,17 +109,32 @@ def check_new_tokens(count: int) -> None:
         )
 
 
-def check_mask(mask: Tensor | None, suffix: int) -> None:
+def check_mask(mask: Tensor | None, requests: int, suffix: int) -> None:
     """Raise `SqueezedError` for a mask of the caller's own shape, which nobody made for a suffix.
 
     Args:
-        mask: `[B, 1, Q, S]` bool, as `squeezed_mask` makes it.
-        suffix: columns of the suffix, `S`.
+        mask: `[B, 1, Q, S]` bool, as `squeezed_mask` makes it; one row may stand for all.
+        requests, suffix: rows and columns of the suffix, `B` and `S`.
     """
-    if mask is not None and (mask.dtype != torch.bool or mask.shape[-1] != suffix):
+    if mask is None:
+        return
+    fits = mask.shape[0] in (1, requests) and mask.shape[-1] == suffix
+    if mask.dtype != torch.bool or not fits:
         raise SqueezedError(
             f"attention_mask: expected one row per request, got {tuple(mask.shape)} of "
             f"{mask.dtype}; pass suffix_mask(cache.get_seq_length(), ...)"
+        )
+
+
+def check_positioned(keys: Tensor, values: Tensor) -> None:
+    """Raise `SqueezedError` unless positions, which turn keys alone, were given for every request.
+
+    They come from the mask: with more rows than there are requests it multiplies the keys.
+    """
+    if keys.shape[0] != values.shape[0]:
+        raise SqueezedError(
+            f"attention_mask: expected one row per request, {values.shape[0]}, got "
+            f"{keys.shape[0]}; pass suffix_mask(cache.get_seq_length(), ...)"
         )
 
 

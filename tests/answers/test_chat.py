@@ -113,8 +113,20 @@ def refused(chat, question):
         chat.ask(question, max_new_tokenz=6)
 
 
+def asked_within_its_own_answer(chat, question):
+    class Asks(Leaves):
+        def put(self, value):
+            chat.ask("And this meanwhile?", max_new_tokens=2)
+
+    with pytest.raises(squeezed.SqueezedError, match="while its own answer is made"):
+        chat.ask(question, max_new_tokens=6, streamer=Asks(0, None))
+
+
 @pytest.mark.parametrize("suffix_tokens", [None, 256])
-@pytest.mark.parametrize("trouble", [interrupted_by_reader, interrupted_between_layers, refused])
+@pytest.mark.parametrize(
+    "trouble",
+    [interrupted_by_reader, interrupted_between_layers, refused, asked_within_its_own_answer],
+)
 def test_chat_after_trouble_equals_an_undisturbed_one(context, trouble, suffix_tokens):
     calm, troubled = talk(context, 0.2, suffix_tokens), talk(context, 0.2, suffix_tokens)
     for question in QUESTIONS:
@@ -139,6 +151,7 @@ def test_chat_goes_on_from_the_first_of_several_sequences(context, arguments, su
     model, chat = tiny_model("llama"), talk(context, 1.0, suffix_tokens)
     history = context.tokens
     for turn, more in enumerate(({}, arguments, {"num_beams": 2}, {})):
+        torch.manual_seed(turn)  # what is sampled may end in a tie, which rounding decides
         answer = chat.ask(QUESTIONS[turn % 3], max_new_tokens=5, **more)
         asked = context.template.question_ids(tiny_tokenizer(), QUESTIONS[turn % 3])
         history = torch.cat([history, asked])

@@ -210,6 +210,19 @@ def test_empty_document_and_question_are_refused(capsys, place, tmp_path):
     assert "empty" in refused(capsys, "ask", place / "manual.sqz", " ", "-m", place / "model")
 
 
+@pytest.mark.parametrize("name", ["-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0", "/dev//stdin"])
+def test_stdin_by_any_name_has_no_default_output_and_no_room_for_questions(capsys, place, name):
+    line = refused(capsys, "index", name, "-m", place / "model")
+    assert "--output when the document is stdin" in line
+    assert "stdin carries the questions" in refused(capsys, "chat", name, "-m", place / "model")
+
+
+@pytest.mark.parametrize("name", ["/dev/fd/63", "/proc/self/status", "/dev/null"])
+def test_what_the_system_names_has_no_default_output(capsys, place, name):
+    line = refused(capsys, "index", name, "-m", place / "model")
+    assert line.endswith(f"--output when the document is {name}")
+
+
 def test_document_longer_than_the_positions_is_refused(capsys, place, tmp_path):
     (tmp_path / "long.txt").write_text(document(9000), encoding="utf-8")
     line = refused(capsys, "index", tmp_path / "long.txt", "-m", place / "model")

@@ -42,6 +42,12 @@ def test_output_tells_a_reader_that_left_from_a_full_disk():
         Output(Failing(OSError(28, "No space left on device"))).write("x")
 
 
+def test_notes_show_what_they_cannot_encode():
+    for stream in (ascii_stream(), io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)):
+        print("error: \udcff.txt", file=Notes(stream))
+        assert stream.buffer.getvalue() == b"error: \\udcff.txt\n"
+
+
 def test_notes_never_end_the_work():
     print("note", file=Notes(Failing(OSError(28, "No space left on device"))), flush=True)
 

@@ -38,11 +38,12 @@ def saved(tmp_path):
 
 
 def refused(path, match=None):
-    """Open everything; it must fail with one short line."""
+    """Open everything; it must fail with one short line, which is returned."""
     with pytest.raises(ContextFileError, match=match) as caught:
         context = directory.load(path)
         list(context.layers), list(context.observed)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -345,8 +346,9 @@ def test_header_in_another_order_and_unaligned_data_are_read(saved):
 
 
 @pytest.mark.parametrize("kind", ["directory", "pipe", "dangling", "absent"])
-def test_files_that_are_none_are_refused_at_once(kind, saved):
-    file = saved / LAYER_FILE
+@pytest.mark.parametrize("name", [LAYER_FILE, "context.json"])
+def test_files_that_are_none_are_refused_at_once(kind, name, saved):
+    file = saved / name
     file.unlink()
     if kind == "directory":
         file.mkdir()
@@ -355,8 +357,9 @@ def test_files_that_are_none_are_refused_at_once(kind, saved):
     elif kind == "dangling":
         file.symlink_to("nowhere")
     started = time.monotonic()
-    refused(saved)
+    line = refused(saved)
     assert time.monotonic() - started < 5
+    assert "try later" not in line and ("context.json" in line) == (name == "context.json")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\nb", "a\0b", "file", "file/c.sqz", "loop", ""])

@@ -374,6 +374,27 @@ def test_places_that_cannot_be_written_are_refused_in_one_line(name, tmp_path):
     assert beside(tmp_path / "file") == before
 
 
+def test_a_place_inside_a_saved_context_is_refused(tmp_path):
+    target = save(OLD, tmp_path / "c.sqz")
+    for act in (prove_writable, lambda path: save(NEW, path)):
+        with pytest.raises(ContextFileError, match="is a saved context itself"):
+            act(target / "inner.sqz")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "context.json").write_text("{}")
+    save(NEW, tmp_path / "notes" / "d.sqz")
+    save(NEW, target)
+    assert holds(target, NEW)
+
+
+def test_a_place_where_nothing_can_be_made_says_why(tmp_path, monkeypatch):
+    def gone(path, *mode):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(Path, "mkdir", gone)  # as in /proc
+    with pytest.raises(ContextFileError, match=r"could not save .*: No such file or directory;"):
+        prove_writable(tmp_path / "c.sqz")
+
+
 def test_missing_parents_are_made_and_stay_only_with_a_context(tmp_path, monkeypatch):
     target = tmp_path / "a" / "b" / "c.sqz"
     prove_writable(target)

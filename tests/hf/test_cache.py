@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny import document, tiny_model, tiny_tokenizer
+from transformers import DynamicCache
 
 import squeezed
 from squeezed.context.prompt import PromptTemplate
@@ -107,6 +108,38 @@ def test_wrong_mask_is_refused_in_generate(model, cache, mask):
     with using_attention(model), pytest.raises(SqueezedError, match="suffix_mask") as refused:
         model.generate(input_ids=ids, attention_mask=given, past_key_values=cache, **GREEDY)
     assert "\n" not in str(refused.value)
+
+
+def test_mask_of_other_requests_is_refused(model, cache):
+    ids = ids_of("and alpha?")
+    mask = suffix_mask(len(cache.document), torch.ones_like(ids)).expand(2, -1)
+    with pytest.raises(SqueezedError, match="attention_mask: expected one row per request"):
+        generate(model, cache, ids, mask)
+
+
+def test_a_loss_reaches_the_weights_or_is_refused():
+    model = copy.deepcopy(tiny_model())
+    whole = squeezed.index(model, tiny_tokenizer(), document(400), CONFIG, PromptTemplate.plain())
+    ids, gradients = ids_of("and alpha?"), []
+    plain = DynamicCache()
+    with torch.no_grad():
+        model(whole.tokens[None], past_key_values=plain)
+    for cache in (plain, whole.cache(1.0, implementation="reference")):
+        model.zero_grad()
+        with using_attention(model):
+            model(ids, past_key_values=cache, labels=ids).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5) and gradients[0].any()
+    with using_attention(model):
+        loss = model(ids, past_key_values=whole.cache(1.0), labels=ids).loss
+    with pytest.raises(SqueezedError, match="backward: "):
+        loss.backward()
+
+
+@pytest.mark.parametrize("wrong", ["3", None, 1.5, True])
+def test_cropping_by_what_is_no_number_is_refused(cache, wrong):
+    with pytest.raises(SqueezedError, match="crop: expected a whole number"):
+        cache.crop(wrong)
 
 
 def test_mask_of_the_question_is_refused_in_forward(model, cache):

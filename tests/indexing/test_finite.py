@@ -53,6 +53,32 @@ def test_first_bad_layer_is_named_and_windows_count_from_the_document():
         check_captured(captured, 100)
 
 
+@pytest.mark.parametrize("factor", [1e10, 1e18])
+@pytest.mark.parametrize("name", ["keys", "queries"])
+def test_numbers_whose_squares_pass_float32_are_refused(name, factor):
+    heads = {"keys": 2, "values": 2, "queries": 4}
+    tensors = {each: torch.randn(count, 300, 8) for each, count in heads.items()}
+    tensors[name] *= factor
+    keys, values, queries = tensors.values()
+    with pytest.raises(SqueezedError, match=f"{name}: .*too large to square, at token 0"):
+        cluster_layer(keys, values, ClusteringConfig(), queries)
+    captured = [CapturedLayer(keys, values, queries, 0.3)]
+    with pytest.raises(SqueezedError, match=f"{name} of layer 0 hold .*too large to square"):
+        check_captured(captured, 300)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e7])
+def test_large_numbers_below_that_are_indexed(scale):
+    model = copy.deepcopy(tiny_model())
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight.mul_(scale)
+    context = squeezed.index(model, tiny_tokenizer(), document(400))
+    for layer, calibrated in zip(context.layers, context.calibrations["best"].alpha, strict=True):
+        assert calibrated.isfinite().all() and layer.value_slope.isfinite().all()
+        assert all(level.variance.isfinite().all() for level in layer.levels)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_index_refuses_a_model_that_overflows(family):
     model = copy.deepcopy(tiny_model(family))

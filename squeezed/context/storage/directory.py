@@ -69,7 +69,8 @@ def _opened(path: Path) -> HeldDirectory:
 def _loaded(directory: HeldDirectory, path: Path, device: torch.device) -> ContextRecord:
     file = path / MANIFEST
     if directory.size(MANIFEST) < 0:
-        raise _nothing_there(path)
+        what = "is no file" if MANIFEST in directory.names() else "is missing"
+        raise _nothing_there(path, what)
     manifest = read_manifest(stored_text(directory), file)
     try:
         fields = described(manifest, device)
@@ -95,10 +96,9 @@ def _check_size(file: Path, found: int, expected: int) -> None:
         )
 
 
-def _nothing_there(path: Path) -> ContextFileError:
+def _nothing_there(path: Path, what: str = "is missing") -> ContextFileError:
     return ContextFileError(
-        f"{shown(path)}: no saved context there ({MANIFEST} is missing); make one with squeezed "
-        "index"
+        f"{shown(path)}: no saved context there ({MANIFEST} {what}); make one with squeezed index"
     )
 
 

@@ -79,9 +79,12 @@ class HeldDirectory:
     def is_current(self) -> bool:
         """Whether the description that was read, if any was, is still the one at the path."""
         try:
-            return _mark(os.stat(self.path / MANIFEST)) == self.seen
+            found = os.stat(self.path / MANIFEST)
         except OSError:
             return self.seen is None
+        if self.seen is None:  # what is no file cannot have been read, nor have replaced one
+            return not stat.S_ISREG(found.st_mode)
+        return _mark(found) == self.seen
 
     def _open(self, name: str) -> int:
         """Never waits, as opening a pipe would."""

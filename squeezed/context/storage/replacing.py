@@ -129,10 +129,11 @@ class Work:
 
     def begin(self) -> Place:
         """The place; made, with the locked description in it, when first asked for."""
+        gone = OSError(errno.EBUSY, "its temporary files are taken away by another process")
         for _ in range(ATTEMPTS):
             if self.place is not None:
                 return self.place
-            with suppress(FileNotFoundError):  # cleared before it was locked
+            try:
                 directory = self._directory()
                 path = directory / f"{WORK}{self.token}"
                 file = NewFile(files.named(path), path)
@@ -142,8 +143,10 @@ class Work:
                     self.place = Place(directory, file)
                     continue
                 file.close()
+            except FileNotFoundError as error:  # cleared before it was locked, or nothing can be
+                gone = error
             self.token = new_token()
-        raise OSError(errno.EBUSY, "its temporary files are taken away by another process")
+        raise gone
 
     def end(self) -> None:
         """Clear what this save, and dead ones, left. May be called again."""

@@ -16,6 +16,7 @@ from squeezed.context.storage import tensorfile
 from squeezed.context.storage.clearing import sweep
 from squeezed.context.storage.manifest import listed_files, manifest_text
 from squeezed.context.storage.names import (
+    MANIFEST,
     layer_file,
     marked,
     observed_file,
@@ -66,6 +67,7 @@ def _proven(path: Path) -> Path:
     """The real place of `path`, where a context can be saved."""
     target = resolve(path)
     check_replaceable(target)
+    _check_parent(target.parent)
     sweep(target.parent)
     with work_for(target) as trial:
         trial.prove()
@@ -139,6 +141,14 @@ def check_replaceable(path: Path) -> None:
                 f"{shown(path)} is a saved context and holds {shown(strange[0])}, which does not "
                 "belong to it; move that elsewhere or choose another name"
             )
+
+
+def _check_parent(parent: Path) -> None:
+    """Raise `ContextFileError` within a saved context, which could then not be replaced."""
+    if os.path.lexists(parent / MANIFEST) and listed_files(parent) is not None:
+        raise ContextFileError(
+            f"output: {shown(parent)} is a saved context itself; choose a place outside of it"
+        )
 
 
 def check_saved(path: Path) -> set[str]:
