@@ -153,7 +153,8 @@ def _finite_times(numbers: Tensor, directions: Tensor) -> Tensor:
 def _times(numbers: Tensor, directions: Tensor) -> Tensor:
     """`[R, C]` times `[K, C]` -> `[R, K]`, in float32 whatever precision PyTorch is set to."""
     if numbers.device.type == "cpu":
-        columns = [torch.from_numpy(numbers.numpy() @ column.numpy()) for column in directions]
+        with np.errstate(invalid="ignore", over="ignore"):  # infinite weights are seen to later
+            columns = [torch.from_numpy(numbers.numpy() @ column.numpy()) for column in directions]
     else:
         columns = [(numbers * column).sum(1) for column in directions]
     return torch.stack(columns, 1)
