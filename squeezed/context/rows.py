@@ -76,5 +76,10 @@ class Rows:
         """Those of some rows, in that order."""
         return replace(self, keys=self.keys[:, chosen], values=self.values[:, chosen])
 
+    def without(self, start: int, stop: int) -> Rows:
+        """Copies of all but a run of them."""
+        keys, values = (torch.cat([x[:, :start], x[:, stop:]], 1) for x in self.tensors())
+        return replace(self, keys=keys, values=values)
+
     def to(self, device: torch.device | str) -> Rows:
         return replace(self, keys=self.keys.to(device), values=self.values.to(device))

@@ -50,10 +50,11 @@ class HeldContext:
     ) -> None:
         self.record, self.share, self.implementation = record, share, implementation
         self.layers = []
-        for layer in record.layers:
+        for layer in record.layers:  # the next ones are being read meanwhile
             cut = without_last(share.layer(layer), dropped)
             self.layers.append(in_place(cut, device))
             _let_go(record)
+        _let_go(record)
         self.device = device
         self.tokens = self.layers[0].tokens
         self._rules: OrderedDict[tuple[float, str], list[SqueezedLayer]] = OrderedDict()

@@ -66,11 +66,10 @@ def without_last(layer: ClusteredLayer, dropped: int) -> ClusteredLayer:
     """
     if not dropped:
         return layer
-    start = layer.pinned - dropped
-    kept = torch.cat([torch.arange(start), torch.arange(layer.pinned, layer.tokens)])
-    kept = kept.to(layer.keys.device)
+    start, stop = layer.pinned - dropped, layer.pinned
     levels = tuple(replace(lv, key_offsets=lv.key_offsets - dropped) for lv in layer.levels)
-    rows, positions = layer.rows.of_tokens(kept), layer.positions[:, kept]
+    positions = torch.cat([layer.positions[:, :start], layer.positions[:, stop:]], 1)
+    rows = layer.rows.without(start, stop)
     return replace(layer, rows=rows, positions=positions, pinned=start, levels=levels)
 
 

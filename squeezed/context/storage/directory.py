@@ -4,7 +4,10 @@ there (`held`, `structure`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from typing import overload
@@ -111,6 +114,11 @@ def _unreadable(path: Path, error: Exception) -> ContextFileError:
     )
 
 
+READERS = 4
+"""Most layers that are read at once by who takes all of them; each keeps two cores busy, for its
+checksum is counted while it is read."""
+
+
 class _Source:
     """Where the tensors of one saved context come from: read once, checked, on its device."""
 
@@ -160,10 +168,26 @@ class StoredLayers(Sequence[Layer]):
         clustered = [index for index, outline in enumerate(outlines) if outline.is_clustered]
         self.scales = dict(zip(clustered, scales, strict=True))
         self.opened: dict[int, Layer] = {}
-        self._one_reader = Lock()
+        self._one_reader = [Lock() for _ in outlines]
 
     def __len__(self) -> int:
         return len(self.outlines)
+
+    def __iter__(self) -> Iterator[Layer]:
+        """All in order, the next ones being read while one is used."""
+        readers = min(READERS, (os.cpu_count() or 1) // 2)
+        if readers < 2 or len(self.opened) == len(self):
+            yield from (self[index] for index in range(len(self)))
+            return
+        pool = ThreadPoolExecutor(readers, "squeezed-layers")
+        try:
+            coming: deque[Future[Layer]] = deque()
+            for index in range(len(self)):
+                for later in range(index + len(coming), min(index + readers, len(self))):
+                    coming.append(pool.submit(self.__getitem__, later))
+                yield coming.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     @overload
     def __getitem__(self, index: int) -> Layer: ...
@@ -176,7 +200,7 @@ class StoredLayers(Sequence[Layer]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if index < 0:
             index += len(self)
-        with self._one_reader:
+        with self._one_reader[index]:
             if index not in self.opened:
                 self.opened[index] = self._open(index)
             return self.opened[index]
