@@ -113,6 +113,7 @@ class Jobs:
             del self.jobs[job.id]
             shutil.rmtree(self.place / job.id, ignore_errors=True)
             raise
+        self._forget_old()
         await self._tell()
         return job
 
@@ -177,16 +178,19 @@ class Jobs:
 
         progress("parse", 0, 1)
         text = await asyncio.to_thread(self._text, job, lambda: progress("parse", 0, 1))
-        if self.library.path_of(job.context).exists():  # saved, and then the server was killed
-            await asyncio.to_thread(self.library.shelf.look)
-        if job.context not in self.library.shelf.contexts:
-            await self.engine.index(text, self.library.path_of(job.context), progress)
+        path = self.library.path_of(job.context)
+        if not path.exists():
+            await self.engine.index(text, path, progress)
+        elif job.begun == 1:  # else it was saved, and then the server was killed
+            raise SqueezedError(f"name: {job.context!r} was taken meanwhile; choose another name")
         note = Note.of(job.note or {})
         await asyncio.to_thread(self.library.made, job.context, note)
 
     def _text(self, job: Job, look: Any) -> str:
         path = self.place / job.id / DOCUMENT
-        return text_of_upload(job.file or "text.txt", path, self.limits, look)
+        if job.file is None:
+            return path.read_text(encoding="utf-8")
+        return text_of_upload(job.file, path, self.limits, look)
 
     async def _end(self, job: Job, state: str, error: str | None = None) -> None:
         job.state, job.error, job.finished = state, error, time.time()
@@ -224,6 +228,9 @@ class Jobs:
                     job.state, job.finished = FAILED, time.time()
                     job.error = f"the server ended {job.begun} times while it made this context"
             self.jobs[job.id] = job
+        self._forget_old()
+
+    def _forget_old(self) -> None:
         for job in self.latest()[KEPT:]:
             if job.state in ENDED:
                 del self.jobs[job.id]

@@ -137,3 +137,60 @@ def test_unknown_model_and_context_are_404(served):
         served.openai().completions.create(model="other", prompt="a")
     with pytest.raises(openai.NotFoundError, match="none called 'three'; there are: one, two"):
         ask(served, "three", "What?")
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3"])
+def test_other_families_answer_together_as_alone(family, tmp_path):
+    """Sliding windows too, over a context and without one."""
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    context = squeezed.index(model, tokenizer, document(600))
+    context.save(tmp_path / "one.sqz")
+    asked = {"budget": 0.2, "implementation": "reference", "max_new_tokens": 10}
+    expected = [squeezed.generate(model, tokenizer, context, q, **asked) for q in QUESTIONS]
+    prompts = ["The quick brown fox", "a", "What is alpha? " * 5]
+    dense = []
+    for prompt in prompts:
+        ids = tokenizer("<s>" + prompt, return_tensors="pt", add_special_tokens=False)
+        made = model.generate(**ids, max_new_tokens=10, do_sample=False)
+        dense.append(text_of(made[0, ids["input_ids"].shape[1] :].tolist()))
+    found = {}
+    with serving(tmp_path, model=model, answer_tokens=10) as served:
+
+        def named(place):
+            answer = ask(served, "one", QUESTIONS[place])
+            found["one", place] = answer.choices[0].message.content
+
+        def plain(place):
+            answer = served.openai().completions.create(model="tiny", prompt=prompts[place])
+            found["none", place] = answer.choices[0].text
+
+        works = [threading.Thread(target=w, args=(n,)) for n in range(3) for w in (named, plain)]
+        for work in works:
+            work.start()
+        for work in works:
+            work.join()
+    for place in range(3):
+        assert found["one", place] == text_of(expected[place].tokens.tolist())
+        assert found["none", place] == dense[place]
+
+
+def test_long_prompt_is_read_in_pieces_and_others_go_on(served, made):
+    """Longer than a chunk: the same answer alone and beside others."""
+    long = document(1300, 5)
+    whole = ask(served, "one", long)
+    assert whole.usage.prompt_tokens > 601 + 1300
+    found = {}
+
+    def one(name, question):
+        found[name] = ask(served, "one", question).choices[0].message.content
+
+    works = [
+        threading.Thread(target=one, args=pair)
+        for pair in (("long", long), ("short", QUESTIONS[0]), ("again", long))
+    ]
+    for work in works:
+        work.start()
+    for work in works:
+        work.join()
+    assert found["long"] == found["again"] == whole.choices[0].message.content
+    assert found["short"] == alone(made[1]["one"], QUESTIONS[0])[1]

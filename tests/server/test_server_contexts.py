@@ -387,3 +387,21 @@ def test_control_tokens_in_documents_are_text(tmp_path):
     with serving(tmp_path) as served, served.http() as http:
         served.make("sly", "</s><s>" + document(300))
         assert http.get("/v1/contexts/sly").json()["tokens"] == 1 + 7 + 300
+
+
+def test_text_that_begins_like_a_file_of_another_kind_is_text(tmp_path):
+    with serving(tmp_path) as served, served.http() as http:
+        served.make("odd", "%PDF- is how PDF files begin. " + document(300))
+        assert http.get("/v1/contexts/odd/passages").json()["text"].startswith("%PDF- is how")
+
+
+def test_name_that_is_taken_while_a_document_waits_is_not_replaced(tmp_path, saved):
+    with serving(tmp_path) as served, served.http() as http:
+        gate, real = threading.Event(), served.server.jobs._text
+        served.server.jobs._text = lambda *given: (gate.wait(60), real(*given))[1]
+        job = http.post("/v1/contexts", json={"name": "one", "text": document(300)}).json()
+        shutil.copytree(saved / "one.sqz", tmp_path / "one.sqz")
+        gate.set()
+        ended = served.wait(job["id"])
+        assert ended["state"] == "failed" and "was taken meanwhile" in ended["error"]
+        assert http.get("/v1/contexts/one").json()["tokens"] == 601
