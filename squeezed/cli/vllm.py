@@ -95,7 +95,7 @@ def serve(
         float,
         typer.Option(
             "--index-pause",
-            help="Milliseconds that others may wait for a document that is indexed; 0 for any.",
+            help="Milliseconds that indexing a document may add to a step of others; 0 for any.",
         ),
     ] = 100.0,
     print_command: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,13 +23,13 @@ class Asked:
     Attributes:
         file: name of the context's directory.
         prompt: ids of both, of which the first `document_tokens` are the document's.
-        argument: what a request says beside them (`capture.ARGUMENT`).
+        said: what a request says beside them.
     """
 
     file: str
     prompt: list[int]
     document_tokens: int
-    argument: str
+    said: dict[str, Any]
 
     @classmethod
     def of(
@@ -54,7 +55,12 @@ class Asked:
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "finish": finish,
         }
-        return cls(file, prompt, len(document), json.dumps(said))
+        return cls(file, prompt, len(document), said)
+
+    @property
+    def argument(self) -> str:
+        """Of requests that begin now (`capture.ARGUMENT`)."""
+        return json.dumps(self.said | {"began": time.time()})
 
     def check(self, longest: int) -> None:
         """Raise `SqueezedError` unless an engine for `longest` tokens can read this."""

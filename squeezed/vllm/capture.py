@@ -58,6 +58,7 @@ def order_of(
         said = json.loads(expect(ARGUMENT, text, str, "JSON"))
         file, template, finish = said["file"], said["template"], said["finish"]
         tokens, tokenizer = said["document_tokens"], said["tokenizer"]
+        began = float(said["began"])
         PromptTemplate(**template)
     except (ValueError, TypeError, KeyError) as error:
         raise SqueezedError(f"{ARGUMENT}: not an order to index ({cause_of(error)})") from error
@@ -67,7 +68,8 @@ def order_of(
     if not whole("document_tokens", tokens, 1) < total or len(ids) > total:
         raise SqueezedError(f"{ARGUMENT}: {tokens} of {total} tokens leave none to probe with")
     path = place / checked_file(file)
-    return Order(path.stem, path, ids, tokens, template, tokenizer, finish=bool(finish), **engine)
+    known = engine | {"finish": bool(finish), "began": began}
+    return Order(path.stem, path, ids, tokens, template, tokenizer, **known)
 
 
 def is_piece(text: str, tokens: int) -> bool:
@@ -111,7 +113,6 @@ class Job:
     queries: dict[int, Tensor] = field(default_factory=dict)
     probed: dict[int, Tensor] = field(default_factory=dict)
     layers: dict[int, CapturedLayer] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
     state: dict[str, Any] = field(default_factory=lambda: {"state": "reading"})
 
     @property
@@ -200,7 +201,7 @@ class Job:
             log.warning("contexts: %s (%s)", self.order.path.parent, unwritten)
 
     def _write(self, parts: Parts) -> None:
-        seconds = time.perf_counter() - self.started
+        seconds = max(0.0, time.time() - self.order.began)
         parts.begin(self.order)
         with _beside(self.device):
             for number in sorted(self.layers):

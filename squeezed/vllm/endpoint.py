@@ -44,6 +44,7 @@ class SqueezedEndpoint:
     async def init_state(self, engine_client, state, args) -> None:
         state.squeezed_engine = engine_client
         state.squeezed_catalogue = _catalogue(engine_client)
+        state.squeezed_model = None
 
 
 async def report(request: str, http: Request) -> JSONResponse:
@@ -83,12 +84,18 @@ async def make(http: Request) -> JSONResponse:
     engine, catalogue = state.squeezed_engine, state.squeezed_catalogue
     if catalogue is None:
         return _error(501, "this server has no contexts")
+    if engine.vllm_config.parallel_config.data_parallel_size > 1:
+        return _error(
+            400,
+            "data_parallel_size: the pieces of a document would go to different replicas; use "
+            "squeezed vllm index, or separate servers over one directory",
+        )
     try:
         body = expect("body", await http.json(), dict, "an object with name and text")
         name, text = checked_name(body.get("name")), check_text("text", body.get("text"))
         asked = await asyncio.to_thread(asked_of, engine, f"{name}.sqz", text)
         asked.check(engine.vllm_config.model_config.max_model_len)
-        order = await asyncio.to_thread(order_in, engine.vllm_config, asked)
+        order = await asyncio.to_thread(order_in, state, asked)
         if not (await engine.collective_rpc("squeezed_resume", args=(order,)))[0]:
             why = await read(engine, asked)
             if why is not None:
@@ -110,17 +117,20 @@ def asked_of(engine, file: str, text: str) -> Asked:
     return Asked.of(engine.get_tokenizer(), file, text)
 
 
-def order_in(config, asked: Asked) -> dict[str, Any]:
+def order_in(state, asked: Asked) -> dict[str, Any]:
     """The order that the engine will make of what is asked, as it travels to the workers."""
-    settings = Settings.of_engine(config)
-    order = order_of(asked.argument, asked.prompt, place_of(settings), engine_of(config))
+    config = state.squeezed_engine.vllm_config
+    if state.squeezed_model is None:
+        state.squeezed_model = engine_of(config)
+    place = place_of(Settings.of_engine(config))
+    order = order_of(asked.argument, asked.prompt, place, state.squeezed_model)
     return asdict(order) | {"path": str(order.path)}
 
 
 async def read(engine, asked: Asked) -> str | None:
     """Let the engine read document and probe, piece by piece; why it refused, or `None`."""
     config = engine.vllm_config
-    salt, done, prompt = uuid4().hex, 0, asked.prompt
+    salt, done, prompt, argument = uuid4().hex, 0, asked.prompt, asked.argument
     pace = Pace(
         Settings.of_engine(config).index_pause_ms / 1e3,
         config.cache_config.block_size,
@@ -129,21 +139,21 @@ async def read(engine, asked: Asked) -> str | None:
     probe = len(prompt) - asked.document_tokens
     while piece := pace.next(asked.document_tokens - done, probe):
         done, started = done + piece, time.perf_counter()
-        why = await one_request(engine, asked, prompt[:done], salt)
+        why = await one_request(engine, argument, prompt[:done], salt)
         if why is not None:
             return why
         pace.took(piece, time.perf_counter() - started)
-    return await one_request(engine, asked, prompt, salt)
+    return await one_request(engine, argument, prompt, salt)
 
 
-async def one_request(engine, asked: Asked, ids: list[int], salt: str) -> str | None:
+async def one_request(engine, argument: str, ids: list[int], salt: str) -> str | None:
     from vllm import SamplingParams
 
     sampling = SamplingParams(
-        max_tokens=1, temperature=0, extra_args={ARGUMENT: asked.argument}, detokenize=False
+        max_tokens=1, temperature=0, extra_args={ARGUMENT: argument}, detokenize=False
     )
     prompt, said = {"prompt_token_ids": ids, "cache_salt": salt}, None
-    async for output in engine.generate(prompt, sampling, f"index-{asked.file}-{uuid4().hex}"):
+    async for output in engine.generate(prompt, sampling, f"index-{uuid4().hex}"):
         said = output.kv_transfer_params
     return fallback_in(said)
 

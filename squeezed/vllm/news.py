@@ -20,6 +20,7 @@ class Order:
         model: what the context says of its model.
         ranks, layers, kv_heads, dtype: of the engine.
         finish: whether the engine makes the context; or only captures, and another process does.
+        began: when, in seconds since 1970.
     """
 
     name: str
@@ -34,11 +35,12 @@ class Order:
     kv_heads: int = 0
     dtype: str = ""
     finish: bool = True
+    began: float = 0.0
 
     @property
     def key(self) -> str:
         """What is alike if the same keys are captured, and shared out alike."""
-        said = asdict(self) | {"path": self.path.name, "finish": None}
+        said = asdict(self) | {"path": self.path.name, "finish": None, "began": None}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,7 +1,8 @@
 """How much of a document is read in one step, so that no other request waits longer than allowed.
 
-What a step takes grows with its tokens and with what they look back at: so the next piece follows
-from how long the last one took. Pieces are requests that leave their keys in vLLM's prefix cache.
+What a document adds to a step grows with its tokens there, and with what they look back at: so the
+next piece follows from how long the last one took, beside the shortest, which shows what a request
+takes anyway. Pieces are requests that leave their keys in vLLM's prefix cache.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-FIRST_BLOCKS = 4
 AIM = 0.8
-"""Part of the limit that a step should take: other requests are in it too."""
+"""Part of the limit that a step should take: what it takes is not quite foreseen."""
 
 GROWTH = 2.0
 """Of a piece over the one before, at most."""
@@ -22,11 +22,12 @@ class Pace:
     """Pieces of one document.
 
     Attributes:
-        limit: seconds that a step may take; 0 for any time.
+        limit: seconds that may be added to a step; 0 for any time.
         block: tokens of a block; pieces end with one, for only whole blocks are found again.
         most: tokens of the largest step.
-        tokens: of the next piece; begins small, for nothing is known yet.
+        tokens: of the next piece; begins with a block, for nothing is known yet.
         done: tokens that were read.
+        shortest: seconds of the shortest piece.
     """
 
     limit: float
@@ -34,9 +35,10 @@ class Pace:
     most: int
     tokens: int = 0
     done: int = 0
+    shortest: float = math.inf
 
     def __post_init__(self) -> None:
-        self.tokens = min(FIRST_BLOCKS * self.block, self._largest)
+        self.tokens = self.block
 
     def next(self, left: int, probe: int) -> int:
         """Tokens of the next piece when `left` of the document must still be read; 0 if all of them
@@ -51,7 +53,8 @@ class Pace:
         It is unknown how much of the time went into looking back, so the next piece is the largest
         for which the limit holds whether none of it did or all.
         """
-        allowed = AIM * self.limit / max(seconds, 1e-6)
+        self.shortest = min(self.shortest, seconds)
+        allowed = AIM * self.limit / max(seconds - self.shortest, 1e-6)
         pairs = allowed * tokens * (self.done + tokens / 2)
         self.done += tokens
         looking_back = math.sqrt(self.done**2 + 2 * pairs) - self.done

@@ -30,8 +30,8 @@ class Settings:
         scan_seconds: time between two looks into the directories.
         implementation: `auto`, `reference`, `cpu` or `triton`.
         graphs: capture a layer's attention on a GPU, and replay it while a batch stays the same.
-        index_pause_ms: milliseconds that a step of other requests may wait for a document that is
-            indexed; 0 for any time.
+        index_pause_ms: milliseconds that a document that is indexed may add to a step of others; 0
+            for any time.
         index_threads: of the process that clusters it.
     """
 

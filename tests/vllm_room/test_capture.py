@@ -27,6 +27,7 @@ def said(**changes):
         "template": TEMPLATE,
         "tokenizer": "t",
         "finish": True,
+        "began": 1.0,
     }
     return json.dumps(usual | changes)
 
@@ -44,7 +45,7 @@ def test_an_order_says_what_is_read_and_where_it_goes():
 
 def test_orders_are_alike_if_the_same_is_captured():
     """Wherever it lies, and whoever finishes it."""
-    assert order().key == order(Path("elsewhere"), finish=False).key
+    assert order().key == order(Path("elsewhere"), finish=False, began=2.0).key
     others = [
         order(file="y.sqz"),
         order(tokenizer="u"),
@@ -80,6 +81,7 @@ def test_names_that_lead_elsewhere_are_refused(name):
         said(document_tokens="many"),
         said(tokens=DOCUMENT + PROBE - 1),
         said(tokens=None),
+        said(began="today"),
         7,
     ],
 )
