@@ -1,9 +1,5 @@
 """Two KV heads on two ranks answer as one rank, and as Transformers does."""
 
-import os
-
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
-
 import sys
 from pathlib import Path
 
