@@ -44,7 +44,6 @@ class SqueezedEndpoint:
     async def init_state(self, engine_client, state, args) -> None:
         state.squeezed_engine = engine_client
         state.squeezed_catalogue = _catalogue(engine_client)
-        state.squeezed_model = None
 
 
 async def report(request: str, http: Request) -> JSONResponse:
@@ -95,7 +94,7 @@ async def make(http: Request) -> JSONResponse:
         name, text = checked_name(body.get("name")), check_text("text", body.get("text"))
         asked = await asyncio.to_thread(asked_of, engine, f"{name}.sqz", text)
         asked.check(engine.vllm_config.model_config.max_model_len)
-        order = await asyncio.to_thread(order_in, state, asked)
+        order = await asyncio.to_thread(order_in, engine.vllm_config, asked)
         if not (await engine.collective_rpc("squeezed_resume", args=(order,)))[0]:
             why = await read(engine, asked)
             if why is not None:
@@ -117,14 +116,17 @@ def asked_of(engine, file: str, text: str) -> Asked:
     return Asked.of(engine.get_tokenizer(), file, text)
 
 
-def order_in(state, asked: Asked) -> dict[str, Any]:
+def order_in(config, asked: Asked) -> dict[str, Any]:
     """The order that the engine will make of what is asked, as it travels to the workers."""
-    config = state.squeezed_engine.vllm_config
-    if state.squeezed_model is None:
-        state.squeezed_model = engine_of(config)
+    if id(config) not in _engines:
+        _engines[id(config)] = config, engine_of(config)
     place = place_of(Settings.of_engine(config))
-    order = order_of(asked.argument, asked.prompt, place, state.squeezed_model)
+    order = order_of(asked.argument, asked.prompt, place, _engines[id(config)][1])
     return asdict(order) | {"path": str(order.path)}
+
+
+_engines: dict[int, tuple[Any, dict[str, Any]]] = {}
+"""What orders say of this process's engine: its model's files are looked at once."""
 
 
 async def read(engine, asked: Asked) -> str | None:

@@ -51,6 +51,7 @@ test_server.py
 test_engine.py
 test_ranks.py
 test_offline.py
+test_served.py
 test_sliding.py
 test_backend.py test_contract.py
 LINES
