@@ -433,6 +433,21 @@ def test_a_context_that_moves_is_read_on(saved, tmp_path, monkeypatch):
     assert same_context(opened, CONTEXT)
 
 
+@pytest.mark.parametrize("has_preadv", [True, False])
+def test_forked_readers_of_one_opened_context_do_not_disturb_each_other(
+    has_preadv, saved, monkeypatch
+):
+    if not has_preadv:
+        monkeypatch.delattr(os, "preadv")
+    opened = directory.load(saved)
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            os._exit(not same_context(opened, CONTEXT))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert same_context(opened, CONTEXT)
+
+
 def test_descriptors_are_given_back(saved):
     def count():
         return len(os.listdir("/proc/self/fd"))

@@ -146,12 +146,22 @@ def _memory(size: int) -> Tensor:
 
 
 def _pieces(descriptor: int, view: memoryview) -> Iterator[memoryview]:
-    """The parts of `view`, each as soon as the file's bytes are in it."""
+    """The parts of `view`, each as soon as the file's bytes are in it.
+
+    Read by their places in the file: processes that were forked share a descriptor's own.
+    """
     done = 0
-    with open(descriptor, "rb", buffering=0, closefd=False) as file:
-        while done < len(view):
-            count = file.readinto(view[done : done + PIECE])
-            if not count:
-                raise OSError(errno.EIO, "it became shorter while it was read")
-            yield view[done : done + count]
-            done += count
+    while done < len(view):
+        count = _read_at(descriptor, view[done : done + PIECE], done)
+        if not count:
+            raise OSError(errno.EIO, "it became shorter while it was read")
+        yield view[done : done + count]
+        done += count
+
+
+def _read_at(descriptor: int, view: memoryview, place: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [view], place)
+    found = os.pread(descriptor, len(view), place)  # older systems
+    view[: len(found)] = found
+    return len(found)
