@@ -12,11 +12,13 @@ from pathlib import Path
 
 import squeezed
 
+SERVER = ("fastapi", "pydantic", "pydantic_settings", "prometheus_client", "uvicorn")
 OPTIONAL = {
     "squeezed.attention.triton": ("triton",),
     "squeezed.indexing.triton": ("triton",),
     "squeezed.measure.speed": ("triton",),
-    "squeezed.server": ("fastapi", "pydantic_settings", "prometheus_client", "uvicorn"),
+    "squeezed.server": SERVER,
+    "squeezed.cli.serve": SERVER,
     "squeezed.vllm": ("vllm", "triton", "fastapi", "prometheus_client", "psutil"),
 }
 """What only these need: a CPU build of torch brings no Triton, and vLLM, with what it brings, is an

@@ -26,9 +26,13 @@ COMMANDS = {
 }
 
 
+EXTRAS = {"serve": "server"}
+"""Commands that need more packages than all others, and what brings them."""
+
+
 def group() -> Any:
     """The command line as a click-style command."""
-    return typer.main.get_command(lazy_group("squeezed", HELP, COMMANDS, root))
+    return typer.main.get_command(lazy_group("squeezed", HELP, COMMANDS, root, EXTRAS))
 
 
 def show_version(asked: bool) -> None:

@@ -11,6 +11,8 @@ import typer
 import typer.core
 import typer.main
 
+from squeezed.errors import SqueezedError
+
 
 class LazyGroup(typer.core.TyperGroup):
     """Commands by name as `"module:attribute"`: a function, or a Typer application.
@@ -20,6 +22,7 @@ class LazyGroup(typer.core.TyperGroup):
 
     commands_at: dict[str, str] = {}  # noqa: RUF012  (set once by `lazy_group`)
     summaries: dict[str, str] = {}  # noqa: RUF012
+    extras: dict[str, str] = {}  # noqa: RUF012
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [name for name, place in self.commands_at.items() if _exists(place)]
@@ -29,7 +32,15 @@ class LazyGroup(typer.core.TyperGroup):
         if place is None or not _exists(place):
             return None
         module, attribute = place.split(":")
-        found = getattr(importlib.import_module(module), attribute)
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if name not in self.extras or str(error.name).startswith("squeezed"):
+                raise
+            raise SqueezedError(
+                f"{name}: it needs the package {error.name}; pip install "
+                f"'squeezed-attention[{self.extras[name]}]'"
+            ) from error
         if not isinstance(found, typer.Typer):
             app = typer.Typer(add_completion=False, rich_markup_mode=None)
             app.command(name)(found)
@@ -53,11 +64,13 @@ def lazy_group(
     help: str,
     commands: dict[str, tuple[str, str]],
     root: Callable[..., None] = no_options,
+    extras: dict[str, str] | None = None,
 ) -> typer.Typer:
     """A Typer application over `{command: ("module:attribute", summary)}`.
 
     Args:
         root: its parameters are the options that stand before the command's name.
+        extras: of the package, which bring what a command imports.
     """
     group = type(
         f"{name.title()}Group",
@@ -65,6 +78,7 @@ def lazy_group(
         {
             "commands_at": {key: place for key, (place, _) in commands.items()},
             "summaries": {key: summary for key, (_, summary) in commands.items()},
+            "extras": extras or {},
         },
     )
     app = typer.Typer(cls=group, name=name, help=help, add_completion=False, rich_markup_mode=None)

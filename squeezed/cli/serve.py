@@ -9,13 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from squeezed.errors import SqueezedError
-
-try:
-    from squeezed.server.settings import ServerSettings
-except ModuleNotFoundError as error:
-    raise SqueezedError(
-        f"serve: it needs the package {error.name}; pip install 'squeezed-attention[server]'"
-    ) from error
+from squeezed.server.settings import ServerSettings
 
 Config = Annotated[
     Path | None, typer.Option("--config", help="TOML file of settings.", envvar="SQUEEZED_CONFIG")

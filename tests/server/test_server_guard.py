@@ -2,6 +2,8 @@
 
 import logging
 import socket
+import subprocess
+import sys
 import time
 
 import openai
@@ -216,3 +218,22 @@ def test_metrics_count_what_happened(root):
     assert values["squeezed_answers_running"] == values["squeezed_answers_waiting"] == "0.0"
     assert float(values["squeezed_resident_bytes"]) > 1e5
     assert values["squeezed_contexts"] == "1.0"
+
+
+PACKAGES = "fastapi uvicorn pydantic_settings prometheus_client pypdf docx multipart starlette"
+
+
+def test_nothing_but_the_server_needs_its_packages_and_it_names_what_brings_them():
+    code = f"""
+import sys
+for name in {PACKAGES!r}.split():
+    sys.modules[name] = None
+import squeezed
+squeezed.Session, squeezed.index
+from squeezed.cli import main
+sys.exit(main(["serve"]))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 2
+    line = "serve: it needs the package pydantic_settings; pip install 'squeezed-attention[server]'"
+    assert ended.stderr.strip() == f"error: {line}"
