@@ -23,7 +23,10 @@ OPTIONAL = {
 }
 """What only these need: a CPU build of torch brings no Triton, and vLLM, with what it brings, is an
 extra."""
-FILES = ("py.typed", "demo/sqlite_wal.txt", "demo/README.md")
+PAGE = ("index.html", "page.css", "main.js", "icon.svg")
+FILES = (
+    "py.typed", "demo/sqlite_wal.txt", "demo/README.md", *(f"server/page/{name}" for name in PAGE)
+)  # fmt: skip
 
 
 def main() -> None:

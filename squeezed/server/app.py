@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response
@@ -28,6 +29,7 @@ from squeezed.server.settings import ServerSettings
 log = logging.getLogger("squeezed")
 
 PAGE = Path(__file__).with_name("page")
+ASK_AGAIN = {"Cache-Control": "no-cache"}
 EXPIRE_SECONDS = 1.0
 
 MakeEngine = Callable[[], Engine]
@@ -78,10 +80,19 @@ def add_page(app: FastAPI) -> None:
         index = PAGE / "index.html"
         if not index.is_file():
             raise Refusal(404, "this server was installed without its page; see /v1/contexts")
-        return FileResponse(index)
+        return FileResponse(index, headers=ASK_AGAIN)
 
     if PAGE.is_dir():
-        app.mount("/page", StaticFiles(directory=PAGE), name="page")
+        app.mount("/page", PageFiles(directory=PAGE), name="page")
+
+
+class PageFiles(StaticFiles):
+    """Files that a browser asks for again, lest it mix those of two releases."""
+
+    def file_response(self, *given: Any, **named: Any) -> Response:
+        answer = super().file_response(*given, **named)
+        answer.headers.update(ASK_AGAIN)
+        return answer
 
 
 @asynccontextmanager
