@@ -118,8 +118,14 @@ class Guard:
         await self._counted(owner, scope, body, answer)
 
     async def _counted(self, owner: str, scope: Scope, body: Body, answer: Answer) -> None:
-        """Let it pass if its key has not too many requests at work."""
-        if scope["method"] == "POST" and self.working[owner] >= self.requests_per_key:
+        """Let it pass if its key has not too many requests at work.
+
+        Those that only look count for nothing, and without keys the queue's length is the limit.
+        """
+        if self.keys is None or scope["method"] != "POST":
+            await self.app(scope, body.receive, answer.send)
+            return
+        if self.working[owner] >= self.requests_per_key:
             most = self.requests_per_key
             await answer.refuse(
                 Refusal(429, f"this key has {most} requests at work; wait for one", None, "key", 1)

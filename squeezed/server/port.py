@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from squeezed.context.record import ContextRecord
     from squeezed.hf.asking import Asking
     from squeezed.server.library.found import Entry
+    from squeezed.server.library.passages import Passages
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase, steps done and steps in all; raises to end the work."""
@@ -111,6 +112,8 @@ class Engine(Protocol):
     """Tokens of prompt and answer that the model can tell apart, if that has an end."""
     is_pinned: Callable[[str], bool]
     """Whether a context stays in memory once it is there, by its name; the library says so."""
+    cut: Callable[[Entry], Passages]
+    """A context's text in passages; the library keeps the last ones."""
 
     def answer(self, ask: Ask) -> AsyncGenerator[Piece | Ended, None]:
         """Pieces, then how it ended. Raises `Refusal`; whoever closes it frees its place."""

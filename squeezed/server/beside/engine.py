@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from squeezed.context.record import ContextRecord
 from squeezed.errors import ContextFileError, SqueezedError
 from squeezed.hf.identity.vocabulary import tokenizer_fingerprint
+from squeezed.server.library.found import Entry
+from squeezed.server.library.passages import Passages
 from squeezed.server.port import Ask, Ended, Piece, Progress, TokenSaid
 from squeezed.server.refusals import Refusal
 from squeezed.vllm.cutting import Share, bytes_on
@@ -24,6 +27,7 @@ class VllmEngine:
         self.client, self.tokenizer = client, client.get_tokenizer()
         self.positions: int | None = client.vllm_config.model_config.max_model_len
         self.is_pinned: Callable[[str], bool] = lambda name: False
+        self.cut: Callable[[Entry], Passages] = partial(Passages.of_entry, self.tokenizer)
         self.fingerprint = tokenizer_fingerprint(self.tokenizer)
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Piece | Ended, None]:

@@ -45,6 +45,7 @@ class Library:
         self._cut: OrderedDict[str, Passages] = OrderedDict()
         self._one_change, self._one_cut = threading.RLock(), threading.Lock()
         engine.is_pinned = lambda name: self.notes.of(name, 0.0).pinned
+        engine.cut = self.passages
         self._sweep()
         self.shelf.look()
 
@@ -107,8 +108,7 @@ class Library:
         """The text of a context in passages; takes a while the first time."""
         with self._one_cut:
             if entry.key not in self._cut:
-                tokenizer = self.engine.tokenizer
-                self._cut[entry.key] = Passages.of(tokenizer, entry.tokens, entry.template)
+                self._cut[entry.key] = Passages.of_entry(self.engine.tokenizer, entry)
                 while len(self._cut) > CUT_CONTEXTS:
                     self._cut.popitem(last=False)
             self._cut.move_to_end(entry.key)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from squeezed.server.library.found import Entry
+
 
 @dataclass(frozen=True)
 class Passages:
@@ -28,6 +30,11 @@ class Passages:
     text: str
     places: tuple[tuple[int, int], ...]
     bounds: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of_entry(cls, tokenizer: PreTrainedTokenizerBase, entry: Entry) -> Passages:
+        """Of a saved context."""
+        return cls.of(tokenizer, entry.tokens, entry.template)
 
     @classmethod
     def of(

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from squeezed.hf.identity.vocabulary import tokenizer_fingerprint
 from squeezed.hf.positions import check_room
 from squeezed.hf.support import input_device, layer_kinds, text_config
 from squeezed.server.library.found import Entry
+from squeezed.server.library.passages import Passages
 from squeezed.server.local.lane import Lane
 from squeezed.server.local.loop import Loop
 from squeezed.server.local.reports import Reports
@@ -73,7 +75,8 @@ class LocalEngine:
         self.is_pinned: Callable[[str], bool] = lambda name: False
         self.residents = Residents(self._load, capacity, lambda name: self.is_pinned(name))
         self.loop = Loop()
-        self.reports = Reports(self.tokenizer, self._asked_more)
+        self.cut: Callable[[Entry], Passages] = partial(Passages.of_entry, self.tokenizer)
+        self.reports = Reports(self.tokenizer, self._asked_more, lambda entry: self.cut(entry))
         self.asked: Counter[str] = Counter()
         self._one_document = asyncio.Lock()
 

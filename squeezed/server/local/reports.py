@@ -14,6 +14,7 @@ from torch import Tensor
 from squeezed.answers.sources import NEUTRAL_QUESTION, NEUTRAL_TOKENS
 from squeezed.hf.asking import Asking
 from squeezed.hf.fixed_context import FixedContext
+from squeezed.server.library.found import Entry
 from squeezed.server.library.passages import Passages
 from squeezed.server.local import reading
 from squeezed.server.local.residents import Resident
@@ -29,12 +30,15 @@ MOST_USUAL = 256
 AskMore = Callable[[Ask, Resident], Awaitable[Row]]
 """Has one more request answered, to its end."""
 
+Cut = Callable[[Entry], Passages]
+"""A context's text in passages."""
+
 
 class Reports:
     """The `squeezed` objects of one engine's answers."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ask: AskMore) -> None:
-        self.tokenizer, self.ask = tokenizer, ask
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ask: AskMore, cut: Cut) -> None:
+        self.tokenizer, self.ask, self.cut = tokenizer, ask, cut
         self._usual: dict[tuple[str, Asking], asyncio.Task[Tensor]] = {}
 
     async def ended(self, finished: Finished, resident: Resident | None) -> Ended:
@@ -69,7 +73,7 @@ class Reports:
 
     def _over(self, row: Row, resident: Resident) -> tuple[Passages, tuple[Tensor, Tensor]]:
         context, entry = resident.context, resident.entry
-        cut = Passages.of(self.tokenizer, entry.tokens, entry.template)
+        cut = self.cut(entry)
         views = row.ask.asking.attentions(context)
         with torch.inference_mode():
             return cut, reading.attention_over(context, views, row, cut.bounds)
