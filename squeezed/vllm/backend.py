@@ -57,6 +57,7 @@ class Call:
     Attributes:
         kind: how they read (`rows.Row.parts`).
         places: `[N]` int64, their places in the batch, on the device.
+        is_all: whether they are all tokens of the batch: nothing is gathered then.
         decoding: generated tokens, of several requests; otherwise tokens of one request's prompt.
         reads: `[R]` int64, keys that each request has read in this step so far.
     """
@@ -65,6 +66,7 @@ class Call:
     rows: list[Row]
     kind: str
     places: Tensor
+    is_all: bool
     decoding: bool
     reads: Tensor
 
@@ -72,7 +74,7 @@ class Call:
         """Attention of a layer to the context: `[N, Hq, 1, D]`, or `[1, Hq, N, D]`."""
         reader = self.rows[0].reader
         rule = self.context.rule(reader.budget, reader.preset, number, self.kind)
-        asked = query[self.places]
+        asked = query if self.is_all else query[self.places]
         asked = asked[:, :, None] if self.decoding else asked.transpose(0, 1)[None]
         return self.context.attend(asked, number, rule)
 
@@ -198,7 +200,8 @@ def resolve(meta: SqueezedMetadata) -> Step | None:
             own.max_seq_len,
             tuple((rows[0].reader.rule, len(rows)) for rows in groups.decodes),
         )
-    meta.step = Step(calls_of(groups, builder, only_decodes), own, alike)
+    calls = calls_of(groups, builder, own.num_actual_tokens, only_decodes)
+    meta.step = Step(calls, own, alike)
     WORKER.ends.append(meta.step.count)
     return meta.step
 
@@ -215,10 +218,11 @@ def rows_in(common) -> list[Row]:
     return rows_of(starts, lengths, request_of, WORKER.readers)
 
 
-def calls_of(groups: Groups, builder: SqueezedBuilder, in_place: bool) -> list[Call]:
+def calls_of(groups: Groups, builder: SqueezedBuilder, tokens: int, in_place: bool) -> list[Call]:
     """What is answered by one call each; all places are copied to the device at once.
 
     Args:
+        tokens: of the batch.
         in_place: into the builder's buffers, where graphs look for them.
     """
     found = [(rows, ALONE, [row.start for row in rows], True) for rows in groups.decodes]
@@ -236,8 +240,8 @@ def calls_of(groups: Groups, builder: SqueezedBuilder, in_place: bool) -> list[C
     parts = flat.split([len(places) for _, _, places, _ in found])
     counted = reads.split([len(rows) for rows, *_ in found])
     return [
-        Call(context_of(rows[0]), rows, kind, own, decoding, read)
-        for (rows, kind, _, decoding), own, read in zip(found, parts, counted, strict=True)
+        Call(context_of(rows[0]), rows, kind, own, places == list(range(tokens)), decoding, read)
+        for (rows, kind, places, decoding), own, read in zip(found, parts, counted, strict=True)
     ]
 
 
@@ -303,9 +307,8 @@ class SqueezedImpl(FlashAttentionImpl):
         own = self.attend_own(layer, query, kv_cache, step.own, output)
         for call in step.calls:
             found = call.attend(number, query)
-            join(found, call.context.layers[number], query, output, own, call.places)
-            if call.kind != WHOLE:
-                call.reads += found.keys_read
+            reads = None if call.kind == WHOLE else call.reads
+            join(found, call.context.layers[number], query, output, own, call.places, reads)
 
     def attend_own(
         self, layer, query: Tensor, kv_cache: Tensor, meta: FlashAttentionMetadata, output: Tensor

@@ -23,8 +23,9 @@ def join(
     output: Tensor,
     own: Tensor,
     places: Tensor,
+    reads: Tensor | None = None,
 ) -> None:
-    """Put the joined answers of some tokens into `output`.
+    """Put the joined answers of some tokens into `output`, and count what they read.
 
     Args:
         found: `N` tokens' attention to the context: `[N, Hq, 1, D]`, or `[1, Hq, N, D]`.
@@ -32,11 +33,15 @@ def join(
         output: `[T, Hq, D]`, what vLLM's kernel found; written in place.
         own: `[Hq, T]` float32, its log-sum-exp.
         places: `[N]` int64, which tokens of the batch they are.
+        reads: `[B]` int64, to which `found.keys_read` is added; `None` counts nothing.
     """
     context, mass = _by_token(found.output), _by_token(found.log_mass)
     if output.device.type == "cuda":
-        _launch(context, mass, layer, query, output, own, places)
+        counted = None if reads is None else (found.keys_read, reads)
+        _launch(context, mass, layer, query, output, own, places, counted)
         return
+    if reads is not None:
+        reads += found.keys_read
     asked = query[places]
     common = layer.common_logit(asked.unsqueeze(2))[:, :, 0]
     share = torch.sigmoid(mass.float() + common - own.t()[places].float())[..., None]
@@ -57,8 +62,10 @@ def _launch(
     output: Tensor,
     own: Tensor,
     places: Tensor,
+    counted: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     tokens, heads, dim = context.shape
+    read, reads = (places, places) if counted is None else counted
     join_rows[(tokens, heads)](
         context,
         mass,
@@ -67,6 +74,9 @@ def _launch(
         output,
         own,
         places,
+        read,
+        reads,
+        0 if counted is None else len(reads),
         layer.scale,
         context.stride(0),
         context.stride(1),
@@ -94,6 +104,9 @@ def join_rows(
     output,
     own,
     places,
+    read,
+    reads,
+    counted,
     scale,
     context_token,
     context_head,
@@ -112,6 +125,9 @@ def join_rows(
     """One token and query head; `[DIM]` numbers in one warp."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     place = tl.load(places + row)
+    counts = (head == 0) & (row < counted)  # of one request there may be many rows, but one count
+    total = tl.load(reads + row, counts, 0) + tl.load(read + row, counts, 0)
+    tl.store(reads + row, total, counts)
     lanes = tl.arange(0, BLOCK)
     inside = lanes < DIM
     asked = tl.load(query + place * query_token + head * query_head + lanes, inside, 0.0)

@@ -38,12 +38,15 @@ def test_two_softmaxes_become_the_one_over_all_keys(kernel, together, dim):
     asked = query[places]
     shaped = asked[:, :, None] if together else asked.transpose(0, 1)[None]
     found = attend(shaped, layer, rule_of(layer))
-    before = output.clone()
+    found = found._replace(keys_read=torch.arange(len(found.keys_read)) * 10 + 40)
+    before, reads = output.clone(), torch.arange(1, 1 + len(found.keys_read))
     if kernel:
         context, mass = map(joining._by_token, found[:2])
-        joining._launch(context, mass, layer, query, output, own, places)
+        counted = found.keys_read, reads
+        joining._launch(context, mass, layer, query, output, own, places, counted)
     else:
-        joining.join(found, layer, query, output, own, places)
+        joining.join(found, layer, query, output, own, places, reads)
+    assert torch.equal(reads, found.keys_read + torch.arange(1, 1 + len(reads)))
     recent = Suffix.of(layer, keys[places], values[places])
     wanted = attend(asked[:, :, None], layer, rule_of(layer), recent).output[:, :, 0]
     torch.testing.assert_close(output[places], wanted, atol=2e-5, rtol=2e-5)
