@@ -93,6 +93,8 @@ def test_top_p_draws_from_the_likeliest_alone():
         assert set(drawn) == allowed
     share = drawn.count(0) / len(drawn)
     assert share == pytest.approx(0.5, abs=0.1)
+    for least in (0.0, 5e-324, 1e-9):
+        assert Chooser(Sampling(temperature=least)).choose(logits).token == 0
     sharp = Chooser(Sampling(temperature=0.1, seed=1))
     assert [sharp.choose(logits).token for _ in range(50)].count(0) > 45
 

@@ -12,6 +12,10 @@ from squeezed.server.port import Sampling
 from squeezed.server.refusals import Refusal
 
 
+LEAST_TEMPERATURE = 1e-4
+"""Below it the likeliest token is drawn anyway, and quotients may pass what numbers can hold."""
+
+
 @dataclass(frozen=True)
 class Chosen:
     """A token, and of what was asked for: its logarithm of probability, and the likeliest ones'."""
@@ -30,7 +34,7 @@ class Chooser:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self.generator: torch.Generator | None = None
-        if sampling.temperature > 0:
+        if sampling.temperature >= LEAST_TEMPERATURE:
             seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
             self.generator = torch.Generator().manual_seed(seed & (2**63 - 1))
 
