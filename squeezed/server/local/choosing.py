@@ -11,7 +11,6 @@ from torch import Tensor
 from squeezed.server.port import Sampling
 from squeezed.server.refusals import Refusal
 
-
 LEAST_TEMPERATURE = 1e-4
 """Below it the likeliest token is drawn anyway, and quotients may pass what numbers can hold."""
 
