@@ -14,12 +14,14 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from queue import SimpleQueue
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from squeezed import attention as ops
 from squeezed.attention.interface import Attended, Suffix
+from squeezed.context.layers import ClusteredLayer
 from squeezed.context.record import ContextRecord
 from squeezed.context.rule import SelectionRule
 from squeezed.context.storage import directory
@@ -51,7 +53,7 @@ class HeldContext:
         self.record, self.share, self.implementation = record, share, implementation
         self.layers = []
         for layer in record.layers:  # the next ones are being read meanwhile
-            cut = without_last(share.layer(layer), dropped)
+            cut = without_last(share.layer(cast(ClusteredLayer, layer)), dropped)
             self.layers.append(in_place(cut, device))
             _let_go(record)
         _let_go(record)
@@ -103,8 +105,10 @@ class HeldContext:
         ]
 
 
-def _on(device: torch.device, rule):
-    held = {n: t.to(device) for n, t in vars(rule).items() if isinstance(t, torch.Tensor)}
+def _on(device: torch.device, rule: SelectionRule) -> SelectionRule:
+    held: dict[str, Any] = {
+        n: t.to(device) for n, t in vars(rule).items() if isinstance(t, torch.Tensor)
+    }
     return replace(rule, **held)
 
 
@@ -199,7 +203,7 @@ class Arena:
     def _on_device(self, origin: Origin) -> HeldContext:
         on_own_stream = torch.cuda.stream(self._stream) if self._stream else nullcontext()
         with torch.no_grad(), on_own_stream:
-            if self._read is not None:
+            if self._read is not None and self._stream is not None:
                 self._stream.wait_event(self._read)
             record = directory.load(origin.path)
             found = HeldContext(

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,7 @@ class Job:
         return found
 
 
-def _beside(device: torch.device):
+def _beside(device: torch.device) -> AbstractContextManager:
     """Copies off a GPU that hold up no step."""
     if device.type != "cuda":
         return nullcontext()

@@ -87,14 +87,15 @@ class Catalogue:
 
     def look(self) -> None:
         """Read what is new or changed, and forget what is gone."""
-        seen = {}
+        seen: dict[Path, tuple[tuple, Found | str]] = {}
         for path in self._candidates():
             known = self._seen.get(path)
             state = _state(path, whole=not known or isinstance(known[1], str))
             if state is None:
                 continue
-            same = known and (known[0] == state or known[0][:1] == state)
-            seen[path] = known if same else (state, self._read(path))
+            if known is None or state not in (known[0], known[0][:1]):
+                known = state, self._read(path)
+            seen[path] = known
         found = [entry for _, entry in seen.values() if not isinstance(entry, str)]
         refused = {p.stem: e for p, (_, e) in seen.items() if isinstance(e, str)}
         self._seen = seen

@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 CONNECTOR_BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
 CONNECTOR_METRICS = "vllm.distributed.kv_transfer.kv_connector.v1.metrics"
@@ -161,7 +162,7 @@ def _complaint(module: str, name: str, parameters: list[str]) -> str | None:
     return f"has no {', '.join(missing)}" if missing else None
 
 
-def _parameters(found) -> set[str]:
+def _parameters(found: Any) -> set[str]:
     if is_dataclass(found):
         return {field.name for field in fields(found)}
     return set(inspect.signature(found).parameters) if callable(found) else set()

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from squeezed.context.layers import ClusteredLayer, Level
+from squeezed.context.rows import Rows
 from squeezed.context.rule import SelectionRule
 from squeezed.context.storage.structure import DTYPES, Outline, fields_of
 
 MERGED_TOKENS = 4
 """Last tokens of a document that what follows may join: a tokenizer that sees document and question
 as one text can split the place between them otherwise."""
+
+Record = TypeVar("Record", ClusteredLayer, Level, Rows)
 
 
 def whole_blocks(tokens: int, block_size: int) -> int:
@@ -76,8 +80,8 @@ def without_last(layer: ClusteredLayer, dropped: int) -> ClusteredLayer:
 def in_place(layer: ClusteredLayer, device: torch.device) -> ClusteredLayer:
     """The layer on `device`, in memory of its own."""
 
-    def own(record):
-        held = {
+    def own(record: Record) -> Record:
+        held: dict[str, Any] = {
             name: value.contiguous().to(device)
             for name, value in vars(record).items()
             if isinstance(value, Tensor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
@@ -73,20 +74,20 @@ class Captured:
     """Captures what a function launches, in memory that all graphs share: they never overlap."""
 
     def __init__(self) -> None:
-        self.pool: tuple[int, int] | None = None
-        self.stream: torch.cuda.Stream | None = None
+        self.own: tuple[Any, torch.cuda.Stream] | None = None  # memory and stream
 
     def __call__(self, compute: Callable[[], None]) -> Callable[[], None]:
-        if self.pool is None:
-            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        if self.own is None:
+            self.own = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        pool, stream = self.own
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             # other threads may load contexts meanwhile
-            graph.capture_begin(self.pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 compute()
             finally:
                 graph.capture_end()
-        current.wait_stream(self.stream)
+        current.wait_stream(stream)
         return graph.replay

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from squeezed.config import IndexConfig
+from squeezed.context.calibration import Calibration
 from squeezed.context.captured import CapturedLayer, handed_over
-from squeezed.context.layers import ClusteredLayer
+from squeezed.context.layers import ClusteredLayer, WindowLayer
 from squeezed.context.prompt import PromptTemplate
 from squeezed.context.record import ContextRecord
 from squeezed.context.storage.saving import save
@@ -75,10 +76,10 @@ def make(
 
 def _grown(
     parts: Parts, order: Order, device: torch.device, progress: Callable[[str, int, int], None]
-) -> tuple[list[ClusteredLayer], Forest]:
+) -> tuple[list[ClusteredLayer | WindowLayer], Forest]:
     """All layers' trees, few layers at a time."""
     captured = parts.layers(order.ranks, order.kv_heads, device)
-    layers: list[ClusteredLayer] = []
+    layers: list[ClusteredLayer | WindowLayer] = []
     grown: list[Forest] = []
     while some := list(islice(captured, TOGETHER)):
         if not grown:
@@ -91,7 +92,13 @@ def _grown(
     return layers, Forest(tuple(joined), tuple(n for forest in grown for n in forest.layers_in))
 
 
-def _record(order: Order, layers, forest: Forest, calibrations, seconds) -> ContextRecord:
+def _record(
+    order: Order,
+    layers: Sequence[ClusteredLayer | WindowLayer],
+    forest: Forest,
+    calibrations: dict[str, Calibration],
+    seconds: dict[str, float],
+) -> ContextRecord:
     return ContextRecord(
         tokens=torch.tensor(order.prompt[: order.document_tokens]),
         layers=tuple(layers),

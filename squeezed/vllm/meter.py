@@ -24,7 +24,8 @@ class HostMeter:
     def told(self) -> dict[str, tuple[int, int]]:
         """Of requests that read since the last call, all that they read and could have read."""
         touched, self._touched = self._touched, set()
-        return {name: tuple(self.counted[name]) for name in touched if name in self.counted}
+        known = ((name, self.counted[name]) for name in touched if name in self.counted)
+        return {name: (read, available) for name, (read, available) in known}
 
     def forget(self, request: str) -> None:
         self.counted.pop(request, None)

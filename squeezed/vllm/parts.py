@@ -21,6 +21,7 @@ from squeezed.context.captured import CapturedLayer
 from squeezed.context.storage import tensorfile
 from squeezed.context.storage.strict import Malformed
 from squeezed.errors import ContextFileError, SqueezedError, shown
+from squeezed.indexing.build import observed
 from squeezed.system import files
 from squeezed.vllm.cutting import Share
 from squeezed.vllm.news import Order
@@ -135,8 +136,8 @@ class Parts:
         try:
             content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
             found = tensorfile.tensors_in(content)
-            parts = (found[name].to(device) for name in ("keys", "values", "queries"))
-            return CapturedLayer(*parts, float(found["scale"]))
+            keys, values, queries = (found[n].to(device) for n in ("keys", "values", "queries"))
+            return CapturedLayer(keys, values, queries, float(found["scale"]))
         except (OSError, Malformed, KeyError) as error:
             raise ContextFileError(
                 f"{shown(path)}: cannot be read ({error}); index the document again"
@@ -153,7 +154,7 @@ def joined(parts: list[CapturedLayer], kv_heads: int) -> CapturedLayer:
     return CapturedLayer(
         torch.cat([part.keys for part in own]),
         torch.cat([part.values for part in own]),
-        torch.cat([part.queries for part in parts]),
+        torch.cat([observed(part) for part in parts]),
         parts[0].scale,
     )
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from squeezed.errors import SqueezedError
 
 LARGEST_BLOCK = 64
 
 
-def check_engine(config, on_cpu: bool) -> None:
+def check_engine(config: Any, on_cpu: bool) -> None:
     """Raise `SqueezedError` for a configuration of vLLM (`VllmConfig`) that cannot work."""
     for complaint in complaints(config, on_cpu):
         raise SqueezedError(complaint)
 
 
-def complaints(config, on_cpu: bool) -> Iterator[str]:
+def complaints(config: Any, on_cpu: bool) -> Iterator[str]:
     cache, parallel = config.cache_config, config.parallel_config
     if not cache.enable_prefix_caching:
         yield "enable_prefix_caching: contexts need it, got False; drop --no-enable-prefix-caching"

@@ -49,6 +49,7 @@ class Row:
         not hang on chunks: neither the crowd in a batch nor a preemption may change what a token
         reads.
         """
+        assert self.reader is not None  # its context is read
         document = self._within(self.reader.document_tokens)
         early = max(document, self._within(self.reader.prompt_tokens - single_tokens))
         ends = (0, document, early, self.new)
