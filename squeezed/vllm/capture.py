@@ -1,9 +1,9 @@
 """A document read inside vLLM: keys and values of its tokens, and the queries of a probe.
 
-The request is an ordinary one of document and probe, read in pieces beside the others' steps. With
-its last piece every layer hands over the document's keys and values, out of vLLM's blocks. Each
-rank writes its heads into files (`parts`), and a process of its own makes the context of them
-(`making`). Its keys are those of the engine: of quantised weights too.
+Requests are ordinary ones, of pieces that grow until they are document and probe, beside the steps
+of others. With the last one every layer hands over the document's keys and values, out of vLLM's
+blocks. Each rank writes its heads into files (`parts`), and a process of its own makes the context
+of them (`making`). Its keys are those of the engine: of quantised weights too.
 """
 
 from __future__ import annotations
@@ -69,12 +69,7 @@ def order_of(
         raise SqueezedError(f"{ARGUMENT}: {tokens} of {total} tokens leave none to probe with")
     path = place / checked_file(file)
     known = engine | {"finish": bool(finish), "began": began}
-    return Order(path.stem, path, ids, tokens, template, tokenizer, **known)
-
-
-def is_piece(text: str, tokens: int) -> bool:
-    """Whether a request of so many tokens only reads the beginning of a document."""
-    return tokens < json.loads(text)["tokens"]
+    return Order(path.stem, path, ids, tokens, total, template, tokenizer, **known)
 
 
 def checked_name(name: Any) -> str:
@@ -120,6 +115,11 @@ class Job:
         """Whether all layers were seen to the end."""
         return len(self.layers) == self.count
 
+    def joins(self, order: Order) -> bool:
+        """Whether an order is a later piece of this one."""
+        mine = self.order
+        return self.state["state"] == "reading" and mine.is_piece and mine.began == order.began
+
     @property
     def goes_on(self) -> bool:
         return self.state["state"] not in ("saved", "captured", "failed")
@@ -141,7 +141,7 @@ class Job:
             return
         try:
             self._keep(row, layer, query)
-            if row.length >= len(self.order.prompt) and layer not in self.layers:
+            if row.length >= self.order.tokens and layer not in self.layers:
                 self.layers[layer] = self._captured(layer, scale, keys_and_values)
         except Exception as error:  # the step is other requests' too
             self._lost(error)
@@ -149,10 +149,10 @@ class Job:
     def _keep(self, row: Row, layer: int, query: Tensor) -> None:
         """The probe's queries, each at its place: pieces and preemptions may bring some again."""
         first = self.order.document_tokens
-        start, stop = max(row.first, first), min(row.length, len(self.order.prompt))
+        start, stop = max(row.first, first), min(row.length, self.order.tokens)
         if start >= stop:
             return
-        probe = len(self.order.prompt) - first
+        probe = self.order.tokens - first
         if layer not in self.queries:
             self.queries[layer] = query.new_empty(probe, *query.shape[1:])
             self.probed[layer] = torch.zeros(probe, dtype=torch.bool)

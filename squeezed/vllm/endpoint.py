@@ -138,8 +138,7 @@ async def read(engine, asked: Asked) -> str | None:
         config.cache_config.block_size,
         config.scheduler_config.max_num_batched_tokens,
     )
-    probe = len(prompt) - asked.document_tokens
-    while piece := pace.next(asked.document_tokens - done, probe):
+    while piece := pace.next(len(prompt) - done):
         done, started = done + piece, time.perf_counter()
         why = await one_request(engine, argument, prompt[:done], salt)
         if why is not None:

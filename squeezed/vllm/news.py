@@ -15,8 +15,9 @@ class Order:
 
     Attributes:
         path: where the context is saved.
-        prompt: ids of the document, and of the probe after it.
+        prompt: ids of the document, and of the probe after it, or a piece from their beginning.
         document_tokens: how many of them are the document's.
+        tokens: of document and probe.
         model: what the context says of its model.
         ranks, layers, kv_heads, dtype: of the engine.
         finish: whether the engine makes the context; or only captures, and another process does.
@@ -27,6 +28,7 @@ class Order:
     path: Path
     prompt: list[int]
     document_tokens: int
+    tokens: int
     template: dict[str, Any]
     tokenizer: str
     model: dict[str, Any]
@@ -36,6 +38,11 @@ class Order:
     dtype: str = ""
     finish: bool = True
     began: float = 0.0
+
+    @property
+    def is_piece(self) -> bool:
+        """Whether more requests follow."""
+        return len(self.prompt) < self.tokens
 
     @property
     def key(self) -> str:

@@ -40,12 +40,12 @@ class Pace:
     def __post_init__(self) -> None:
         self.tokens = self.block
 
-    def next(self, left: int, probe: int) -> int:
-        """Tokens of the next piece when `left` of the document must still be read; 0 if all of them
-        may be, with the `probe`, which must be read at the end and not before."""
-        if not self.limit or left + probe <= self.tokens:
+    def next(self, left: int) -> int:
+        """Tokens of the next piece when `left` must still be read; 0 for the last request, which
+        computes little, for it also hands over all that was read."""
+        if not self.limit or left <= self.block:
             return 0
-        return min(self.tokens, left // self.block * self.block)
+        return min(self.tokens, (left - 1) // self.block * self.block)
 
     def took(self, tokens: int, seconds: float) -> None:
         """A piece was read.

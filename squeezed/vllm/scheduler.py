@@ -5,8 +5,6 @@ It meets vLLM's requests and block hashes; `Serving`, which it asks, knows conte
 
 from __future__ import annotations
 
-import functools
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -78,9 +76,10 @@ class SchedulerHalf:
         catalogue.watch(settings.scan_seconds)
         residency = Residency(settings.memory_bytes(device_bytes(on_cpu)))
         self.serving = Serving(settings, catalogue, residency)
-        self.engine = functools.cache(lambda: engine_of(vllm_config))
         self.pool_tokens = (kv_cache_config.num_blocks - 1) * self.block_size
         self.place = place_of(settings)
+        # files are looked at: now, not while others wait
+        self.engine = engine_of(vllm_config) if self.place else {}
         self.indexing: set[str] = set()
         self.chains: dict[str, Chain] = {}
         self.using: Counter[bytes] = Counter()
@@ -110,7 +109,7 @@ class SchedulerHalf:
         """A request whose document is to be indexed, or a piece of it.
 
         It finds what earlier pieces left in the prefix cache, by a salt of their own. Without one
-        all of it is computed: a probe that is found in the cache leaves no queries.
+        all of it is computed: a probe that others left in the cache leaves no queries.
         """
         if request.cache_salt is None:
             request.skip_reading_prefix_cache = True
@@ -121,12 +120,12 @@ class SchedulerHalf:
                     f"{capture.ARGUMENT}: documents are indexed here for models without sliding "
                     "windows; use squeezed index"
                 )
-            order = capture.order_of(text, request.prompt_token_ids, self.place, self.engine())
-            self._check_pool(json.loads(text)["tokens"])
+            order = capture.order_of(text, request.prompt_token_ids, self.place, self.engine)
+            self._check_pool(order.tokens)
         except SqueezedError as error:
             reading.why = self.to_tell.fallbacks[request.request_id] = str(error)
             return
-        if not capture.is_piece(text, request.num_tokens):
+        if len(order.prompt) > order.document_tokens:  # before that there is nothing to keep
             self.indexing.add(request.request_id)
             self.to_tell.orders[request.request_id] = order
 

@@ -83,7 +83,7 @@ class Worker:
         for request, why in news.fallbacks.items():
             self._report(request, {"context": None, "fallback": why})
         for request, order in news.orders.items():
-            self.jobs[request] = self._job(order)
+            self.jobs[request] = self._reading(order)
         self.tails, self.ids = news.tails, ids
         loaded, failed = self.arena.arrived(IDLE_WAIT_SECONDS if idle else 0.0)
         seconds = {key: self.arena.seconds.pop(key) for key in loaded}
@@ -109,6 +109,14 @@ class Worker:
             return False
         self._job(order).start()
         return True
+
+    def _reading(self, order: Order) -> Job:
+        """A new job, or the one that has the pieces before."""
+        known = self.indexed.get(order.name)
+        if known is None or not known.joins(order):
+            return self._job(order)
+        known.order = order
+        return known
 
     def _job(self, order: Order) -> Job:
         rank = self.arena.share.rank
@@ -141,7 +149,7 @@ class Worker:
 
     def _end(self, request: str) -> None:
         job = self.jobs.pop(request, None)
-        if job is not None:
+        if job is not None and not job.order.is_piece:
             job.fail("the request that read the document ended early")
         self.readers.pop(request, None)
         self.meter.forget(request)

@@ -14,7 +14,9 @@ TEMPLATE = {"before": "", "between": "", "after": "", "keep_control_tokens": Fal
 def order(place, ranks=1, layers=LAYERS):
     ids = list(range(DOCUMENT + PROBE))
     engine = {"ranks": ranks, "layers": layers, "kv_heads": KV_HEADS}
-    return Order("x", place / "x.sqz", ids, DOCUMENT, TEMPLATE, "t", {"weights": {}}, **engine)
+    return Order(
+        "x", place / "x.sqz", ids, DOCUMENT, len(ids), TEMPLATE, "t", {"weights": {}}, **engine
+    )
 
 
 def whole(seed=0, dtype=torch.float32):

@@ -8,9 +8,13 @@ import torch
 import squeezed
 from squeezed.context.prompt import PromptTemplate
 from squeezed.errors import SqueezedError
-from squeezed.vllm.capture import Job, checked_name, is_piece, order_of
+from squeezed.vllm.capture import Job, checked_name, order_of
+from squeezed.vllm.cutting import Share
+from squeezed.vllm.news import StepNews
 from squeezed.vllm.parts import Parts
 from squeezed.vllm.rows import Row
+from squeezed.vllm.settings import Settings
+from squeezed.vllm.worker import Worker
 
 HEADS, KV_HEADS, DIM, DOCUMENT, PROBE = 4, 2, 16, 400, 30
 TEMPLATE = {"before": "", "between": "", "after": "", "keep_control_tokens": False}
@@ -40,7 +44,9 @@ def test_an_order_says_what_is_read_and_where_it_goes():
     found = order()
     assert found.path == Path("place/x.sqz") and found.document_tokens == DOCUMENT
     assert found.name == "x" and found.kv_heads == KV_HEADS and found.finish
-    assert not is_piece(said(), DOCUMENT + PROBE) and is_piece(said(), DOCUMENT)
+    assert not found.is_piece
+    piece = order_of(said(), range(DOCUMENT), Path("place"), ENGINE)
+    assert piece.is_piece and piece.tokens == found.tokens
 
 
 def test_orders_are_alike_if_the_same_is_captured():
@@ -133,6 +139,28 @@ def test_a_preempted_request_is_read_again_from_anywhere(first):
     assert not job.complete
     fed(job, [425, 430], keys, values, queries, first=first)
     assert torch.equal(job.layers[1].queries, queries[1][DOCUMENT:].transpose(0, 1))
+
+
+def test_pieces_of_the_probe_add_up(tmp_path):
+    """Requests one after the other, each of which finds the blocks of those before."""
+    keys, values, queries = drawn()
+    here = Worker()
+    here.start(Share(), torch.device("cpu"), Settings(implementation="reference"), layers=2)
+    first, jobs = 0, set()
+    for stop in (416, 425, DOCUMENT + PROBE):
+        piece = order_of(said(), range(stop), tmp_path, ENGINE)
+        request = f"request of {stop}"
+        here.step(StepNews(orders={request: piece}), [], False)
+        fed(here.jobs[request], [stop], keys, values, queries, first=first)
+        jobs.add(id(here.jobs[request]))
+        job, first = here.jobs[request], stop // 32 * 32
+        if stop < DOCUMENT + PROBE:
+            here.step(StepNews(finished=[request]), [], False)
+    assert len(jobs) == 1 and job.complete
+    assert torch.equal(job.layers[1].queries, queries[1][DOCUMENT:].transpose(0, 1))
+    another = order_of(said(began=2.0), range(416), tmp_path, ENGINE)
+    here.step(StepNews(orders={"r": another}), [], False)
+    assert here.jobs["r"] is not job, "another attempt"
 
 
 def test_a_probe_that_was_not_computed_is_no_context(tmp_path):

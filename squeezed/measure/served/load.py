@@ -241,7 +241,8 @@ def growth(samples: list[int]) -> float:
     if not third:
         return 0.0
     before, last = samples[third : 2 * third], samples[2 * third :]
-    return statistics.median(last) / max(1.0, statistics.median(before)) - 1
+    usual = statistics.median(before)
+    return statistics.median(last) / usual - 1 if usual else 0.0
 
 
 def main(
