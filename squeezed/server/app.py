@@ -107,6 +107,7 @@ async def running(settings: ServerSettings, make_engine: MakeEngine) -> AsyncIte
         jobs = Jobs(library, engine, limits, settings.jobs)
         prompts = Prompts(engine.tokenizer, library, settings.keep_control_tokens)
         server = Server(settings, engine, library, jobs, prompts, Metrics())
+        stack.callback(server.tokenizing.shutdown, wait=False)
         library.watch()
         tasks = [asyncio.create_task(jobs.work()), asyncio.create_task(_expire(library))]
         stack.push_async_callback(_ended, jobs, tasks)

@@ -15,6 +15,7 @@ from test_server_answers import alone
 from tiny import document, tiny_model, tiny_tokenizer
 
 import squeezed
+from squeezed.context import control_tokens
 from squeezed.context.storage import tensorfile
 from squeezed.server.local import batch as batches
 from squeezed.server.local.lane import Lane
@@ -303,6 +304,25 @@ def test_answers_go_on_at_every_step_of_indexing(made, monkeypatch):
     assert job["state"] == "done"
     expected = ("inside a chunk", "prefill", "cluster", "calibrate", "while saving")
     assert steps == dict.fromkeys(expected, True)
+
+
+def test_only_prompts_wait_while_a_long_document_is_tokenized(served):
+    """Tokenizing holds a lock for as long as it takes; streams and other routes go on."""
+    stream = served.openai().chat.completions.create(**ASK, **LONG)
+    pieces = iter(stream)
+    next(pieces)
+    waiting = threading.Thread(target=lambda: ask(served, max_tokens=2))
+    with control_tokens._ONE_CALL, served.http() as http:
+        waiting.start()
+        time.sleep(0.3)
+        for _ in range(5):
+            assert next(pieces)
+        assert http.get("/health").status_code == 200
+        assert http.get("/v1/contexts").status_code == 200
+        assert waiting.is_alive() and served.engine.under_way == 1
+    waiting.join(60)
+    assert not waiting.is_alive()
+    stream.close()
 
 
 def saved_model(path):

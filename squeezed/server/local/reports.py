@@ -90,7 +90,8 @@ class Reports:
         return await asyncio.shield(task)
 
     async def _ask_neutral(self, ask: Ask, resident: Resident) -> Tensor:
-        ids = resident.entry.template.question_ids(self.tokenizer, NEUTRAL_QUESTION)
+        template = resident.entry.template
+        ids = await asyncio.to_thread(template.question_ids, self.tokenizer, NEUTRAL_QUESTION)
         sampling = Sampling(max_tokens=NEUTRAL_TOKENS)
         neutral = replace(
             ask, id=f"neutral-{uuid4().hex}", ids=ids, sampling=sampling, passages=True

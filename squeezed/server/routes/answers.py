@@ -33,7 +33,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation; its document is named, or begins the first message."""
     server = server_of(request)
     said = [(message.role, message.text) for message in body.messages]
-    prompt = server.prompts.chat(said, body.context)
+    prompt = await server.prompted(server.prompts.chat, said, body.context)
     shape = ChatShape(f"chatcmpl-{uuid4().hex}", server.settings.name)
     ask = asked(server, body, prompt, shape.id)
     return await Reply(server, request, ask, shape, body).given()
@@ -44,7 +44,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     """Go on with a text, or with token ids."""
     server = server_of(request)
     prompt = body.prompt if isinstance(body.prompt, str) else [int(t) for t in body.prompt]  # type: ignore[arg-type]
-    found = server.prompts.text(prompt, body.context)
+    found = await server.prompted(server.prompts.text, prompt, body.context)
     shape = TextShape(f"cmpl-{uuid4().hex}", server.settings.name)
     ask = asked(server, body, found, shape.id)
     return await Reply(server, request, ask, shape, body).given()
@@ -54,7 +54,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
 async def respond(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation that is sent whole: nothing is stored here."""
     server = server_of(request)
-    prompt = server.prompts.chat(body.said, body.context)
+    prompt = await server.prompted(server.prompts.chat, body.said, body.context)
     shape = ResponseShape(f"resp_{uuid4().hex}", server.settings.name, body)
     ask = asked(server, body, prompt, shape.id)
     return await Reply(server, request, ask, shape, body).given()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -19,7 +20,7 @@ from squeezed.server.jobs import Jobs
 from squeezed.server.library.library import Library
 from squeezed.server.metrics import Metrics
 from squeezed.server.port import Engine
-from squeezed.server.prompts import Prompts
+from squeezed.server.prompts import Prompt, Prompts
 from squeezed.server.refusals import Refusal, refusal_of
 from squeezed.server.settings import ServerSettings
 
@@ -39,6 +40,14 @@ class Server:
     prompts: Prompts
     metrics: Metrics
     closing: bool = False
+    tokenizing: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(4, "squeezed prompt")
+    )
+
+    async def prompted(self, make: Callable[..., Prompt], *given: Any) -> Prompt:
+        """A prompt, made in a thread: while a document is tokenized, prompts wait, and nothing
+        else does."""
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, make, *given)
 
 
 class Json(Response):
