@@ -105,7 +105,9 @@ async def running(settings: ServerSettings, make_engine: MakeEngine) -> AsyncIte
         stack.callback(library.end)
         limits = ParseLimits(settings.parse_seconds, settings.parse_memory_mb)
         jobs = Jobs(library, engine, limits, settings.jobs)
-        prompts = Prompts(engine.tokenizer, library, settings.keep_control_tokens)
+        prompts = Prompts(
+            engine.tokenizer, library, settings.keep_control_tokens, settings.max_prompt_tokens
+        )
         server = Server(settings, engine, library, jobs, prompts, Metrics())
         stack.callback(server.tokenizing.shutdown, wait=False)
         library.watch()

@@ -15,9 +15,13 @@ from squeezed.context.text import check_text
 from squeezed.errors import SqueezedError
 from squeezed.server.library.found import Entry
 from squeezed.server.library.library import Library, names_none
+from squeezed.server.refusals import Refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MOST_CHARACTERS = 32
+"""Characters of a token, on average over a prompt."""
 
 Said = Sequence[tuple[str, str]]
 """Messages: role and text."""
@@ -38,6 +42,7 @@ class Prompts:
     tokenizer: PreTrainedTokenizerBase
     library: Library
     keep_control_tokens: bool = False
+    max_tokens: int = 1 << 40
 
     @property
     def template(self) -> PromptTemplate:
@@ -50,6 +55,7 @@ class Prompts:
             Refusal: no such context.
             SqueezedError: a text that cannot be encoded, or a template that has no place for it.
         """
+        self._check_length(sum(len(text) for _, text in said), context)
         for place, (_, text) in enumerate(said):
             check_text(f"messages[{place}]", text)
         if context is None or names_none(context):
@@ -61,6 +67,7 @@ class Prompts:
     def text(self, prompt: str | list[int], context: str | None) -> Prompt:
         """Of `/v1/completions`: what follows the document as it is, without a template."""
         entry = None if context is None or names_none(context) else self.library.named(context)
+        self._check_length(len(prompt), context)
         if isinstance(prompt, list):
             ids = self._known(prompt)
         else:
@@ -69,6 +76,21 @@ class Prompts:
         if not len(ids):
             raise SqueezedError("prompt: it has no tokens; ask something")
         return Prompt(entry, ids) if context else self._matched(ids)
+
+    def _check_length(self, characters: int, context: str | None) -> None:
+        """Raise `Refusal` for a text that is too long whatever its tokens are, before they are
+        looked for: that takes its time, and other prompts wait for it."""
+        most = self.max_tokens
+        if context is None:
+            most += max((len(entry.tokens) for entry in self.library.entries()), default=0)
+        if characters > MOST_CHARACTERS * most:
+            raise Refusal(
+                400,
+                f"prompt: it has {characters:,} characters, which is more than {most:,} tokens can "
+                "hold; make a context of the long part, with POST /v1/contexts",
+                "prompt",
+                "context_length_exceeded",
+            )
 
     def _matched(self, ids: Tensor) -> Prompt:
         entry = self.library.longest(ids)

@@ -12,6 +12,7 @@ from squeezed.answers.chat import Turn, conversation_ids
 from squeezed.context.prompt import PromptTemplate
 from squeezed.server.local.words import Words
 from squeezed.server.prompts import Prompts
+from squeezed.server.refusals import Refusal
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -31,6 +32,9 @@ class Fake:
     def named(self, name):
         assert name == "one"
         return self.entry
+
+    def entries(self):
+        return [self.entry]
 
     def longest(self, ids):
         held = self.entry.tokens
@@ -124,3 +128,19 @@ def test_words_are_whole_characters_and_stop_before_a_stop():
     words = Words(tokenizer, ("endless",))  # begins like what comes, and never does
     assert "".join(map(words.add, tokens)) == text.removesuffix("end")
     assert words.rest() == "end" and not words.stopped
+
+
+def test_text_that_is_too_long_whatever_its_tokens_are_is_refused_before_they_are_looked_for(
+    prompts, monkeypatch
+):
+    tokenizer, library = prompts.tokenizer, prompts.library
+    short = Prompts(tokenizer, library, max_tokens=10)
+    held = len(library.entry.tokens)
+    assert short.chat([("user", "a" * 320)], "one").ids.numel() > 320
+    assert short.text("a" * 32 * (10 + held), None).entry is None
+    monkeypatch.setattr("squeezed.context.control_tokens.encode", None)
+    for said, context in (("a" * 321, "one"), ("a" * (32 * (10 + held) + 1), None)):
+        with pytest.raises(Refusal, match="tokens can hold"):
+            short.chat([("user", said)], context)
+        with pytest.raises(Refusal, match="tokens can hold"):
+            short.text(said, context)

@@ -163,13 +163,18 @@ class LocalEngine:
 
     def _index(self, text: str, path: Path, progress: Progress) -> None:
         template = PromptTemplate.of(self.tokenizer, self.limits.keep_control_tokens)
-        tokens = len(template.document_ids(self.tokenizer, text))
-        if tokens > self.limits.document_tokens:
-            raise SqueezedError(
-                f"text: the document has {tokens:,} tokens, at most "
-                f"{self.limits.document_tokens:,} are taken here; cut it in two"
-            )
-        made = self.session.index(text, None, None, template, progress)
+
+        def limited(phase: str, done: int, total: int) -> None:
+            """The first chunk tells how long the document is: to count twice would take longer."""
+            most = self.limits.document_tokens
+            if phase == "prefill" and total > most:
+                raise SqueezedError(
+                    f"text: the document has {total:,} tokens, at most {most:,} are taken here; "
+                    "cut it in two"
+                )
+            progress(phase, done, total)
+
+        made = self.session.index(text, None, None, template, limited)
         progress("save", 0, 1)
         made.save(path)
 
