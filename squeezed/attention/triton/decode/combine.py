@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from squeezed.attention.triton.decode.attention import at, stream
 from squeezed.attention.triton.decode.softmax import LOG2_E, problem
+from squeezed.attention.triton.decode.stream import at, stream
 
 
 @triton.jit

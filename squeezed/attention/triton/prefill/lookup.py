@@ -18,7 +18,8 @@ from torch import Tensor
 
 from squeezed.attention.triton import gpus
 from squeezed.attention.triton.prefill.expand import expand_kernel
-from squeezed.attention.triton.prefill.select import normaliser_kernel, select_kernel
+from squeezed.attention.triton.prefill.normaliser import normaliser_kernel
+from squeezed.attention.triton.prefill.select import select_kernel
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from squeezed.attention.triton.prefill.select import LOG2E
+from squeezed.attention.triton.prefill.normaliser import LOG2E
 
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 LENGTHS = """

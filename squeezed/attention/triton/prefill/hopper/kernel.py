@@ -17,12 +17,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from squeezed.attention.triton import gpus
-from squeezed.attention.triton.prefill.hopper.attend import (
+from squeezed.attention.triton.prefill.hopper.attend import attender
+from squeezed.attention.triton.prefill.hopper.classes import (
     CAUSAL_SUFFIX,
     DIPOLES,
     MASKED_SUFFIX,
     NODES,
-    attender,
 )
 from squeezed.attention.triton.prefill.hopper.gather import gatherer
 from squeezed.attention.triton.prefill.plan import LENGTHS
