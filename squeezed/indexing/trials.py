@@ -68,7 +68,7 @@ def try_out(
         weights = None if alpha is None else alpha.unflatten(1, (heads, -1))[:, own].flatten(1)
         trial = _Trial(queries[own], layer.of_heads(own), weights, seen.scale)
         trial.select(thresholds[:, :, own])
-        trial.attend()
+        trial.read()
         part = (
             trial.part(config.far_fitted_at, config.far_parts)
             if far_field == "second_order"
@@ -121,7 +121,7 @@ class _Trial:
         slope = torch.bmm(q[0].flatten(1, 2), self.layer.value_slope.float().mT)
         self.shift = self.scale * slope.view_as(q[0])[:, None]
 
-    def attend(self) -> None:
+    def read(self) -> None:
         """Exact attention to all keys, and to those that every rule keeps."""
         layer, rows = self.layer, self.queries.flatten(1, 2)  # [Hkv, G * n, D]
         # On a GPU in the precision of the values: what rounding adds is far below any error here.
