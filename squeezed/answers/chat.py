@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Event, Lock, get_ident
+from threading import Event, get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from squeezed.hf.arguments import Wishes
 from squeezed.hf.asking import Asking
 from squeezed.hf.cache import SqueezedCache
 from squeezed.hf.fixed_context import FixedContext
+from squeezed.system.forks import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,7 +56,7 @@ class Chat:
     cache: SqueezedCache
     turns: list[Turn] = field(default_factory=list)
     asking: Asking | None = None
-    _one_turn: Lock = field(default_factory=Lock, repr=False)
+    _one_turn: Turns = field(default_factory=Turns, repr=False)
     _asked_by: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

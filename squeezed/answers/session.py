@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +28,7 @@ from squeezed.hf.loading import load_model
 from squeezed.hf.support import input_device
 from squeezed.hf.switch import hold_attention
 from squeezed.hf.watched import Watched
+from squeezed.system.forks import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ class Session(AbstractContextManager):
         engine.check_pair(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self._contexts: dict[str, _Open] = {}
-        self._one_change = Lock()
+        self._one_change = Turns()
         self._give_back = weakref.finalize(self, hold_attention(model))
 
     @classmethod

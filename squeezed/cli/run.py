@@ -12,6 +12,7 @@ from squeezed.cli.interrupts import Interrupts
 from squeezed.cli.status import FAULT_STATUS, INTERRUPTED_STATUS, USAGE_STATUS
 from squeezed.cli.streams import ReaderLeft
 from squeezed.context.text import printable
+from squeezed.errors import SqueezedError
 from squeezed.system.failures import cause_of, explained
 
 LONGEST_LINE = 800
@@ -41,6 +42,7 @@ def _command(words: list[str]) -> int:
     # OpenMP's threads wait by spinning; beside other work that made the demo several times slower
     # than one thread. Sleeping costs little where the machine is idle.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _check_directory()
     import typer
 
     from squeezed.cli.app import group
@@ -52,6 +54,17 @@ def _command(words: list[str]) -> int:
     except typer.Exit as ended:
         status = ended.exit_code
     return status if isinstance(status, int) else 0
+
+
+def _check_directory() -> None:
+    """PyTorch's libraries end the process where the working directory was removed."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise SqueezedError(
+            "directory: the working directory was removed or cannot be read; change to another one,"
+            " as in cd ~"
+        ) from error
 
 
 def _failed(words: list[str], error: Exception) -> int:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from squeezed.errors import SqueezedError
+from squeezed.system.forks import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ BEGIN, END = "\x02TEXT\x03", "\x02/TEXT\x03"
 ANCHORS = ("a", "\n", ".", "0")
 """Texts behind which a piece is tokenised as inside a text, if no token crosses the seam."""
 
-_ONE_CALL = Lock()
+_ONE_CALL = Turns()
 """How special tokens are split is a state of the tokenizer, which threads share."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Condition, Lock, get_ident
+from threading import Condition, get_ident
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from squeezed.errors import SqueezedError
 from squeezed.hf.attention import NAME
+from squeezed.system.forks import Turns, renew_in_children
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def _inner(model: PreTrainedModel) -> PreTrainedModel:
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Switch:
     """Who works on a model under which attention, and how the model was before all of them.
 
@@ -85,6 +86,18 @@ class _Switch:
             except BaseException:
                 self._leave(model, name, who)
                 raise
+
+    def __post_init__(self) -> None:
+        renew_in_children(self)
+
+    def begin_again(self) -> None:
+        """Only the forking thread, and sessions, are at work in a child."""
+        self.changed = Condition()
+        there = get_ident()
+        held = bool(self.names)
+        self.names = {w: n for w, n in self.names.items() if w == there or isinstance(w, _Session)}
+        if held and not self.names:
+            self._restore()
 
     def leave(self, model: PreTrainedModel, name: str, who: Hashable) -> None:
         with self.changed:
@@ -125,7 +138,7 @@ class _Switch:
 
 
 _SWITCHES: WeakKeyDictionary[PreTrainedModel, _Switch] = WeakKeyDictionary()
-_ONE_LOOK = Lock()
+_ONE_LOOK = Turns()
 
 
 def _switch_of(model: PreTrainedModel) -> _Switch:

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 
+from squeezed.cli import main
 from squeezed.cli.console import json_text
 from squeezed.cli.interrupts import Interrupts
 from squeezed.cli.streams import Notes, Output, ReaderLeft
@@ -114,6 +115,16 @@ def test_interrupt_after_the_work_is_ignored(pressed):
     with Interrupts(last=True):
         pass
     pressed()
+
+
+def test_a_working_directory_that_is_gone_is_one_line(capsys, tmp_path, monkeypatch):
+    def gone():
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "getcwd", gone)
+    assert main(["plan", "demo"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: directory: ") and err.count("\n") == 1
 
 
 def test_fault_of_this_package_is_one_line_too(capsys, monkeypatch):

@@ -1,10 +1,13 @@
 """Children of a process that has worked answer as it did, with as many threads."""
 
 import os
+import pickle
 import subprocess
 import sys
 
 import pytest
+
+from squeezed.system.forks import Turns
 
 PROGRAM = """
 import os, sys, threading, time
@@ -105,3 +108,73 @@ def test_child_works_alone_where_threads_cannot_be_dismissed():
         capture_output=True, text=True, env=environment, timeout=120,
     )  # fmt: skip
     assert done.stdout.strip() == "1", done.stderr
+
+
+BUSY = """
+import faulthandler, os, sys, threading, time
+import torch
+import squeezed
+from squeezed.answers.chat import Chat
+from tiny import document, tiny_model, tiny_tokenizer
+
+model, tokenizer = tiny_model(), tiny_tokenizer()
+path = squeezed.index(model, tokenizer, document(300)).save(sys.argv[1])
+context, before = squeezed.load(path, model), model.config._attn_implementation
+talk = Chat(model, tokenizer, context, context.cache())
+ended = threading.Event()
+one_check = squeezed.hf.identity.fingerprint._ONE_CHECK
+
+def wait(*given):
+    ended.wait()
+    return given[-1] if given else None
+
+def ask(found):
+    return squeezed.generate(model, tokenizer, found, "who?", max_new_tokens=3).tokens.tolist()
+
+expected = ask(squeezed.load(path, model))
+held = squeezed.load(path, model)
+threads = [
+    threading.Thread(target=lambda: talk.ask("who?", max_new_tokens=3, logits_processor=[wait])),
+    threading.Thread(target=lambda: one_check.__enter__() or wait()),
+    threading.Thread(target=lambda: held.layers._one_reader[0].__enter__() or wait()),
+]
+for thread in threads:
+    thread.daemon = True
+    thread.start()
+time.sleep(2)
+child = os.fork()
+if child == 0:
+    faulthandler.dump_traceback_later(30, exit=True)
+    assert model.config._attn_implementation == before
+    assert ask(held) == expected
+    assert ask(squeezed.load(path, model)) == expected
+    assert talk.ask("who?", max_new_tokens=3).tokens.tolist() == expected
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+ended.set()
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_child_of_a_busy_parent_waits_for_no_thread_that_is_not_there(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-c", BUSY, str(tmp_path / "c.sqz")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.stdout.split() == ["0"], found.stderr
+
+
+def test_a_lock_that_the_forking_thread_holds_is_held_in_the_child():
+    turns, other = Turns(), Turns()
+    with turns:
+        turns.begin_again()
+        other.begin_again()
+        with turns:
+            pass
+    with turns, other:
+        pass
+    assert isinstance(pickle.loads(pickle.dumps(turns)), Turns)

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import overload
 
 import torch
@@ -37,6 +36,7 @@ from squeezed.context.storage.structure import (
     layer_of,
 )
 from squeezed.errors import ContextFileError, shown
+from squeezed.system.forks import Turns
 
 ATTEMPTS = 1000
 """How often a reader begins again because savers replaced what it was opening."""
@@ -168,7 +168,7 @@ class StoredLayers(Sequence[Layer]):
         clustered = [index for index, outline in enumerate(outlines) if outline.is_clustered]
         self.scales = dict(zip(clustered, scales, strict=True))
         self.opened: dict[int, Layer] = {}
-        self._one_reader = [Lock() for _ in outlines]
+        self._one_reader = [Turns() for _ in outlines]
 
     def __len__(self) -> int:
         return len(self.outlines)
@@ -219,7 +219,7 @@ class ObservedQueries(Sequence[Tensor]):
     def __init__(self, source: _Source, outlines: list[Outline]) -> None:
         self.source, self.outlines = source, outlines
         self.opened: list[Tensor] | None = None
-        self._one_reader = Lock()
+        self._one_reader = Turns()
 
     def _queries(self) -> list[Tensor]:
         with self._one_reader:

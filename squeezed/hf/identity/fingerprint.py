@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from threading import RLock
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -33,13 +32,14 @@ from squeezed.hf.identity.weights import (
     parts,
 )
 from squeezed.hf.support import layer_kinds
+from squeezed.system.forks import Turns
 
 LARGE = 1 << 22
 """Weights from which a model is run again only if something says that it changed."""
 
 _behaved: WeakKeyDictionary = WeakKeyDictionary()
 _agreed: WeakKeyDictionary = WeakKeyDictionary()
-_ONE_CHECK = RLock()
+_ONE_CHECK = Turns()
 """Held while a model is looked at: what it remembers of the last look is one for all threads."""
 
 
