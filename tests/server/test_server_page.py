@@ -78,16 +78,17 @@ def heats(page):
     return {index: (heat, colour) for index, heat, colour in found}
 
 
-def beyond_usual(report, shares):
-    """Shares less what a neutral question's answer gives the same passages."""
+def standing_out(report, shares):
+    """How far shares stand out from what a neutral question's answer gives the same passages."""
     usual = [each["share"] - each["excess"] for each in report["passages"]]
-    return [(index, max(0, share - usual[index])) for index, share in shares]
+    least = 0.02 / len(usual)
+    return [(i, max(0, share - usual[i]) / max(least, usual[i]) ** 0.5) for i, share in shares]
 
 
 def expected_heats(shares):
     most = max(share for _, share in shares)
-    found = {index: (share / most) ** 0.5 for index, share in shares}
-    return {index: heat for index, heat in found.items() if heat > 0.08}
+    found = {index: (share / most) ** 0.8 for index, share in shares}
+    return {index: heat for index, heat in found.items() if heat > 0.04}
 
 
 def same_heats(page, shares):
@@ -145,7 +146,7 @@ def test_answer_streams_in_words_and_shades_what_was_read(page, served):
     seen = page.evaluate("window.seen")
     assert len(set(seen)) > 3 and seen == sorted(seen, key=len)
     told_shares = [(each["index"], each["share"]) for each in expected["squeezed"]["passages"]]
-    assert same_heats(page, beyond_usual(expected["squeezed"], told_shares))
+    assert same_heats(page, standing_out(expected["squeezed"], told_shares))
     page.get_by_text("all attention").click()
     assert same_heats(page, told_shares)
     colours = {colour for _, colour in heats(page).values()}
@@ -169,7 +170,7 @@ def test_word_shows_what_was_read_for_it(page, served):
     for token in own:
         for passage, share in token["passages"]:
             mean[passage] = mean.get(passage, 0) + share / len(own)
-    seen = beyond_usual(expected, mean.items())
+    seen = standing_out(expected, mean.items())
     first.hover()
     assert page.text_content("#reads-title") == f"Read for “{first.text_content()}”"
     assert same_heats(page, seen)

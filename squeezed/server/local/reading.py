@@ -20,7 +20,10 @@ QUERIES_AT_ONCE = 8
 """Query tokens scored together: memory is `Hq * 8 * P` floats."""
 
 MOST_TOLD = 8
-"""Passages told of every token: those that it drew on most."""
+"""Passages told of every token: so many that it drew on most, and so many that stand out most."""
+
+LEAST_USUAL = 0.02
+"""Of the mean share: passages whose usual share is less count as if it were that."""
 
 
 def bytes_read(
@@ -132,20 +135,32 @@ def passages_told(
     ]  # fmt: skip
     if not row.ask.per_token:
         return {"passages": data}
-    return {"passages": data, "tokens": _tokens_told(mass, row)}
+    return {"passages": data, "tokens": _tokens_told(mass, usual, row)}
 
 
-def _tokens_told(mass: Tensor, row: Row) -> list[dict[str, Any]]:
-    """Of every token: where it stands in the answer's text, and what it drew on most."""
+def _tokens_told(mass: Tensor, usual: Tensor | None, row: Row) -> list[dict[str, Any]]:
+    """Of every token: where it stands in the answer's text, and what it drew on.
+
+    Heads look at what is near, so the end of a document is drawn on most by every token; what a
+    word came from is drawn on less, and stands out from what a neutral question draws.
+    """
     each = mass / mass.sum(1, keepdim=True).clamp(min=1e-30)
+    most = min(MOST_TOLD, each.shape[1])
+    stand = standing_out(each, torch.zeros_like(each[0]) if usual is None else usual)
     ends = [*row.offsets[1:], row.words.length]
     told = []
-    for shares, start, end in zip(each, row.offsets, ends, strict=True):
-        values, which = shares.topk(min(MOST_TOLD, len(shares)))
-        drawn = [[int(i), _short(value)] for value, i in zip(values, which, strict=True)]
+    for shares, stands, start, end in zip(each, stand, row.offsets, ends, strict=True):
+        which = {*shares.topk(most).indices.tolist(), *stands.topk(most).indices.tolist()}
+        drawn = sorted(([i, _short(shares[i])] for i in which), key=lambda one: -one[1])
         last = row.words.length
         told.append({"start": min(start, last), "end": min(end, last), "passages": drawn})
     return told
+
+
+def standing_out(shares: Tensor, usual: Tensor) -> Tensor:
+    """How far shares stand out from the usual ones, in the manner of Pearson's residuals."""
+    least = LEAST_USUAL / max(1, len(usual))
+    return (shares - usual) / usual.clamp(min=least).sqrt()
 
 
 def shares_of(mass: Tensor) -> Tensor:

@@ -3,38 +3,38 @@
 import { make } from "./dom.js";
 import { bytes, count, percent, seconds } from "./words.js";
 
-/** The figures of one answer. */
+/** The figures of one answer; an engine that does not count bytes tells the rest. */
 export function figures(report) {
-  const { total, dense } = report.bytes_per_token;
   const list = make("dl", "figures");
-  list.append(
-    figure(bytes(total), "read per token", `${percent(total / dense)} of ${bytes(dense)}`, total / dense),
-    figure(percent(report.budget_spent), "of the keys read", `${percent(report.budget)} asked for`),
-    figure(seconds(report.seconds.per_token), "per token", `${seconds(report.seconds.first_token)} to the first`),
-  );
+  const { total, dense } = report.bytes_per_token ?? {};
+  if (dense) list.append(figure(bytes(total), "read per token", `${percent(total / dense)} of ${bytes(dense)}`, total / dense));
+  const { budget_spent: spent, budget, seconds: took } = report;
+  if (spent != null) list.append(figure(percent(spent), "of the keys read", `${percent(budget)} asked for`));
+  if (took) list.append(figure(seconds(took.per_token), "per token", `${seconds(took.first_token)} to the first`));
   return list;
 }
 
-/** Both answers side by side; `same` of `all` words of the dense one are in the other. */
-export function comparison(report, dense, same, all) {
+/** Both answers side by side, the first with `budget`; `same` of `all` words of the dense one are in it. */
+export function comparison(budget, report, dense, same, all) {
   const table = make("table", "comparison");
   table.append(make("caption", "unseen", "The answer and the dense answer compared"));
   const head = table.createTHead().insertRow();
-  head.append(make("td"), headed("col", percent(report.budget)), headed("col", "dense"), headed("col", "ratio"));
+  head.append(make("td"), headed("col", percent(budget)), headed("col", "dense"), headed("col", "ratio"));
   const body = table.createTBody();
   const rows = [
-    ["read per token", report.bytes_per_token.total, dense.bytes_per_token.total, bytes],
-    ["first token", report.seconds.first_token, dense.seconds.first_token, seconds],
-    ["each further token", report.seconds.per_token, dense.seconds.per_token, seconds],
+    ["read per token", (of) => of.bytes_per_token?.total, bytes],
+    ["first token", (of) => of.seconds?.first_token, seconds],
+    ["each further token", (of) => of.seconds?.per_token, seconds],
   ];
-  for (const [name, ours, theirs, shown] of rows) {
-    const row = body.insertRow();
-    row.append(headed("row", name), make("td", "", shown(ours)), make("td", "", shown(theirs)), make("td", "", ratio(theirs, ours)));
+  for (const [name, value, shown] of rows) {
+    const [ours, theirs] = [value(report), value(dense)];
+    if (ours === undefined || theirs === undefined) continue;
+    const cells = [shown(ours), shown(theirs), ratio(theirs, ours)].map((text) => make("td", "", text));
+    body.insertRow().append(headed("row", name), ...cells);
   }
-  const row = body.insertRow();
   const words = make("td", "", same === all ? `all ${count(all)} alike` : `${count(same)} of ${count(all)} alike`);
   words.colSpan = 3;
-  row.append(headed("row", "words"), words);
+  body.insertRow().append(headed("row", "words"), words);
   return table;
 }
 

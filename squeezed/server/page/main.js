@@ -6,11 +6,14 @@ import { ask } from "./asking.js";
 import { Documents } from "./documents.js";
 import { $, make, say, showFailure } from "./dom.js";
 import { comparison, figures } from "./figures.js";
-import { ReadingMap } from "./map.js";
+import { ReadingMap, heats } from "./map.js";
 import { Strip } from "./strip.js";
 import { excerpt, percent, shared } from "./words.js";
 
 const MOST_READS = 5;
+const LEAST_USUAL = 0.02;
+/** Of the mean share: passages whose usual share is less count as if it were that. */
+
 const page = { model: "", report: null, word: null, running: null };
 
 const map = new ReadingMap($("document"), { onChoose: choosePassage, onPoint: describePassage, onScroll: () => strip.look() });
@@ -44,7 +47,8 @@ async function open(context) {
     if (documents.chosen?.id !== context.id) return;
     $("strip").hidden = false;
     await map.show(found);
-    strip.draw();
+    if (page.report) look(page.word);
+    else strip.draw();
   } catch (error) {
     fail(error);
   }
@@ -101,7 +105,7 @@ async function answerBoth(signal) {
   if (!compare) return;
   $("dense").hidden = false;
   const other = await written(dense, { ...wanted, budget: 1 }, "Answering densely");
-  compared(report, other);
+  compared(budget, report, other);
 }
 
 /** Let one answer be written; its report. */
@@ -110,10 +114,7 @@ async function written(place, wanted, doing) {
   say(doing);
   place.running = true;
   try {
-    return await ask(wanted, (piece) => {
-      place.add(piece);
-      if (wanted.reading) state(`${doing} …`);
-    });
+    return await ask(wanted, (piece) => place.add(piece));
   } finally {
     place.running = false;
   }
@@ -129,29 +130,33 @@ function tell(report) {
     mark();
   }
   look(null);
-  say(`${answer.text} — ${percent(report.budget_spent)} of the keys read.`);
+  goToMost(shares());
+  if (report.fallback) fail(new Error(`This answer was read densely: ${report.fallback}`));
+  say(report.budget_spent == null ? answer.text : `${answer.text} — ${percent(report.budget_spent)} of the keys read.`);
 }
 
-function compared(report, other) {
+function compared(budget, report, other) {
   const [ours, theirs] = [answer.texts, dense.texts];
   const [inOurs, inTheirs] = shared(ours, theirs);
   answer.differ(inOurs);
   dense.differ(inTheirs);
   const same = inTheirs.filter(Boolean).length;
-  $("figures").replaceChildren(comparison(report, other, same, theirs.length));
+  $("figures").replaceChildren(comparison(budget, report, other, same, theirs.length));
   say(`Dense answer: ${dense.text} — ${same} of ${theirs.length} words alike.`);
 }
 
-/** What is shaded: all attention, or that beyond what any question draws to a passage. */
+/**
+ * What is shaded: all attention, or how far it stands out from what a neutral question draws, as
+ * (share - usual) / sqrt(usual). Heads look at what is near, so the end of a document draws attention always.
+ */
 function shaded(reads) {
   if (document.querySelector("[name=shading]:checked").value === "share") return reads;
-  return reads.map(([index, share]) => [index, Math.max(0, share - usual(index))]);
-}
-
-/** The attention that a passage gets for a neutral question. */
-function usual(index) {
-  const { share, excess } = page.report.passages[index];
-  return share - excess;
+  const least = LEAST_USUAL / Math.max(1, map.passages.length);
+  return reads.map(([index, share]) => {
+    const { share: whole, excess } = page.report.passages[index];
+    const usual = whole - excess;
+    return [index, Math.max(0, share - usual) / Math.sqrt(Math.max(least, usual))];
+  });
 }
 
 function shares() {
@@ -170,8 +175,8 @@ function look(word) {
   $("reads").hidden = read.length === 0;
   $("reads-title").textContent = word ? `Read for “${excerpt(word.text, 40)}”` : "Read for this answer";
   const whole = new Map(read);
-  const most = seen.sort((a, b) => b[1] - a[1]).slice(0, MOST_READS);
-  $("reads-list").replaceChildren(...most.map(([index]) => readRow(index, whole.get(index))));
+  const most = heats(seen).sort((a, b) => b[1] - a[1]).slice(0, MOST_READS);
+  $("reads-list").replaceChildren(...most.map(([index, heat]) => readRow(index, heat, whole.get(index))));
 }
 
 function shadeBy(read) {
@@ -179,11 +184,13 @@ function shadeBy(read) {
   strip.shade(read);
 }
 
-function readRow(index, share) {
+function readRow(index, heat, share) {
   const row = make("li");
   const button = make("button", "read-row");
   button.type = "button";
-  button.append(make("span", "share", percent(share)), make("span", "excerpt", map.excerpt(index)));
+  const bar = make("span", "heat");
+  bar.style.setProperty("--heat", heat.toFixed(3));
+  button.append(bar, make("span", "excerpt", map.excerpt(index)), make("span", "share", percent(share)));
   button.addEventListener("click", () => choosePassage(index));
   row.append(button);
   return row;
@@ -198,14 +205,23 @@ function chooseWord(word) {
   page.word = page.word?.element === word.element ? null : word;
   answer.choose(page.word);
   look(page.word);
-  const [most] = shaded([...(page.word?.reads ?? [])]).sort((a, b) => b[1] - a[1]);
-  if (most) choosePassage(most[0]);
+  goToMost(page.word?.reads ?? []);
 }
 
-function choosePassage(index) {
+/** Go to the passage that was read most. */
+function goToMost(reads) {
+  const [most] = shaded([...reads]).sort((a, b) => b[1] - a[1]);
+  if (most) showPassage(most[0]);
+}
+
+function showPassage(index) {
   map.choose(index);
   strip.choose(index);
   describePassage(index);
+}
+
+function choosePassage(index) {
+  showPassage(index);
   say(`${map.describe(index, page.report)}. ${map.excerpt(index)}`);
 }
 

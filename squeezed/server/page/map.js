@@ -8,6 +8,9 @@ const BLOCK = 1500;
 const LONGEST = 3 * BLOCK;
 const AT_ONCE = 40;
 /** Blocks that are made before the browser may draw. */
+const CONTRAST = 0.8;
+/** Power of a share in its shade; below 1 it lifts the faint ones. */
+const FAINTEST = 0.04;
 
 export class ReadingMap {
   /** `onChoose(index)` is called with a passage that is clicked, `onScroll()` when other parts are in view. */
@@ -159,7 +162,7 @@ export class ReadingMap {
 export function heats(shares) {
   const all = [...shares];
   const most = all.reduce((most, [, share]) => Math.max(most, share), 0);
-  return all.map(([index, share]) => [index, Math.sqrt(share / (most || 1))]).filter(([, heat]) => heat > 0.08);
+  return all.map(([index, share]) => [index, (share / (most || 1)) ** CONTRAST]).filter(([, heat]) => heat > FAINTEST);
 }
 
 /** First and last passage of every block. */
