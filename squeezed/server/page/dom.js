@@ -33,7 +33,7 @@ export function rove(root, selector, choose) {
   const all = () => [...root.querySelectorAll(selector)];
   const focus = (element) => {
     for (const other of all()) other.tabIndex = other === element ? 0 : -1;
-    element.focus({ preventScroll: root.dataset.still === "yes" });
+    element.focus();
   };
   root.addEventListener("keydown", (event) => {
     const here = event.target.closest(selector);
