@@ -1,5 +1,5 @@
 # make demo    index the demo document, ask three questions, print the table
-# make test    lint, types, docs, package, vllm and every test, in WORKERS processes
+# make test    lint, types, docs, package and every test, in WORKERS processes
 # make lint    style, spelling and the import contract
 # make types   types, of the rooms that pyproject.toml lists
 # make docs    the site, into build/site; a broken link, or one that needs the network, fails
@@ -26,7 +26,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(INSTALLED)
 	$(BIN)/squeezed demo
 
-test: $(INSTALLED) lint types docs package vllm
+test: $(INSTALLED) lint types docs package
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: $(INSTALLED)

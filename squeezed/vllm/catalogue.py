@@ -84,9 +84,14 @@ class Catalogue:
         self.refused: dict[str, str] = {}
         self._seen: dict[Path, tuple[tuple, Found | str]] = {}
         self._ended = threading.Event()
+        self._one_looks = threading.Lock()
 
     def look(self) -> None:
         """Read what is new or changed, and forget what is gone."""
+        with self._one_looks:
+            self._look()
+
+    def _look(self) -> None:
         seen: dict[Path, tuple[tuple, Found | str]] = {}
         for path in self._candidates():
             known = self._seen.get(path)
@@ -116,7 +121,13 @@ class Catalogue:
         return max(fitting, key=lambda entry: len(entry.tokens), default=None)
 
     def named(self, name: str) -> Found:
-        """The context of that name; raises `SqueezedError` that says what is there, or why not."""
+        """The context of that name; raises `SqueezedError` that says what is there, or why not.
+
+        One that lies there since the last look is looked for at once: who asks for it by name has
+        just made it.
+        """
+        if name not in self.contexts and any(path.stem == name for path in self._candidates()):
+            self.look()
         found = self.contexts.get(name)
         if found is not None:
             return found

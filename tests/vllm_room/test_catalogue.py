@@ -90,6 +90,19 @@ def test_a_name_that_is_not_there_is_refused_with_those_that_are(tmp_path):
         catalogue(tmp_path).named("two")
 
 
+def test_a_context_that_was_just_made_is_found_by_its_name(tmp_path):
+    put(tmp_path, "one")
+    found = catalogue(tmp_path)
+    put(tmp_path, "two", words=500, seed=1)
+    assert found.named("two").name == "two"
+    assert set(found.contexts) == {"one", "two"}
+    (tmp_path / "bad.sqz").mkdir()
+    with pytest.raises(SqueezedError, match="cannot be used"):
+        found.named("bad")
+    with pytest.raises(SqueezedError, match="one, two"):
+        found.named("../two")
+
+
 def test_a_place_that_is_not_there_is_no_end(tmp_path):
     assert catalogue(tmp_path / "nowhere").contexts == {}
 
