@@ -78,6 +78,8 @@ class Jobs:
         self.place = library.directory / PLACE / "jobs"
         self.place.mkdir(parents=True, exist_ok=True)
         self.jobs: dict[str, Job] = {}
+        self.storing: set[str] = set()
+        """Jobs whose document is on its way to the disk: not begun yet."""
         self.changed = asyncio.Condition()
         self.closing = False
         self._load()
@@ -106,13 +108,16 @@ class Jobs:
         """Take a document, on the disk before this returns."""
         name = self.check_room(name)
         job = Job(f"job-{uuid4().hex}", name, file, asdict(note), created=time.time())
-        self.jobs[job.id] = job
+        self.jobs[job.id] = job  # from now on the name is taken
+        self.storing.add(job.id)
         try:
             await asyncio.to_thread(self._store, job, data)
         except BaseException:
             del self.jobs[job.id]
             shutil.rmtree(self.place / job.id, ignore_errors=True)
             raise
+        finally:
+            self.storing.discard(job.id)
         self._forget_old()
         await self._tell()
         return job
@@ -141,7 +146,11 @@ class Jobs:
     async def work(self) -> None:
         """Carry jobs out, one after the other, until cancelled."""
         while True:
-            waiting = [job for job in self.jobs.values() if job.state == WAITING]
+            waiting = [
+                job
+                for job in self.jobs.values()
+                if job.state == WAITING and job.id not in self.storing
+            ]
             if not waiting:
                 async with self.changed:
                     with suppress(TimeoutError):

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from threading import RLock
 from typing import Any
+from uuid import uuid4
 
 from squeezed.system.files import flush, flush_open
 
@@ -123,7 +124,7 @@ class Notes:
 def write_json(path: Path, content: Any) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    draft = path.with_name(f".{path.name}.{uuid4().hex}.draft")
     try:
         with open(draft, "w", encoding="utf-8") as stream:
             json.dump(content, stream)
