@@ -10,7 +10,6 @@ from torch import Tensor
 
 from squeezed.attention.reference.lookup import lookup
 from squeezed.context.bytes import LayerBytes
-from squeezed.context.layers import ClusteredLayer
 from squeezed.context.record import ContextRecord
 from squeezed.errors import SqueezedError
 from squeezed.hf.cache import SqueezedCache
@@ -54,8 +53,7 @@ def traffic(context: ContextRecord, cache: SqueezedCache | Watched) -> Traffic:
         if cache.budget < 1:
             per_query = float(entry.context.index_bytes(query)) / query.shape[2]
             index += per_query * queries / tokens
-    windows = sum(x.kv_bytes() for x in context.layers if not isinstance(x, ClusteredLayer))
-    return Traffic(round(dense), exact + windows, index)
+    return Traffic(round(dense), exact + context.window_bytes(), index)
 
 
 def budget_by_head(context: ContextRecord, cache: SqueezedCache | Watched) -> Tensor:

@@ -79,6 +79,10 @@ class ContextRecord:
     def kv_bytes(self) -> int:
         return sum(layer.kv_bytes() for layer in self.layers)
 
+    def window_bytes(self) -> int:
+        """Bytes of the layers that see a window: every token reads all of them."""
+        return sum(x.kv_bytes() for x in self.layers if isinstance(x, WindowLayer))
+
     def index_bytes(self) -> int:
         """Bytes held on top of the keys and values."""
         return sum(layer.index_bytes() for layer in self.layers)

@@ -139,9 +139,7 @@ class Jobs:
                 yield job
             if job.state in ENDED or self.closing:
                 return
-            async with self.changed:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self.changed.wait(), 1.0)
+            await self._change()
 
     async def work(self) -> None:
         """Carry jobs out, one after the other, until cancelled."""
@@ -152,9 +150,7 @@ class Jobs:
                 if job.state == WAITING and job.id not in self.storing
             ]
             if not waiting:
-                async with self.changed:
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(self.changed.wait(), 1.0)
+                await self._change()
                 continue
             await self._run(min(waiting, key=lambda job: job.created))
 
@@ -207,6 +203,12 @@ class Jobs:
             await asyncio.to_thread(self._write, job)
             (self.place / job.id / DOCUMENT).unlink(missing_ok=True)
         await self._tell()
+
+    async def _change(self) -> None:
+        """Wait until something changed, for a second at most."""
+        async with self.changed:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.changed.wait(), 1.0)
 
     async def _tell(self) -> None:
         async with self.changed:

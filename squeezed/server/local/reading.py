@@ -35,10 +35,10 @@ def bytes_read(
     queries were kept.
     """
     exact = index = dense = 0.0
-    tokens, layers = max(1, row.passed), len(views)
+    tokens = max(1, row.passed)
     for place, view in enumerate(views):
         layer, queries = view.layer, row.queries.get(place, [])
-        calls = 1 if layers == 0 else max(1, _calls(row, place))
+        calls = max(1, _calls(row, place))
         size = LayerBytes.of(layer)
         exact += size.keys(layer.pinned * layer.keys.shape[0] * calls)
         dense += layer.kv_bytes() * calls
@@ -47,7 +47,7 @@ def bytes_read(
             index += float(view.index_bytes(query)) / query.shape[2] * calls
     if views:
         exact += LayerBytes.of(views[0].layer).keys(row.read) / tokens
-    windows = sum(x.kv_bytes() for x in context.layers if not isinstance(x, ClusteredLayer))
+    windows = context.window_bytes()
     return {
         "exact": round(exact + windows),
         "index": round(index),
