@@ -48,7 +48,7 @@ def traffic(context: ContextRecord, cache: SqueezedCache | Watched) -> Traffic:
         read, queries, answered = counted(entry)
         tokens = max(1, answered)
         dense += layer.kv_bytes() * (queries / tokens - 1)
-        pinned = layer.pinned * layer.keys.shape[0] * queries
+        pinned = layer.pinned * layer.kv_heads * queries
         exact += LayerBytes.of(layer).keys(pinned + read) / tokens
         if cache.budget < 1:
             per_query = float(entry.context.index_bytes(query)) / query.shape[2]
@@ -104,10 +104,10 @@ def rows_read(entry: ContextLayer | WatchedLayer, query: Tensor) -> Tensor | Non
     if rule is None:
         return None
     layer = entry.context.layer
-    share = torch.ones(layer.keys.shape[:2], device=layer.keys.device)
+    share = torch.ones(layer.kv_heads, layer.tokens, device=layer.device)
     if not layer.levels:
         return share
-    kept = torch.zeros(layer.levels[-1].sizes.shape, device=layer.keys.device)
+    kept = torch.zeros(layer.levels[-1].sizes.shape, device=layer.device)
     for part in query.split(QUERIES_AT_ONCE, 2):
         kept += lookup(part, layer, rule).kept[0].sum(1)
     for head, sizes in enumerate(layer.levels[-1].sizes):

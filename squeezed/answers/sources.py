@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from squeezed.answers.reading import QUERIES_AT_ONCE, answer_queries, entries, rows_read
+from squeezed.context.encoding import wide
 from squeezed.hf.answer import respond
 from squeezed.hf.cache import SqueezedCache
 from squeezed.hf.fixed_context import FixedContext
@@ -122,24 +123,27 @@ def attention_by_position(
     for entry in layers:
         layer, positions = entry.context.layer, entry.context.layer.positions.long().cpu()
         query = answer_queries(entry)
-        weight, exact = _row_mass(query, layer.keys, layer.scale), rows_read(entry, query)
+        weight, exact = (
+            _row_mass(query, wide(layer, torch.float32)[0], layer.scale),
+            rows_read(entry, query),
+        )
         mass.scatter_add_(0, positions.flatten(), weight.double().cpu().flatten())
         if exact is not None:
             read.scatter_add_(0, positions.flatten(), exact.double().cpu().flatten())
-    heads = len(layers) * layers[0].context.layer.keys.shape[0]
+    heads = len(layers) * layers[0].context.layer.kv_heads
     has_tree = layers[0].context.rule is not None
     mass[: context.config.clustering.pinned_first] = 0
     return mass / mass.sum().clamp(min=1e-30), read / heads if has_tree else None
 
 
 def _row_mass(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Mean softmax weight of every row over the queries of its head's group, `[Hkv, P]`."""
+    """Mean softmax weight of every row over the queries of its head's group, `[Hkv, P]`, from
+    float32 keys."""
     kv_heads, tokens, _ = keys.shape
     grouped = query[0].float().unflatten(0, (kv_heads, -1))  # [Hkv, G, N, D]
     total = torch.zeros(kv_heads, tokens, device=keys.device)
-    wide = keys.float().mT
     for part in grouped.split(QUERIES_AT_ONCE, 2):
-        logits = scale * part.flatten(1, 2) @ wide
+        logits = scale * part.flatten(1, 2) @ keys.mT
         total += logits.softmax(-1).sum(1)
     return total / (grouped.shape[1] * grouped.shape[2])
 

@@ -79,14 +79,14 @@ def attend(
         SqueezedError: shapes that do not fit each other, or an implementation that cannot run.
     """
     check(query, layer, suffix, valid)
-    return _port(choose(implementation, layer.keys.device))(query, layer, rule, suffix, valid)
+    return _port(choose(implementation, layer.device))(query, layer, rule, suffix, valid)
 
 
 def check(
     query: Tensor, layer: ClusteredLayer, suffix: Suffix | None, valid: Tensor | None
 ) -> None:
     """Raise `SqueezedError` unless the shapes fit: kernels read as many rows as they are told."""
-    kv_heads, _, dim = layer.keys.shape
+    kv_heads, dim = layer.kv_heads, layer.dim
     if query.ndim != 4 or query.shape[1] % kv_heads or query.shape[3] != dim:
         raise SqueezedError(
             f"query: expected [B, Hq, Q, {dim}] with Hq a multiple of {kv_heads}, got "

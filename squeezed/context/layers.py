@@ -5,6 +5,7 @@ Shapes: `Hkv` key/value heads, `P` context tokens, `C` clusters of a level, `D` 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -88,6 +89,29 @@ class ClusteredLayer:
     @property
     def tokens(self) -> int:
         return self.rows.tokens
+
+    @property
+    def kv_heads(self) -> int:
+        return self.centre.shape[0]
+
+    @property
+    def dim(self) -> int:
+        return self.centre.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's keys and values, and of all means."""
+        return self.centre.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.centre.device
+
+    def of_leaves(self, means: Tensor) -> Iterator[Tensor]:
+        """What the clustered rows have from their leaves, `[P - pinned, D]` of one KV head after
+        the other, from `means [Hkv, C, D]`."""
+        for mean, sizes in zip(means, self.levels[-1].sizes, strict=True):
+            yield mean.repeat_interleave(sizes, 0, output_size=self.clustered)
 
     def centred(self, keys: Tensor) -> Tensor:
         """Keys of the model `[..., Hkv, S, D]`, of the user's tokens say, relative to `centre`."""

@@ -1,13 +1,13 @@
 """Keys and values of a layer as they lie in memory: their encoding, their type and their place.
 
-Kernels reach them through `plain`, formulas through `wide`, and what reading one costs is
-`bytes_per_row`. Another encoding is another way to answer these three; who does not know it refuses
-it instead of reading wrong numbers.
+Kernels reach plain ones through `plain` and encoded ones through `codes`, and what reading one
+costs is `bytes_per_row`. Who does not know an encoding refuses it instead of reading wrong numbers.
+What codes mean says `squeezed.context.encoding`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -18,21 +18,52 @@ PLAIN = "plain"
 
 
 @dataclass(frozen=True)
+class Codes:
+    """Differences of the clustered rows from the means of their leaves, `n` of them per KV head.
+
+    Attributes:
+        keys, values: `[Hkv, n, D / 2]` uint8 or `[Hkv, n, D]` int8, as the encoding has them.
+        key_scales, value_scales: `[Hkv, n]` bfloat16, what a level of the row's codes is worth.
+        signs: `[D]` int8, 1 or -1: those of the rotation in which the codes were taken.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor
+    value_scales: Tensor
+    signs: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.keys.shape[1]
+
+    def named(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def of_rows(self) -> dict[str, Tensor]:
+        """Those that have an entry for every row."""
+        return {name: tensor for name, tensor in self.named().items() if name != "signs"}
+
+
+@dataclass(frozen=True)
 class Rows:
     """A key and a value of every token and KV head.
 
     Attributes:
-        keys, values: `[Hkv, P, D]` if they are plain.
+        keys, values: `[Hkv, P, D]` if they are plain; of encoded rows only the pinned ones,
+            `[Hkv, pinned, D]`.
         encoding: how the numbers are written; `plain` is one of the tensor's type per dimension.
+        codes: of the rows behind the pinned ones, if they are encoded.
     """
 
     keys: Tensor
     values: Tensor
     encoding: str = PLAIN
+    codes: Codes | None = None
 
     @property
     def tokens(self) -> int:
-        return self.keys.shape[1]
+        return self.keys.shape[1] + (0 if self.codes is None else self.codes.tokens)
 
     @property
     def device(self) -> torch.device:
@@ -41,14 +72,17 @@ class Rows:
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes of one key with its value."""
-        return sum(x[:1, :1].numel() * x.element_size() for x in self.tensors())
+        """Bytes of one key with its value, of a clustered row."""
+        plain = [self.keys, self.values]
+        own = plain if self.codes is None else self.codes.of_rows().values()
+        return sum(x[:1, :1].numel() * x.element_size() for x in own)
 
     def kv_bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in self.tensors())
 
     def tensors(self) -> list[Tensor]:
-        return [self.keys, self.values]
+        codes = [] if self.codes is None else self.codes.named().values()
+        return [self.keys, self.values, *codes]
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[Hkv, P, D]` in place, for who reads nothing else.
@@ -64,22 +98,33 @@ class Rows:
         return self.keys, self.values
 
     def wide(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values `[Hkv, P, D]` as numbers of that type, in place if they are."""
+        """Keys and values `[Hkv, P, D]` as numbers of that type, in place if they are.
+
+        Encoded rows need their leaves besides: `ClusteredLayer.wide`.
+        """
         keys, values = self.plain()
         return keys.to(dtype), values.to(dtype)
 
     def of_heads(self, own: slice) -> Rows:
         """Those of some KV heads, as views."""
-        return replace(self, keys=self.keys[own], values=self.values[own])
+        codes = self.codes
+        if codes is not None:
+            codes = replace(codes, **{name: x[own] for name, x in codes.of_rows().items()})
+        return replace(self, keys=self.keys[own], values=self.values[own], codes=codes)
 
     def of_tokens(self, chosen: Tensor | slice) -> Rows:
         """Those of some rows, in that order."""
-        return replace(self, keys=self.keys[:, chosen], values=self.values[:, chosen])
+        keys, values = self.plain()
+        return replace(self, keys=keys[:, chosen], values=values[:, chosen])
 
     def without(self, start: int, stop: int) -> Rows:
-        """Copies of all but a run of them."""
-        keys, values = (torch.cat([x[:, :start], x[:, stop:]], 1) for x in self.tensors())
+        """Copies of all but a run of them; of encoded rows a run of pinned ones."""
+        assert self.codes is None or stop <= self.keys.shape[1]
+        keys, values = (torch.cat([x[:, :start], x[:, stop:]], 1) for x in (self.keys, self.values))
         return replace(self, keys=keys, values=values)
 
     def to(self, device: torch.device | str) -> Rows:
-        return replace(self, keys=self.keys.to(device), values=self.values.to(device))
+        codes = self.codes
+        if codes is not None:
+            codes = replace(codes, **{name: x.to(device) for name, x in codes.named().items()})
+        return replace(self, keys=self.keys.to(device), values=self.values.to(device), codes=codes)

@@ -68,7 +68,7 @@ class SelectionRule:
         far_alpha: Tensor | None = None,
     ) -> SelectionRule:
         """The rule of `layer` whose KV heads share one threshold per level."""
-        column = torch.tensor(log_thresholds, dtype=torch.float32, device=layer.keys.device)
-        heads = layer.keys.shape[0]
+        column = torch.tensor(log_thresholds, dtype=torch.float32, device=layer.device)
+        heads = layer.kv_heads
         thresholds = column[:, None].repeat(1, heads)
         return cls(thresholds, alpha, far_field, query_block, far_alpha)

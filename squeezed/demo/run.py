@@ -61,7 +61,7 @@ class Demo:
         return {
             "document": self.document,
             "tokens": len(self.context.tokens),
-            "dtype": str(self.context.clustered_layers[0].keys.dtype).removeprefix("torch."),
+            "dtype": str(self.context.clustered_layers[0].dtype).removeprefix("torch."),
             "kv_bytes": self.context.kv_bytes(),
             "index_bytes": self.context.index_bytes(),
             "index_seconds": self.context.seconds,

@@ -88,8 +88,8 @@ class ContextLayer(SuffixLayer):
     def stored(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """New keys and values as those of the context are kept."""
         layer = self.context.layer
-        key_states, value_states = (x.to(layer.keys.dtype) for x in (key_states, value_states))
-        heads, width = layer.keys.shape[0], layer.keys.shape[-1]
+        key_states, value_states = (x.to(layer.dtype) for x in (key_states, value_states))
+        heads, width = layer.kv_heads, layer.dim
         if (heads, width) != (key_states.shape[1], key_states.shape[-1]):
             raise SqueezedError(
                 f"past_key_values: the context has {heads} key heads of {width} dimensions, this "

@@ -65,7 +65,7 @@ def _try_shares(
     seen: ObservedLayer, alpha: Tensor | None, preset: Preset, config: CalibrationConfig
 ) -> Trials:
     """How far the heads of a layer are from dense when all of them keep the same share."""
-    shares = _placed(config.trials.shares, seen.queries.device).expand(-1, len(seen.layer.keys))
+    shares = _placed(config.trials.shares, seen.queries.device).expand(-1, seen.layer.kv_heads)
     thresholds = fit_head_thresholds(seen, alpha, preset, shares, (1,), config.scores)[0].float()
     return try_out(seen, alpha, thresholds, preset.far_field, config.trials)
 

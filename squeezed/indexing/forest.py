@@ -32,7 +32,7 @@ class Forest:
     @property
     def heads(self) -> list[int]:
         """KV heads of every joined layer."""
-        return [len(seen.layer.keys) for seen in self.joined]
+        return [seen.layer.kv_heads for seen in self.joined]
 
     @property
     def layer_of_head(self) -> Tensor:
@@ -57,7 +57,7 @@ class Forest:
 
 
 def _cut(seen: ObservedLayer, count: int) -> list[ObservedLayer]:
-    heads = len(seen.layer.keys) // count
+    heads = seen.layer.kv_heads // count
     trees = (seen.layer.of_heads(slice(h, h + heads)) for h in range(0, count * heads, heads))
     queries = seen.queries.chunk(count)
     return [ObservedLayer(*pair) for pair in zip(trees, queries, strict=True)]

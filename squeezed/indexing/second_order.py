@@ -23,7 +23,7 @@ def fit_alpha(seen: ObservedLayer, queries: int) -> Tensor:
     Args:
         queries: how many of the observed ones serve, at least.
     """
-    layer, heads = seen.layer, seen.layer.keys.shape[0]
+    layer, heads = seen.layer, seen.layer.kv_heads
     if not layer.levels:
         return torch.zeros(0, seen.queries.shape[0], device=seen.queries.device)
     step = max(1, seen.queries.shape[1] // queries)

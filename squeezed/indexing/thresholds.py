@@ -45,7 +45,7 @@ def fit_thresholds(
         budgets: increasing shares of the keys.
         blocks: numbers of queries that select together.
     """
-    heads = [seen.layer.keys.shape[0] for seen in layers]
+    heads = [seen.layer.kv_heads for seen in layers]
     depth = len(layers[0].layer.levels) if layers else 0
     if depth == 0:
         grid = (len(blocks), len(budgets), 0)
@@ -130,8 +130,8 @@ def _histograms(
     its thresholds before you ask for another.
     """
     layer, known = seen.layer, unpruned + len(found)
-    heads = layer.keys.shape[0]
-    head = torch.arange(heads, device=layer.keys.device)[:, None]
+    heads = layer.kv_heads
+    head = torch.arange(heads, device=layer.device)[:, None]
     kind = _block_kinds(seen.queries, blocks)
     base = kind[:, None, None] * (budgets + 1)
     row = base  # where a node counts: that of the smallest budget that keeps all its ancestors

@@ -59,7 +59,7 @@ def try_out(
         thresholds: `[S, L, Hkv]` log thresholds.
     """
     layer, step = seen.layer, max(1, seen.queries.shape[1] // config.queries)
-    heads = layer.keys.shape[0]
+    heads = layer.kv_heads
     queries = seen.queries[:, ::step].unflatten(0, (heads, -1))  # [Hkv, G, n, D]
     at_once = max(1, CHUNK_LOGITS // (queries[0, ..., 0].numel() * layer.tokens))
     errors, norms, parts = [], [], []

@@ -38,7 +38,7 @@ class ContextAttention(abc.ABC):
     def selectable_keys(self) -> int:
         """Keys per query token that the method chooses among, over all KV heads; the pinned ones,
         which every method reads, are not counted."""
-        return self.layer.clustered * self.layer.keys.shape[0]
+        return self.layer.clustered * self.layer.kv_heads
 
     def tensors(self) -> list[Tensor]:
         """Tensors that `attend` reads beside its arguments: a CUDA graph holds them in place."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from squeezed.attention.interface import Attended, Suffix
 from squeezed.attention.reference.attention import softmax_over
 from squeezed.attention.scores import NEG_INF, block_count, block_scores, grouped, query_blocks
+from squeezed.context.encoding import wide
 from squeezed.context.layers import ClusteredLayer
 from squeezed.methods.base import Blocks, ContextAttention
 
@@ -110,7 +111,7 @@ class MaskedLayer(ContextAttention):
         if valid is None:
             valid = torch.ones(batch, rows, dtype=torch.bool, device=query.device)
         queries = Queries(
-            q=grouped(query, self.layer.keys.shape[0]),
+            q=grouped(query, self.layer.kv_heads),
             valid=valid,
             single=rows - self.blocks.early(rows, per_token),
             scale=self.layer.scale,
@@ -145,7 +146,7 @@ def masked_attention(
     """
     batch, kv_heads, group, rows, _ = queries.q.shape
     dtype = queries.q.dtype
-    keys, values = layer.rows.wide(dtype)
+    keys, values = wide(layer, dtype)
     step = max(1, MOST_LOGITS // (batch * kv_heads * group * layer.tokens))
     found = []
     for first in range(0, rows, step):

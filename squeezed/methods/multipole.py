@@ -46,7 +46,7 @@ class MultipoleLayer(MaskedLayer):
     def index_bytes(self, query: Tensor) -> Tensor | float:
         if not self.layer.levels:
             return 0.0
-        q = grouped(query, self.layer.keys.shape[0])
+        q = grouped(query, self.layer.kv_heads)
         valid = torch.ones(q.shape[0], q.shape[3], dtype=torch.bool, device=q.device)
         queries = Queries(q, valid, q.shape[3], self.layer.scale, self.blocks.query_block)
         return tree_bytes(self.layer, self.descend(queries), False, "first_order")

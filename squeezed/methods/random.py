@@ -25,9 +25,7 @@ class Random:
         generator = torch.Generator().manual_seed(self.seed)
         layers = []
         for layer in context.clustered_layers:
-            draws = torch.rand(layer.keys.shape[0], layer.clustered, generator=generator)
+            draws = torch.rand(layer.kv_heads, layer.clustered, generator=generator)
             chosen = top_rows(draws, round(budget * layer.clustered))
-            layers.append(
-                FixedLayer(layer, budget, Blocks.of(context), chosen.to(layer.keys.device))
-            )
+            layers.append(FixedLayer(layer, budget, Blocks.of(context), chosen.to(layer.device)))
         return layers

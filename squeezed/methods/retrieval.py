@@ -90,7 +90,7 @@ class RetrievalLayer(MaskedLayer):
     def index_bytes(self, query: Tensor) -> Tensor | float:
         if not self.layer.clustered or not self.budget_keys:
             return 0.0
-        q = grouped(query, self.layer.keys.shape[0])
+        q = grouped(query, self.layer.kv_heads)
         total = 0.0
         for head, index in enumerate(self.indexes):
             compared, hops = visited_keys(index, q[:, head].flatten(0, 2), self.budget_keys)

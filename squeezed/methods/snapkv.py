@@ -25,7 +25,7 @@ def votes(layer: ClusteredLayer, observed: Tensor, pool: int) -> Tensor:
         observed: `[Hq, W, D]`, queries of `W` tokens after the document.
         pool: odd number of neighbouring tokens over which the largest vote counts.
     """
-    heads = layer.keys.shape[0]
+    heads = layer.kv_heads
     queries = observed.float().unflatten(0, (heads, -1))
     logits = layer.scale * torch.einsum("hgwd,hpd->hgwp", queries, layer.keys.float())
     weights = logits.softmax(-1)[..., layer.pinned :]

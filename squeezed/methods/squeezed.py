@@ -60,7 +60,7 @@ class SqueezedLayer(ContextAttention):
 
     def _check_heads(self, query: Tensor, suffix: Suffix | None) -> None:
         """Kernels read as many rows as the query says: a context of another shape ends here."""
-        heads, _, dim = self.layer.keys.shape
+        heads, dim = self.layer.kv_heads, self.layer.dim
         own_heads = heads if suffix is None else suffix.keys.shape[1]
         found = query.shape[1], own_heads, query.shape[3]
         alpha = self.token.alpha
@@ -97,7 +97,7 @@ class Squeezed:
                 token=calibration.rule(index, budget, block=False),
                 block=calibration.rule(index, budget, block=True),
                 blocks=Blocks(calibration.preset.query_block, calibration.preset.single_tokens),
-                compute=ops.implementation(self.implementation, layer.keys.device),
+                compute=ops.implementation(self.implementation, layer.device),
             )
             for index, layer in enumerate(context.clustered_layers)
         ]

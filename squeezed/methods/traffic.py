@@ -54,7 +54,7 @@ def tree_bytes(
 def step_bytes(layer: ClusteredLayer, found: Lookup, rule: SelectionRule) -> int:
     """Bytes of the context that one step reads, pinned keys included: what several requests or
     tokens want counts once."""
-    parts, heads = LayerBytes.of(layer), len(layer.keys)
+    parts, heads = LayerBytes.of(layer), layer.kv_heads
     kept = (found.kept.any(2).any(0) * layer.levels[-1].sizes).sum()
     walks = [
         (scored.any(2).any(0).sum(), dropped.any(2).any(0).sum())

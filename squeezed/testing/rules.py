@@ -38,7 +38,7 @@ def rule_for_shares(
         alpha: `[L, Hq]`, weights of the second-order term in the score.
     """
     thresholds: list[float] = []
-    for found in scored_levels(grouped(query, layer.keys.shape[0]), layer, alpha):
+    for found in scored_levels(grouped(query, layer.kv_heads), layer, alpha):
         scores = block_scores(found.log_scores, block, None).masked_fill(~found.alive, NEG_INF)
         sizes = found.level.sizes[None, :, None].expand_as(scores)
         thresholds.append(_threshold(scores, sizes, shares[found.depth]))

@@ -64,7 +64,7 @@ class HeldContext:
     @property
     def keys_per_token(self) -> int:
         """Clustered keys of all layers and heads here: what dense attention reads of them."""
-        return sum(layer.clustered * layer.keys.shape[0] for layer in self.layers)
+        return sum(layer.clustered * layer.kv_heads for layer in self.layers)
 
     def attend(
         self, query: Tensor, layer: int, rule: SelectionRule, suffix: Suffix | None = None

@@ -47,7 +47,7 @@ class Share:
 
     def layer(self, layer: ClusteredLayer) -> ClusteredLayer:
         """Its KV heads of a layer, as views."""
-        return layer.of_heads(self.heads(layer.keys.shape[0]))
+        return layer.of_heads(self.heads(layer.kv_heads))
 
     def rule(self, rule: SelectionRule) -> SelectionRule:
         """Thresholds of its KV heads, weights of its query heads."""

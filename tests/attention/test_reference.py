@@ -11,6 +11,7 @@ from trees import far_alpha_for, random_layer
 from squeezed.attention.interface import Suffix
 from squeezed.attention.reference import attend
 from squeezed.attention.reference.lookup import lookup
+from squeezed.context.encoding import encoded, wide
 from squeezed.context.rows import Rows
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
@@ -51,6 +52,23 @@ def test_attend_with_everything_kept_equals_dense(nodes, far_field):
     output, _, keys_read = attend(query, layer, rule, Suffix(keys, values))
     torch.testing.assert_close(output, dense(query, layer, keys, values), atol=1e-5, rtol=1e-5)
     assert keys_read.tolist() == [layer.clustered * 2 * 5] * 2
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("threshold", [-INF, -6.0])
+def test_attend_reads_encoded_rows_as_the_numbers_that_they_stand_for(name, threshold):
+    layer = random_layer()
+    written = encoded(layer, name)
+    query, keys, values = (x.double() for x in inputs())
+    rule = SelectionRule.for_all_heads((threshold,) * 2, layer, None, "first_order", 2)
+    stood_for = replace(layer, rows=Rows(*wide(written, torch.float64)))
+    found, expected, plain = (
+        attend(query, each, rule, Suffix(keys, values)) for each in (written, stood_for, layer)
+    )
+    torch.testing.assert_close(found.output, expected.output)
+    torch.testing.assert_close(found.log_mass, expected.log_mass)
+    assert found.keys_read.equal(plain.keys_read)  # the index alone selects
+    assert 1e-4 < (found.output - plain.output).norm() / plain.output.norm() < 0.15
 
 
 def test_attend_at_a_high_threshold_is_not_dense_and_far_field_comes_closer():

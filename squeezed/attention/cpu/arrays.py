@@ -47,8 +47,7 @@ class SuffixRows:
     def of(cls, suffix: Suffix | None, layer: ClusteredLayer, requests: int) -> SuffixRows:
         """Views of a suffix, expanded and sliced tensors included; of no rows if there is none."""
         if suffix is None:
-            heads, _, dim = layer.keys.shape
-            keys = values = layer.keys.new_empty(requests, heads, 0, dim)
+            keys = values = layer.centre.new_empty(requests, layer.kv_heads, 0, layer.dim)
         else:
             keys, values = _dense_rows(suffix.keys), _dense_rows(suffix.values)
         strides = np.array([keys.stride()[:3], values.stride()[:3]], np.int64)

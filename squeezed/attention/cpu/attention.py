@@ -42,7 +42,7 @@ def attend(
     keys_read = torch.zeros(batch, dtype=torch.int64)
     if tokens == 0:
         return Attended(torch.empty_like(query), torch.empty(batch, heads, 0), keys_read)
-    rows = to_rows(query, layer.keys.shape[0], suffix, valid, rule.query_block, layer.scale)
+    rows = to_rows(query, layer.kv_heads, suffix, valid, rule.query_block, layer.scale)
     recent = SuffixRows.of(suffix, layer, batch)
     path = decode if rows.rows < PREFILL_ROWS else prefill
     outputs, masses, reads = [], [], []

@@ -10,6 +10,7 @@ from torch import Tensor
 from squeezed.attention.interface import Attended, Suffix
 from squeezed.attention.reference.lookup import Lookup, lookup
 from squeezed.attention.scores import NEG_INF, grouped, of_owners, owners, query_blocks
+from squeezed.context.encoding import wide
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
 
@@ -34,9 +35,9 @@ def attend(
     Returns:
         Output, log mass and keys read; padding has 0, `-inf` and none.
     """
-    q = grouped(query, layer.keys.shape[0])
+    q = grouped(query, layer.kv_heads)
     batch, rows = q.shape[0], q.shape[3]
-    keys, values = layer.rows.wide(q.dtype)
+    keys, values = wide(layer, q.dtype)
     context = layer.scale * torch.einsum("bhgqd,hpd->bhgqp", q, keys)
     parts, far_variance = [], None
     keys_read = torch.zeros(batch, dtype=torch.int64, device=q.device)

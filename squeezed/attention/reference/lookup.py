@@ -62,7 +62,7 @@ def lookup(
         query: `[B, Hq, Q, D]`, after rotary embedding.
         valid: `[B, Q]` bool; padded rows select nothing and move no mean.
     """
-    q = grouped(query, layer.keys.shape[0])
+    q = grouped(query, layer.kv_heads)
     blocks = query_blocks(q.shape[3], rule.query_block, q.device)
     far_logits = []
     for found in scored_levels(q, layer, rule.alpha):

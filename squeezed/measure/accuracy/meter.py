@@ -153,7 +153,7 @@ class MeteredLayer:
     def _count(self, query: Tensor, requests: int, read: Tensor) -> None:
         """Add what `read` and the index cost the tokens of `query [1, Hq, n, D]`."""
         layer, meter = self.inner.layer, self.meter
-        queries, heads = query.shape[2], layer.keys.shape[0]
+        queries, heads = query.shape[2], layer.kv_heads
         keys_read = read.sum().double()
         meter.keys_read = meter.keys_read + keys_read
         meter.keys += queries * self.inner.selectable_keys

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from squeezed.answers.reading import rows_read
 from squeezed.context.bytes import LayerBytes
+from squeezed.context.encoding import wide
 from squeezed.context.layers import ClusteredLayer
 from squeezed.hf.fixed_context import FixedContext
 from squeezed.hf.watched import WatchedLayer
@@ -40,7 +41,7 @@ def bytes_read(
         layer, queries = view.layer, row.queries.get(place, [])
         calls = max(1, _calls(row, place))
         size = LayerBytes.of(layer)
-        exact += size.keys(layer.pinned * layer.keys.shape[0] * calls)
+        exact += size.keys(layer.pinned * layer.kv_heads * calls)
         dense += layer.kv_bytes() * calls
         if budget < 1 and queries:
             query = torch.cat(queries, 2)
@@ -89,7 +90,7 @@ def attention_over(
             read.scatter_add_(
                 0, view.layer.positions.long().cpu().flatten(), share.double().cpu().flatten()
             )
-    heads = sum(view.layer.keys.shape[0] for view in views)
+    heads = sum(view.layer.kv_heads for view in views)
     parts = [read[start:end].mean() / heads for start, end in bounds]
     return mass[:, 1:], torch.stack(parts) if parts else read[:0]
 
@@ -98,12 +99,12 @@ def _layer_mass(
     layer: ClusteredLayer, query: Tensor, owner: Tensor, passages: int, answered: int
 ) -> Tensor:
     """One layer's part of `attention_over`, `[N, passages + 1]` float64."""
-    heads = layer.keys.shape[0]
-    owners = owner.to(layer.keys.device)[layer.positions.long()]  # [Hkv, P]
-    wide = layer.keys.float().mT
+    heads = layer.kv_heads
+    owners = owner.to(layer.device)[layer.positions.long()]  # [Hkv, P]
+    keys = wide(layer, torch.float32)[0].mT
     found = []
     for part in query[0].float().unflatten(0, (heads, -1)).split(QUERIES_AT_ONCE, 2):
-        weights = (layer.scale * part.flatten(1, 2) @ wide).softmax(-1)
+        weights = (layer.scale * part.flatten(1, 2) @ keys).softmax(-1)
         weights = weights.unflatten(1, part.shape[1:3]).sum(1)  # [Hkv, n, P], over the group
         own = weights.new_zeros(heads, part.shape[2], passages + 1)
         own.scatter_add_(2, owners[:, None].expand(-1, part.shape[2], -1), weights)
