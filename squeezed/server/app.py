@@ -42,10 +42,11 @@ def create_app(settings: ServerSettings, make_engine: MakeEngine) -> tuple[FastA
         make_engine: called once, inside the event loop, when the server starts.
     """
     keys = None if settings.api_key_file is None else Keys.of_file(settings.api_key_file)
+    metrics = Metrics()
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        async with running(settings, make_engine) as server:
+        async with running(settings, make_engine, metrics) as server:
             app.state.squeezed = server
             yield
 
@@ -68,6 +69,7 @@ def create_app(settings: ServerSettings, make_engine: MakeEngine) -> tuple[FastA
         settings.max_body_bytes,
         settings.body_seconds,
         settings.requests_per_key,
+        metrics.error,
     )
     return app, guarded
 
@@ -96,7 +98,9 @@ class PageFiles(StaticFiles):
 
 
 @asynccontextmanager
-async def running(settings: ServerSettings, make_engine: MakeEngine) -> AsyncIterator[Server]:
+async def running(
+    settings: ServerSettings, make_engine: MakeEngine, metrics: Metrics | None = None
+) -> AsyncIterator[Server]:
     """A server with its jobs and its look at lifetimes, until the end of the block."""
     async with AsyncExitStack() as stack:
         engine = make_engine()
@@ -108,7 +112,7 @@ async def running(settings: ServerSettings, make_engine: MakeEngine) -> AsyncIte
         prompts = Prompts(
             engine.tokenizer, library, settings.keep_control_tokens, settings.max_prompt_tokens
         )
-        server = Server(settings, engine, library, jobs, prompts, Metrics())
+        server = Server(settings, engine, library, jobs, prompts, metrics or Metrics())
         stack.callback(server.tokenizing.shutdown, wait=False)
         library.watch()
         tasks = [asyncio.create_task(jobs.work()), asyncio.create_task(_expire(library))]

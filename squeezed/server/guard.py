@@ -95,10 +95,11 @@ class Guard:
         max_body_bytes: int,
         body_seconds: float,
         requests_per_key: int,
+        count_error: Callable[[int], None] = lambda status: None,
     ) -> None:
         self.app, self.keys, self.local = app, keys, is_loopback(host)
         self.max_body_bytes, self.body_seconds = max_body_bytes, body_seconds
-        self.requests_per_key = requests_per_key
+        self.requests_per_key, self.count_error = requests_per_key, count_error
         self.working: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,8 +107,10 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        if scope["method"] == "HEAD":  # what GET would say; the server leaves the body out
+            scope = {**scope, "method": "GET"}
         body = Body(receive, self.max_body_bytes, self.body_seconds)
-        answer = Answer(send, body)
+        answer = Answer(send, body, self.count_error)
         try:
             self._check_origin(headers)
             owner = self._owner(scope, headers)
@@ -201,8 +204,8 @@ class Body:
 class Answer:
     """What goes back: with our headers, and our refusal in the place of a broken body's answer."""
 
-    def __init__(self, send: Send, body: Body) -> None:
-        self._send, self.body = send, body
+    def __init__(self, send: Send, body: Body, count_error: Callable[[int], None]) -> None:
+        self._send, self.body, self.count_error = send, body, count_error
         self.begun = self.replaced = False
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
@@ -213,12 +216,18 @@ class Answer:
             return
         if message["type"] == "http.response.start":
             self.begun = True
+            self._count(message["status"])
             own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
             message = {**message, "headers": [*message.get("headers", []), *own]}
         await self._send(message)
 
+    def _count(self, status: int) -> None:
+        if status >= 400:
+            self.count_error(status)
+
     async def refuse(self, refusal: Refusal) -> None:
         self.replaced = True
+        self._count(refusal.status)
         content = json.dumps(refusal.body()).encode()
         found = {"content-type": "application/json", "content-length": str(len(content))}
         if not self.body.complete:

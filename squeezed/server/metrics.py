@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from squeezed.server.port import Ask, Ended, Piece
@@ -29,6 +36,7 @@ class Metrics:
         self.requests = Counter(
             "requests", "Answers, by route and how they ended", ["route", "ended"], **own
         )
+        self.errors = Counter("http_errors", "Errors of any route, by status", ["status"], **own)
         self.hits = Counter(
             "context_hits", "Requests by how they came by a context", ["kind"], **own
         )
@@ -43,6 +51,11 @@ class Metrics:
         self.budget = Histogram("budget_spent", "Share of keys read", buckets=SHARES, **own)
         self.gauges: dict[str, Gauge] = {}
         self._own = own
+        ProcessCollector(registry=self.registry)  # memory, processor time and files of the process
+
+    def error(self, status: int) -> None:
+        """Count an answer of HTTP that is an error, also one that no route saw."""
+        self.errors.labels(str(status)).inc()
 
     @contextmanager
     def asking(self, ask: Ask) -> Iterator[None]:

@@ -75,7 +75,8 @@ async def make(request: Request) -> Response:
     else:
         raise Refusal(
             415,
-            f"content-type: expected application/json or multipart/form-data, got {shown(kind)}",
+            "content-type: expected application/json or multipart/form-data, got "
+            f"{shown(kind) or 'none'}",
         )
     note = Note(title=body.title, source=file, ttl=body.ttl, pinned=body.pinned)
     job = await server.jobs.add(body.name, data, file, note)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ from squeezed.server.settings import ServerSettings
 log = logging.getLogger("squeezed")
 
 Found = TypeVar("Found")
+
+KIND = re.compile(r"str|int|(list|function-[a-z]+|constrained-[a-z]+)(\[.*\])?")
+"""What Pydantic calls the kinds that a field may be of."""
 
 
 @dataclass
@@ -124,9 +128,12 @@ def answer_errors(app: FastAPI) -> None:
 
 
 def of_validation(error: RequestValidationError) -> Refusal:
-    """The first thing that is wrong with a body."""
-    found = error.errors()[0]
-    name = ".".join(str(part) for part in found["loc"] if part not in ("body", "query", "path"))
+    """The first thing that is wrong with a body; of a field that may be of several kinds, what is
+    wrong with the kind that was meant: there the fault lies deepest."""
+    errors = error.errors()
+    first = _field(errors[0])
+    found = max((each for each in errors if _field(each)[:1] == first[:1]), key=_depth)
+    name = ".".join(map(str, _field(found)))
     if found["type"] == "extra_forbidden":
         message = f"{shown(name)}: this field is not supported here; leave it out"
         return Refusal(400, message, shown(name), "unsupported_field")
@@ -139,3 +146,13 @@ def of_validation(error: RequestValidationError) -> Refusal:
     plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
     given = f", got {shown(value)}" if plain and len(str(value)) < 100 else ""
     return Refusal(400, f"{shown(name)}: {said}{given}" if name else said, shown(name) or None)
+
+
+def _field(found: Any) -> list[Any]:
+    """Where a fault lies, without what Pydantic calls the kinds that a field may be of."""
+    parts = [part for part in found["loc"] if part not in ("body", "query", "path")]
+    return [part for part in parts if not (isinstance(part, str) and KIND.fullmatch(part))]
+
+
+def _depth(found: Any) -> int:
+    return len(_field(found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -44,7 +44,24 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
-class StreamOptions(Strict):
+class Given(Strict):
+    """Takes fields that ask for nothing: null, or a value of `off`; they are left out."""
+
+    off: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_off(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: value
+            for name, value in given.items()
+            if value is not None and not _is_off(cls.off.get(name, ()), value)
+        }
+
+
+class StreamOptions(Given):
     """`include_usage`: one more chunk with the usage, before the end."""
 
     include_usage: bool = False
@@ -70,7 +87,7 @@ class Telling(Strict):
     tokens: bool = False
 
 
-class Answering(Strict):
+class Answering(Given):
     """Fields of every request for an answer.
 
     Attributes:
@@ -81,6 +98,8 @@ class Answering(Strict):
         user: taken, and used for nothing.
     """
 
+    off: ClassVar[dict[str, tuple[Any, ...]]] = OFF
+
     model: str = Field(max_length=500)
     stream: bool = False
     temperature: float | None = Field(None, ge=0, le=2)
@@ -90,18 +109,6 @@ class Answering(Strict):
     budget: float | None = Field(None, gt=0, le=1)
     preset: str | None = Field(None, max_length=50)
     squeezed: Telling = Telling()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_off(cls, given: Any) -> Any:
-        """Leave out fields that ask for nothing: what they say is what is done anyway."""
-        if not isinstance(given, dict):
-            return given
-        return {
-            name: value
-            for name, value in given.items()
-            if value is not None and not (name in OFF and _is_off(name, value))
-        }
 
     @property
     def longest(self) -> int | None:
@@ -160,13 +167,13 @@ class Generation(Answering):
         return replace(super().sampling(longest), seed=self.seed, stop=self.stops)
 
 
-def _is_off(name: str, value: Any) -> bool:
-    return any(type(value) is type(off) and value == off for off in _same_kinds(name, value))
+def _is_off(offs: tuple[Any, ...], value: Any) -> bool:
+    return any(type(value) is type(off) and value == off for off in _same_kinds(offs, value))
 
 
-def _same_kinds(name: str, value: Any) -> list[Any]:
+def _same_kinds(offs: tuple[Any, ...], value: Any) -> list[Any]:
     """Numbers that stand for nothing, as whole ones or not."""
-    found = list(OFF[name])
+    found = list(offs)
     if isinstance(value, float):
         found += [float(off) for off in found if type(off) is int]
     return found

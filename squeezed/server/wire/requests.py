@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from squeezed.server.library.names import NAME
-from squeezed.server.wire.fields import MOST_LOGPROBS, Answering, Generation, Strict
+from squeezed.server.wire.fields import MOST_LOGPROBS, Answering, Generation, Given, Strict
 
 MOST_MESSAGES, MOST_PARTS = 2048, 2048
 
@@ -15,13 +15,15 @@ SECONDS = 100 * 365 * 24 * 3600
 """Longest lifetime of a context."""
 
 
-class TextPart(Strict):
+class TextPart(Given):
     type: Literal["text"]
     text: str
 
 
-class Message(Strict):
-    """One message of a conversation: text alone."""
+class Message(Given):
+    """One message of a conversation: text alone. An answer of before is taken as it was given."""
+
+    off: ClassVar[dict[str, tuple[Any, ...]]] = {"annotations": ([],), "tool_calls": ([],)}
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(max_length=MOST_PARTS)]
@@ -85,14 +87,14 @@ class CompletionRequest(Generation):
         return self.logprobs
 
 
-class SaidPart(Strict):
+class SaidPart(Given):
+    off: ClassVar[dict[str, tuple[Any, ...]]] = {"annotations": ([],), "logprobs": ([],)}
+
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: list[Any] = Field(default=[], max_length=0)
-    logprobs: list[Any] = Field(default=[], max_length=0)
 
 
-class Said(Strict):
+class Said(Given):
     """A message of `/v1/responses`; an answer of before is taken as it was given."""
 
     role: Literal["system", "developer", "user", "assistant"]
