@@ -95,7 +95,8 @@ def encoded(layer: ClusteredLayer, name: str) -> ClusteredLayer:
     signs = random_signs(layer.dim).to(keys.device)
     of_keys = _coded(keys[:, pinned:], layer.of_leaves(leaves.centroids), encoding, signs)
     of_values = _coded(values[:, pinned:], layer.of_leaves(leaves.mean_values), encoding, signs)
-    codes = Codes(of_keys[0], of_values[0], of_keys[1], of_values[1], signs)
+    scales = torch.stack([of_keys[1], of_values[1]], -1)
+    codes = Codes(of_keys[0], of_values[0], scales, signs)
     front = [x[:, :pinned].clone() for x in (keys, values)]
     return replace(layer, rows=Rows(front[0], front[1], name, codes))
 

@@ -23,15 +23,25 @@ class Codes:
 
     Attributes:
         keys, values: `[Hkv, n, D / 2]` uint8 or `[Hkv, n, D]` int8, as the encoding has them.
-        key_scales, value_scales: `[Hkv, n]` bfloat16, what a level of the row's codes is worth.
+        scales: `[Hkv, n, 2]` bfloat16, what a level of the key's and of the value's codes is worth:
+            side by side, since a GPU copies no fewer than 4 bytes in the background.
         signs: `[D]` int8, 1 or -1: those of the rotation in which the codes were taken.
     """
 
     keys: Tensor
     values: Tensor
-    key_scales: Tensor
-    value_scales: Tensor
+    scales: Tensor
     signs: Tensor
+
+    @property
+    def key_scales(self) -> Tensor:
+        """`[Hkv, n]`."""
+        return self.scales[..., 0]
+
+    @property
+    def value_scales(self) -> Tensor:
+        """`[Hkv, n]`."""
+        return self.scales[..., 1]
 
     @property
     def tokens(self) -> int:
