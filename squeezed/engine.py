@@ -16,12 +16,14 @@ from squeezed.context.prompt import PromptTemplate
 from squeezed.context.storage import directory
 from squeezed.context.text import check_text
 from squeezed.costs.memory import check_memory
-from squeezed.errors import ContextFileError, SqueezedError, expect, got
+from squeezed.errors import SqueezedError, expect
 from squeezed.hf.answer import Answer, Request
 from squeezed.hf.asking import Asking
 from squeezed.hf.capture import capture
 from squeezed.hf.fixed_context import FixedContext
 from squeezed.hf.identity.fingerprint import check_model, model_fingerprint
+from squeezed.hf.identity.maker import check_maker, check_pair
+from squeezed.hf.identity.maker import check_tokenizer as check_tokenizer
 from squeezed.hf.identity.vocabulary import tokenizer_fingerprint
 from squeezed.hf.positions import check_document
 from squeezed.hf.rehearsal import rehearse
@@ -122,17 +124,6 @@ def index(
     )
 
 
-def check_pair(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `SqueezedError` for what is no model or no tokenizer of Transformers."""
-    if not callable(getattr(model, "generate", None)) or not hasattr(model, "config"):
-        raise SqueezedError(f"model: expected a Transformers model, got {got(model)}")
-    if not callable(tokenizer) or not hasattr(tokenizer, "get_vocab"):
-        raise SqueezedError(
-            f"tokenizer: expected a Transformers tokenizer, got {got(tokenizer)}; of a processor "
-            "pass its tokenizer"
-        )
-
-
 def _document(text: str) -> str:
     if not text.strip():
         raise SqueezedError("text: the document is empty; give at least one word")
@@ -152,6 +143,24 @@ def load(path: str | Path, model: PreTrainedModel = None) -> FixedContext:
     if model is not None:
         check_model(model, context)
     return context
+
+
+@readable_failures()
+def append(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: FixedContext,
+    text: str,
+    budget: float = 1.0,
+    progress: Progress = silent,
+) -> FixedContext:
+    """The next version of a context, with `text` behind it; takes and raises as
+    `FixedContext.append`, and refuses what memory cannot hold."""
+    check_pair(model, tokenizer)
+    check_maker(model, tokenizer, context)
+    more = len(context.template.further_ids(tokenizer, text))
+    check_memory(model, len(context.tokens) + more, context.config.clustering)
+    return context.append(model, tokenizer, text, budget, progress=progress)
 
 
 @readable_failures()
@@ -207,20 +216,3 @@ def request(
     ids = context.template.question_ids(tokenizer, question)
     asked = Request.of(model, tokenizer, cache, ids, generate_arguments)
     return asked.watching(context, asking) if watch else asked
-
-
-def check_maker(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: FixedContext
-) -> None:
-    """Raise `ContextFileError` unless model and tokenizer, as they are now, made this context."""
-    expect("context", context, FixedContext, "a FixedContext, made by squeezed.index or load")
-    check_tokenizer(tokenizer, context)
-    check_model(model, context)
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, context: FixedContext) -> None:
-    """Raise `ContextFileError` unless `tokenizer` made this context."""
-    if tokenizer_fingerprint(tokenizer) != context.tokenizer:
-        raise ContextFileError(
-            "tokenizer: this context was made with another tokenizer; use the one it was made with"
-        )

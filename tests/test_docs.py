@@ -68,6 +68,16 @@ def test_the_method_that_a_page_shows_reads_its_budget():
         assert read.tolist() == [layer.budget_keys * layer.layer.keys.shape[0]] * 2
 
 
+def test_the_append_that_a_page_shows_reads_the_chapter_only(tmp_path):
+    page = (ROOT / "docs" / "growing.md").read_text(encoding="utf-8")
+    scope, model, tokenizer = {"__name__": "page"}, tiny_model("llama"), tiny_tokenizer()
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], scope)
+    path = squeezed.index(model, tokenizer, document(700)).save(tmp_path / "manual.sqz")
+    change = scope["with_chapter"](model, tokenizer, path, document(60, seed=1))
+    assert (change.kept, change.read) == (701, 60)
+    assert len(squeezed.load(path).tokens) == 761
+
+
 @named(PAGES)
 def test_files_named_in_pages_exist(path):
     """`room/file.py` is one of ours, seen from the root, the package or the tests."""

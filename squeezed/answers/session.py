@@ -134,6 +134,21 @@ class Session(AbstractContextManager):
         engine.check_tokenizer(self.tokenizer, opened)
         return self._keep(name, opened)
 
+    def append(
+        self,
+        context: str | FixedContext,
+        text: str,
+        budget: float = 1.0,
+        progress: Progress = engine.silent,
+    ) -> FixedContext:
+        """A new version of a context with `text` behind it; see `FixedContext.append`.
+
+        A name leads to the new version from then on; questions that are being answered from the old
+        one go on to their end.
+        """
+        pair = self.model, self.tokenizer
+        return self._changed(context, lambda old: engine.append(*pair, old, text, budget, progress))
+
     def drop(self, name: str) -> None:
         """Close a context; questions that are being answered from it go on to their end.
 
@@ -242,6 +257,21 @@ class Session(AbstractContextManager):
     ) -> Request:
         pair = self.model, self.tokenizer
         return engine.request(*pair, self.context(context), question, asking, watch, **arguments)
+
+    def _changed(
+        self, context: str | FixedContext, change: Callable[[FixedContext], FixedContext]
+    ) -> FixedContext:
+        """The next version of a context, to which its name leads if it has one."""
+        old = self.context(context)
+        made = change(old)
+        if isinstance(context, str):
+            with self._one_change:
+                if self._named(context).context is not old:
+                    raise SqueezedError(
+                        f"context: {context!r} was changed by another thread meanwhile; try again"
+                    )
+                self._contexts[context] = _Open(made)
+        return made
 
     def _watched(self, answer: Answer) -> Watched:
         self._refuse_closed()

@@ -14,6 +14,7 @@ from squeezed.config.calibration import (
     TrialConfig,
 )
 from squeezed.config.clustering import ClusteringConfig, SpaceConfig
+from squeezed.config.growth import GrowthConfig
 from squeezed.config.index import IndexConfig
 from squeezed.config.preset import BEST, FAR_FIELDS, PAPER, PRESETS, FarField, Preset
 
@@ -29,6 +30,7 @@ __all__ = [
     "CalibrationConfig",
     "ClusteringConfig",
     "FarField",
+    "GrowthConfig",
     "HistogramConfig",
     "IndexConfig",
     "Preset",

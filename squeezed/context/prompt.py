@@ -58,6 +58,11 @@ class PromptTemplate:
         """Ids of the fixed context, `[P]` int64; `SqueezedError` for what is no text."""
         return self._ids(tokenizer, self.before, check_text("text", document), "", True)
 
+    def further_ids(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+        """Ids of a text that continues the document, `[n]` int64, tokenised by itself: no token
+        crosses the border, and none of the document's changes; `SqueezedError` as above."""
+        return self._ids(tokenizer, "", check_text("text", text), "", False)
+
     def question_ids(self, tokenizer: PreTrainedTokenizerBase, question: str) -> Tensor:
         """Ids of what follows the fixed context, `[S]` int64; `SqueezedError` as above."""
         return self._ids(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from squeezed.config import IndexConfig
 from squeezed.context.calibration import Calibration
+from squeezed.context.growth import Change, Tree
 from squeezed.context.layers import ClusteredLayer, WindowLayer
 from squeezed.context.prompt import PromptTemplate
 from squeezed.context.storage.structure import Outline, OutlinedLayers
@@ -36,6 +37,8 @@ class ContextRecord:
             it, for methods that vote with them; empty if nobody kept them.
         assumed: parts of `config` that its file did not say, for an older release wrote it; they
             are what that release took.
+        pieces, trees, history: how the context grew (`squeezed.context.growth`); empty if it was
+            indexed at once.
     """
 
     tokens: Tensor
@@ -49,6 +52,9 @@ class ContextRecord:
     seconds: dict[str, float]
     observed: Sequence[Tensor] = ()
     assumed: tuple[str, ...] = ()
+    pieces: tuple[int, ...] = ()
+    trees: tuple[Tree, ...] = ()
+    history: tuple[Change, ...] = ()
 
     @property
     def clustered_layers(self) -> list[ClusteredLayer]:

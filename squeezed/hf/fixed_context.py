@@ -6,16 +6,23 @@ from dataclasses import dataclass, fields
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from squeezed.config import BEST, DEFAULT_BUDGET
+from squeezed.config import BEST, DEFAULT_BUDGET, GrowthConfig
 from squeezed.context.record import ContextRecord
 from squeezed.context.storage import saving
 from squeezed.errors import expect, whole
 from squeezed.hf.asking import Asking
 from squeezed.hf.build import build_cache
 from squeezed.hf.cache import SqueezedCache
+from squeezed.hf.editing import append
+from squeezed.hf.growing import Growing, Progress, silent
 from squeezed.hf.identity.fingerprint import check_attention
+from squeezed.hf.identity.maker import check_maker, check_pair
 from squeezed.hf.identity.stored import check_stored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,54 @@ class FixedContext(ContextRecord):
                 layer.recognise = partial(check_attention, self.model, place)
         return cache
 
+    def append(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        budget: float = 1.0,
+        method: str = "squeezed",
+        config: GrowthConfig | None = None,
+        progress: Progress = silent,
+    ) -> FixedContext:
+        """The context of this document with `text` behind it; this one stays as it is.
+
+        The model reads the new text alone, and all of the document through its keys. The text is
+        tokenised by itself: no token crosses the border.
+
+        Args:
+            budget: share of the document's keys that the model reads meanwhile; 1.0 is exact.
+            method: how it reads them, a name of `squeezed.methods.METHODS`.
+            config: when thresholds are fitted anew, and which trees are joined.
+            progress: called with `("prefill" | "cluster" | "calibrate", done, total)`.
+
+        Returns:
+            A new version, whose `history` says what was read and what it cost.
+
+        Raises:
+            ContextFileError: another model or tokenizer made this context.
+            SqueezedError: no text, or more than the model's positions hold.
+        """
+        growing = _growing(model, tokenizer, self, budget, method, config, progress)
+        return append(growing, self, text)
+
     def save(self, path: str | Path) -> Path:
         """Write the context as a directory; complete under `path`, or not there at all."""
         return saving.save(self, Path(expect("path", path, (str, PathLike), "a path")))
+
+
+def _growing(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: FixedContext,
+    budget: float,
+    method: str,
+    config: GrowthConfig | None,
+    progress: Progress,
+) -> Growing:
+    """All that a growing context needs, looked at before anything is read."""
+    check_pair(model, tokenizer)
+    check_maker(model, tokenizer, context)
+    config = GrowthConfig() if config is None else config
+    expect("config", config, GrowthConfig, "a GrowthConfig")
+    return Growing(model, tokenizer, Asking(budget, method=method), config, progress)

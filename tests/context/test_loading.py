@@ -26,6 +26,7 @@ from made import (
 from squeezed import methods
 from squeezed.attention import Suffix
 from squeezed.context.storage import directory, held, saving
+from squeezed.context.storage.manifest import FORMAT_VERSION
 from squeezed.context.storage.strict import Malformed, conformed
 from squeezed.context.storage.structure import CLUSTERED, LEVEL, Outline, check_layer, tensors_of
 from squeezed.errors import ContextFileError, SqueezedError
@@ -278,7 +279,8 @@ def test_text_that_is_no_description_is_refused(text, saved):
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"), [(4, "index the document again"), (7, "upgrade"), (10**300, "upgrade")]
+    ("version", "remedy"),
+    [(4, "index the document again"), (FORMAT_VERSION + 1, "upgrade"), (10**300, "upgrade")],
 )
 def test_other_versions_say_what_to_do(version, remedy, saved):
     with_manifest(saved, _put("format_version", version))

@@ -15,7 +15,9 @@ from squeezed.config import (
     SpaceConfig,
     TrialConfig,
 )
+from squeezed.context.growth import Tree, pieces_of, trees_of
 from squeezed.context.storage.directory import load
+from squeezed.context.storage.manifest import FORMAT_VERSION
 from squeezed.context.storage.saving import save
 from squeezed.costs.inspection import describe
 from squeezed.errors import ContextFileError
@@ -24,11 +26,17 @@ CONTEXT = made_context()
 UNSAID = ["config.clustering.space", "config.clustering.common_part", "config.calibration"]
 
 
+def without_growth(manifest):
+    for name in ("pieces", "trees", "history"):
+        del manifest[name]
+
+
 def older(path):
     """A saved context as version 5 described it."""
 
     def change(manifest):
         manifest["format_version"] = 5
+        without_growth(manifest)
         del manifest["assumed"], manifest["config"]["calibration"]
         del manifest["config"]["clustering"]["space"]
         del manifest["config"]["clustering"]["common_part"]
@@ -82,7 +90,7 @@ def test_a_context_from_before_opens_and_says_what_is_assumed(saved):
 
 def test_what_was_assumed_is_still_marked_when_saved_again(saved, tmp_path):
     again = save(load(older(saved)), tmp_path / "again.sqz")
-    assert json.loads((again / "context.json").read_text())["format_version"] == 6
+    assert json.loads((again / "context.json").read_text())["format_version"] == FORMAT_VERSION
     assert list(load(again).assumed) == UNSAID
 
 
@@ -99,6 +107,39 @@ def test_what_was_assumed_is_still_marked_when_saved_again(saved, tmp_path):
 )
 def test_a_description_of_two_versions_is_refused(change, saved):
     with_manifest(older(saved), change)
+    with pytest.raises(ContextFileError, match="no context looks like that"):
+        load(saved)
+
+
+def test_a_context_of_version_6_opens_as_one_that_never_grew(saved):
+    def change(manifest):
+        manifest["format_version"] = 6
+        without_growth(manifest)
+
+    with_manifest(saved, change)
+    loaded = load(saved)
+    assert same_context(loaded, CONTEXT)
+    assert loaded.pieces == loaded.trees == loaded.history == ()
+    assert pieces_of(loaded) == (90,) and trees_of(loaded) == (Tree(80, (3, 9)),)
+
+
+GROWTH = {
+    "pieces": [[40, 51], [0, 90], "x"],
+    "trees": [
+        [{"tokens": 79, "nodes": [3, 9]}],
+        [{"tokens": 80, "nodes": [3, 8]}],
+        [{"tokens": 80, "nodes": [9]}],
+        [{"tokens": 40, "nodes": [3, 9]}, {"tokens": 40, "nodes": []}],
+        [{"tokens": 81, "nodes": [3, 9]}, {"tokens": -1, "nodes": [1, 1]}],
+        [{"tokens": 80}],
+    ],
+    "history": [[{"kind": "index"}], [3]],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n in GROWTH for v in GROWTH[n]])
+def test_growth_that_no_context_has_is_refused(name, value, saved):
+    with_manifest(saved, lambda manifest: manifest.update({name: value}))
     with pytest.raises(ContextFileError, match="no context looks like that"):
         load(saved)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from squeezed.config import ALPHA_RANGE, IndexConfig, Preset
 from squeezed.context.calibration import Calibration
+from squeezed.context.growth import Change, Tree
 from squeezed.context.prompt import PromptTemplate
 from squeezed.context.storage.names import common_token, layer_file, observed_file
 from squeezed.context.storage.strict import (
@@ -69,6 +70,9 @@ FIELDS: dict[str, Any] = {
     "calibrations": dict[str, SavedCalibration],
     "layers": tuple[Outline, ...],
     "files": dict[str, FileRecord],
+    "pieces": tuple[PositiveCount, ...],
+    "trees": tuple[Tree, ...],
+    "history": tuple[Change, ...],
     "tokens": tuple[TokenId, ...],
 }
 """Every field of the description but its checksum."""
@@ -81,6 +85,7 @@ def described(manifest: dict[str, Any], device: torch.device | str) -> dict[str,
         Malformed: they do not.
     """
     clustered = _check_layers(manifest)
+    _check_growth(manifest, clustered[0])
     token = common_token(manifest["files"]) or ""
     names = {layer_file(index, token) for index in range(len(manifest["layers"]))}
     known = set(manifest["files"]) - {observed_file(token)}
@@ -89,7 +94,8 @@ def described(manifest: dict[str, Any], device: torch.device | str) -> dict[str,
         name: _calibration(saved, name, clustered, device)
         for name, saved in manifest["calibrations"].items()
     }
-    same = ("windows", "config", "assumed", "template", "model", "tokenizer", "seconds")
+    same = ["windows", "config", "assumed", "template", "model", "tokenizer", "seconds"]
+    same += ["pieces", "trees", "history"]
     return {
         "tokens": torch.tensor(manifest["tokens"], dtype=torch.long),
         "calibrations": calibrations,
@@ -108,6 +114,21 @@ def _check_layers(manifest: dict[str, Any]) -> list[Outline]:
     _require(len({(x.pinned, x.nodes) for x in clustered}) == 1, "layers: trees of several shapes")
     _require(len(manifest["scales"]) == len(clustered), "scales: not one for every clustered layer")
     return clustered
+
+
+def _check_growth(manifest: dict[str, Any], layer: Outline) -> None:
+    """Pieces, trees and history are those of so many tokens, rows and nodes, or left out."""
+    tokens, pieces, trees = len(manifest["tokens"]), manifest["pieces"], manifest["trees"]
+    _require(not pieces or sum(pieces) == tokens, "pieces: not all of the tokens")
+    if trees:
+        rows = sum(tree.tokens for tree in trees)
+        _require(rows == layer.rows - layer.pinned, "trees: not all of the clustered rows")
+        depths = {len(tree.nodes) for tree in trees}
+        _require(depths == {len(layer.nodes)}, "trees: of other depths than the layers")
+        nodes = tuple(map(sum, zip(*(tree.nodes for tree in trees), strict=True)))
+        _require(nodes == layer.nodes, "trees: not all of the nodes")
+    for change in manifest["history"]:
+        _require(change.seconds >= 0, "history: a time below zero")
 
 
 def _calibration(

@@ -22,7 +22,7 @@ from squeezed.context.storage.older import complete
 from squeezed.context.storage.strict import Malformed, conformed, parsed
 from squeezed.errors import ContextFileError, shown
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 OLDEST_VERSION = 5
 MANIFEST_BYTES = 1 << 28
 
@@ -52,6 +52,9 @@ def manifest_text(context: ContextRecord, files: dict[str, dict]) -> bytes:
         },
         "layers": [asdict(outline) for outline in context.outlines],
         "files": files,
+        "pieces": list(context.pieces),
+        "trees": [asdict(tree) for tree in context.trees],
+        "history": [asdict(change) for change in context.history],
         "tokens": context.tokens.tolist(),
     }
     manifest["checksum"] = _checksum(manifest)
@@ -105,8 +108,7 @@ def read_manifest(text: bytes, file: Path) -> dict[str, Any]:
             "again"
         )
     try:
-        if version < FORMAT_VERSION:
-            complete(manifest)
+        complete(manifest)
         wrong = sorted(set(manifest) ^ set(FIELDS))
         if wrong:
             raise Malformed(f"{shown(wrong[0])} is missing or unknown")

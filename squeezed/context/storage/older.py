@@ -1,4 +1,6 @@
-"""Descriptions of version 5, which did not say every number that shaped a context."""
+"""Descriptions of older versions: 5 did not say every number that shaped a context, and 6 not how
+it grew, for none did.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,23 @@ from squeezed.context.storage.strict import Malformed
 
 
 def complete(manifest: dict[str, Any]) -> None:
+    """Fill in what the version that wrote a description did not say; one of today is left alone.
+
+    Raises:
+        Malformed: it says already what its version does not know, or has no place for it.
+    """
+    version = manifest["format_version"]
+    if version < 6:
+        _complete_settings(manifest)
+    if version < 7:
+        for name in ("pieces", "trees", "history"):
+            _fill(manifest, name, [], name, version)
+
+
+def _complete_settings(manifest: dict[str, Any]) -> None:
     """Fill in what the releases that wrote version 5 took, and name it under `assumed`.
 
     Should a default change, its old value belongs here.
-
-    Raises:
-        Malformed: it says already what version 5 does not know, or has no place for it.
     """
     config = _object(manifest, "config", "config")
     clustering = _object(config, "clustering", "config.clustering")
@@ -26,8 +39,8 @@ def complete(manifest: dict[str, Any]) -> None:
         (config, "config", "calibration", asdict(CalibrationConfig())),
     )
     for record, place, name, value in unsaid:
-        _fill(record, name, value, f"{place}.{name}")
-    _fill(manifest, "assumed", [f"{place}.{name}" for _, place, name, _ in unsaid], "assumed")
+        _fill(record, name, value, f"{place}.{name}", 5)
+    _fill(manifest, "assumed", [f"{place}.{name}" for _, place, name, _ in unsaid], "assumed", 5)
 
 
 def _object(record: dict[str, Any], name: str, place: str) -> dict[str, Any]:
@@ -36,7 +49,7 @@ def _object(record: dict[str, Any], name: str, place: str) -> dict[str, Any]:
     return record[name]
 
 
-def _fill(record: dict[str, Any], name: str, value: Any, place: str) -> None:
+def _fill(record: dict[str, Any], name: str, value: Any, place: str, version: int) -> None:
     if name in record:
-        raise Malformed(f"{place}: unknown in version 5")
+        raise Malformed(f"{place}: unknown in version {version}")
     record[name] = json.loads(json.dumps(value))  # lists for tuples, as in a file
