@@ -1,8 +1,9 @@
 """vLLM's FlashAttention for a request's own tokens, our kernels for its context, joined.
 
-`--attention-backend CUSTOM`. Attention runs between vLLM's graph pieces (PIECEWISE). Rows are told
-apart once a step, at the first layer, for the connector's news come after `build`. A batch without
-contexts is vLLM's alone; one that only decodes is replayed from graphs of ours (`graphs`).
+`--attention-backend CUSTOM`. Rows are told apart once a step, when the model begins, for the
+connector's news come after `build`. A batch without contexts is vLLM's alone, and replayed from its
+graphs; one that only decodes is replayed from ours (`gpu_worker`); others are launched from Python
+between vLLM's graph pieces.
 """
 
 from __future__ import annotations
@@ -29,9 +30,13 @@ from squeezed.attention.interface import Attended
 from squeezed.vllm.arena import HeldContext
 from squeezed.vllm.blocks import ContextAttentionSpec, ContextBlocks
 from squeezed.vllm.join import join
+from squeezed.vllm.plugin import GPU_WORKER
 from squeezed.vllm.rows import ALONE, WHOLE, Groups, Row, grouped, rows_of
 from squeezed.vllm.settings import Settings
 from squeezed.vllm.worker import WORKER
+
+LEAST_LONGEST = 512
+"""Tokens that the longest request of a batch is said to have at least, besides its context."""
 
 
 class SqueezedBackend(ContextBlocks, FlashAttentionBackend):
@@ -117,8 +122,14 @@ class SqueezedMetadata(FlashAttentionMetadata):
 class SqueezedBuilder(FlashAttentionMetadataBuilder):
     """Also holds what graphs read at fixed addresses: planned once, for the largest batch."""
 
-    _cudagraph_support = AttentionCGSupport.NEVER
     supports_update_block_table = False
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        """Full graphs hold batches without contexts, which only our worker tells apart."""
+        if vllm_config.parallel_config.worker_cls == GPU_WORKER:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -133,8 +144,12 @@ class SqueezedBuilder(FlashAttentionMetadataBuilder):
             return plain  # of layers that see a window: null blocks there are what it left behind
         return SqueezedMetadata(**vars(plain), builder=self, common=common_attn_metadata)
 
-    def build_own(self, common, held: list[int]) -> FlashAttentionMetadata:
-        """Of rows whose first `held` blocks are their context's."""
+    def build_own(self, common, held: list[int], planned: bool) -> FlashAttentionMetadata:
+        """Of rows whose first `held` blocks are their context's.
+
+        Args:
+            planned: FlashAttention 3 shares out its work once a step, not once a layer.
+        """
         bound = common.seq_lens_cpu_upper_bound[: len(held)]
         skipped = torch.tensor(held, dtype=bound.dtype) * self.block_size
         longest = self.rounded(int((bound - skipped).max()))
@@ -146,17 +161,18 @@ class SqueezedBuilder(FlashAttentionMetadataBuilder):
             block_table_tensor=table,
             max_seq_len=longest,
         )
-        return FlashAttentionMetadataBuilder.build(self, 0, own, fast_build=True)
+        return FlashAttentionMetadataBuilder.build(self, 0, own, fast_build=not planned)
 
     def rounded(self, tokens: int) -> int:
-        """Up to a power of two of blocks: batches that grow stay alike."""
-        blocks = -(-tokens // self.block_size)
-        return (1 << max(0, blocks - 1).bit_length()) * self.block_size
+        """Up to a power of two of blocks, and many: batches that grow stay alike."""
+        blocks = -(-max(tokens, LEAST_LONGEST) // self.block_size)
+        return (1 << (blocks - 1).bit_length()) * self.block_size
 
     def in_place(self, own: FlashAttentionMetadata) -> FlashAttentionMetadata:
         """The same at addresses that do not change while shapes do not."""
-        names = ("query_start_loc", "seq_lens", "block_table")
-        return replace(own, **{name: self._fixed(name, getattr(own, name)) for name in names})
+        names = ("query_start_loc", "seq_lens", "block_table", "scheduler_metadata")
+        found = {name: getattr(own, name) for name in names}
+        return replace(own, **{n: self._fixed(n, x) for n, x in found.items() if x is not None})
 
     def _fixed(self, name: str, found: Tensor) -> Tensor:
         key = name, tuple(found.shape), found.dtype
@@ -190,9 +206,9 @@ def resolve(meta: SqueezedMetadata) -> Step | None:
     held = [
         0 if row.reader is None else context_of(row).tokens // builder.block_size for row in rows
     ]
-    own, groups = builder.build_own(common, held), grouped(rows)
+    groups = grouped(rows)
     only_decodes = not groups.prefills and all(row.new <= 1 for row in rows)
-    alike = None
+    own, alike = builder.build_own(common, held, only_decodes), None
     if only_decodes:
         own = builder.in_place(own)
         alike = (
@@ -274,15 +290,7 @@ class SqueezedImpl(FlashAttentionImpl):
         tokens = step.own.num_actual_tokens
         asked, answer = query[:tokens], output[:tokens]
         number = extract_layer_index(layer.layer_name)
-
-        def compute() -> None:
-            self.attend(step, layer, number, asked, kv_cache, answer)
-
-        if step.alike is None or WORKER.graphs is None:
-            compute()
-        else:
-            addresses = query.data_ptr(), kv_cache.data_ptr(), output.data_ptr()
-            WORKER.graphs.run((number, step.alike, addresses), compute)
+        self.attend(step, layer, number, asked, kv_cache, answer)
         return output
 
     def see(self, meta: SqueezedMetadata, layer, query: Tensor, kv_cache: Tensor) -> None:
@@ -330,7 +338,7 @@ class SqueezedImpl(FlashAttentionImpl):
             causal=True,
             window_size=[-1, -1],
             block_table=meta.block_table,
-            scheduler_metadata=meta.scheduler_metadata,  # none: `build_own` plans nothing ahead
+            scheduler_metadata=meta.scheduler_metadata,
             fa_version=self.vllm_flash_attn_version,
             k_descale=layer._k_scale.expand(scales),
             v_descale=layer._v_scale.expand(scales),

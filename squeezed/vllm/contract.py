@@ -34,8 +34,12 @@ SYMBOLS: dict[str, dict[str, str]] = {
         "EngineArgs.create_engine_config": "",
     },
     "vllm.utils.argparse_utils": {"FlexibleArgumentParser": ""},
-    "vllm.config": {"get_current_vllm_config": ""},
-    "vllm.distributed.parallel_state": {"get_tp_group": ""},
+    "vllm.config": {"get_current_vllm_config": "", "CUDAGraphMode.NONE": ""},
+    "vllm.distributed.parallel_state": {"get_tp_group": "", "graph_capture": "device"},
+    "vllm.forward_context": {
+        "get_forward_context": "",
+        "ForwardContext": "attn_metadata slot_mapping cudagraph_runtime_mode",
+    },
     "vllm.distributed.kv_transfer.kv_connector.factory": {
         "KVConnectorFactory.register_connector": "name module_path class_name",
     },
@@ -77,6 +81,7 @@ SYMBOLS: dict[str, dict[str, str]] = {
     "vllm.v1.attention.backend": {
         "AttentionBackend.customize_spec": "spec",
         "AttentionCGSupport.NEVER": "",
+        "AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE": "",
         "CommonAttentionMetadata": (
             "query_start_loc query_start_loc_cpu seq_lens seq_lens_cpu_upper_bound num_reqs "
             "num_actual_tokens max_query_len max_seq_len block_table_tensor slot_mapping"
@@ -105,6 +110,7 @@ SYMBOLS: dict[str, dict[str, str]] = {
             "scheduler_metadata max_num_splits"
         ),
         "FlashAttentionMetadataBuilder.build": BUILD,
+        "FlashAttentionMetadataBuilder.get_cudagraph_support": "vllm_config kv_cache_spec",
     },
     "vllm.v1.core.kv_cache_utils": {
         "resolve_block_hashes": (
@@ -119,7 +125,7 @@ SYMBOLS: dict[str, dict[str, str]] = {
     "vllm.v1.core.sched.output": {
         "SchedulerOutput": (
             "scheduled_new_reqs scheduled_cached_reqs num_scheduled_tokens finished_req_ids "
-            "has_sync_kv_loads"
+            "has_sync_kv_loads kv_connector_metadata"
         ),
     },
     "vllm.v1.core.single_type_kv_cache_manager": {
@@ -133,6 +139,15 @@ SYMBOLS: dict[str, dict[str, str]] = {
     "vllm.v1.kv_cache_spec_registry": {
         "KVCacheSpecRegistry.register": ("kvcache_spec_cls manager_class uniform_type_base_spec"),
         "KVCacheSpecRegistry.get_manager_class": "kvcache_spec",
+    },
+    "vllm.v1.worker.gpu.cudagraph_utils": {
+        "ModelCudaGraphManager.dispatch": "num_reqs num_tokens uniform_token_count",
+        "ModelCudaGraphManager.needs_capture": "",
+        "ModelCudaGraphManager.run_pw_graph": "model model_inputs",
+    },
+    "vllm.v1.worker.gpu_worker": {
+        "Worker.compile_or_warm_up_model": "",
+        "Worker.execute_model": "scheduler_output",
     },
     "vllm.v1.request": {
         "Request.__init__": "request_id prompt_token_ids sampling_params lora_request mm_features",

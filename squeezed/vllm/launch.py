@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from squeezed.errors import SqueezedError, shown
-from squeezed.vllm.plugin import CONNECTOR, ON_CPU, is_supported, unsupported
+from squeezed.vllm.plugin import CONNECTOR, GPU_WORKER, ON_CPU, is_supported, unsupported
 from squeezed.vllm.refusals import LARGEST_BLOCK
 from squeezed.vllm.settings import Settings
 
@@ -24,6 +24,7 @@ BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 OURS = {
     "--kv-transfer-config": "it names the connector of contexts; its settings are options here",
     "--worker-extension-cls": "it answers what a request read",
+    "--worker-cls": "it tells steps over contexts from others",
 }
 """Arguments of vLLM that this command sets, and what for."""
 
@@ -75,7 +76,7 @@ def engine_arguments(settings: Settings, given: Sequence[str], on_cpu: bool) -> 
     words = ["--kv-transfer-config", transfer_config(settings)]
     words += ["--worker-extension-cls", EXTENSION]
     if not on_cpu:
-        words += ["--attention-backend", "CUSTOM"]
+        words += ["--attention-backend", "CUSTOM", "--worker-cls", GPU_WORKER]
     if value_of(given, "--block-size") is None:
         words += ["--block-size", "32" if on_cpu else "16"]
     return words

@@ -6,6 +6,7 @@ import logging
 import os
 
 CONNECTOR = "SqueezedConnector"
+GPU_WORKER = "squeezed.vllm.gpu_worker.Worker"
 SUPPORTED = ((0, 32), (0, 33))
 ON_CPU = "SQUEEZED_VLLM"
 """Environment variable that puts our backend in the place of vLLM's for CPUs, which knows no

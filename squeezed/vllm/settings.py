@@ -29,7 +29,7 @@ class Settings:
             model takes. vLLM does not start unless its pool holds that many.
         scan_seconds: time between two looks into the directories.
         implementation: `auto`, `reference`, `cpu` or `triton`.
-        graphs: capture a layer's attention on a GPU, and replay it while a batch stays the same.
+        graphs: capture a decoding step on a GPU, and replay it while a batch stays the same.
         index_pause_ms: milliseconds that a document that is indexed may add to a step of others; 0
             for any time.
         index_threads: of the process that clusters it.

@@ -6,7 +6,7 @@ One per process: the connector writes here, the attention backend reads.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from squeezed.vllm.arena import Arena
 from squeezed.vllm.capture import Job
 from squeezed.vllm.cutting import Share
-from squeezed.vllm.graphs import LayerGraphs
+from squeezed.vllm.graphs import StepGraphs
 from squeezed.vllm.meter import DeviceMeter, HostMeter
 from squeezed.vllm.news import Order, Reader, StepNews, WorkerNews
 from squeezed.vllm.parts import Parts
@@ -38,7 +38,8 @@ class Worker:
         self.ids: list[str] = []
         self.reports: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self.meter: HostMeter | DeviceMeter = HostMeter()
-        self.graphs: LayerGraphs | None = None
+        self.graphs: StepGraphs | None = None
+        self.uses_graphs, self.needs_python = False, False
         self.ends: list[Callable[[], None]] = []
         """What is to be done when the step's last layer has been launched."""
         self.layers, self.index_threads = 0, 1
@@ -62,12 +63,18 @@ class Worker:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what was reserved is for contexts now
             self.meter = DeviceMeter(device, requests)
-            self.graphs = LayerGraphs() if settings.graphs else None
+            self.uses_graphs = settings.graphs
 
     def reserve(self, size: int) -> None:
         """Hold so many bytes of the GPU while vLLM finds out how many are left for its blocks."""
         if self.arena is None and self._reserved is None:
             self._reserved = torch.empty(size, dtype=torch.uint8, device="cuda")
+
+    def foresee(self, news: StepNews | None, requests: Iterable[str]) -> None:
+        """Find out whether a step needs Python in its layers: it reads contexts, or makes one."""
+        known: list[Container[str]] = [self.readers, self.jobs]
+        known += [] if news is None else [news.readers, news.orders]
+        self.needs_python = any(name in names for name in requests for names in known)
 
     def step(self, news: StepNews, ids: list[str], idle: bool) -> WorkerNews:
         """Take the scheduler's news; what was loaded meanwhile is said in return."""

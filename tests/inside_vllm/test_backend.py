@@ -19,10 +19,10 @@ from squeezed.config import IndexConfig
 from squeezed.context.prompt import PromptTemplate
 from squeezed.context.record import ContextRecord
 from squeezed.vllm import backend as ours
+from squeezed.vllm import gpu_worker
 from squeezed.vllm.arena import HeldContext
 from squeezed.vllm.blocks import ContextAttentionSpec
 from squeezed.vllm.cutting import Share
-from squeezed.vllm.graphs import LayerGraphs
 from squeezed.vllm.news import Reader, StepNews
 from squeezed.vllm.settings import Settings
 from squeezed.vllm.worker import WORKER
@@ -104,11 +104,26 @@ READERS = {
 }
 
 
-class Stage:
-    """What is at one address in all steps under vLLM's graphs."""
+class Manager:
+    """vLLM's graph manager, which has full graphs of uniform batches, and runs a model as it is."""
 
-    def __init__(self):
-        self.builder = builder()
+    pool = None
+
+    def dispatch(self, num_reqs, num_tokens, uniform_token_count, **kwargs):
+        return "pieces" if uniform_token_count is None else "full"
+
+    def run_pw_graph(self, model, model_inputs):
+        return model(**model_inputs)
+
+
+class Stage:
+    """What is at one address in all steps under vLLM's graphs.
+
+    With `steps`, a step is one graph.
+    """
+
+    def __init__(self, steps=None):
+        self.builder, self.steps = builder(), steps
         self.query = torch.zeros(256, HEADS, DIM)
         self.cache = torch.zeros(BLOCKS, KV_HEADS, BLOCK, 2 * DIM)
         self.outputs = [torch.zeros(256, HEADS, DIM) for _ in range(LAYERS)]
@@ -119,6 +134,21 @@ class Stage:
         for output in self.outputs:
             output.fill_(float("nan"))
         return self.query, self.cache, self.outputs
+
+    def run(self, model, query, meta):
+        if self.steps is None:
+            return model(query)
+        modes = gpu_worker.CUDAGraphMode
+        context = SimpleNamespace(
+            attn_metadata={"model.layers.0.attn": meta},
+            slot_mapping={},
+            cudagraph_runtime_mode=modes.PIECEWISE,
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gpu_worker, "get_forward_context", lambda: context)
+            found = self.steps.run_pw_graph(model, {"query": query})
+        assert context.cudagraph_runtime_mode == modes.PIECEWISE
+        return found
 
 
 class Batch:
@@ -153,13 +183,16 @@ class Batch:
         made.scale = WORKER.arena.held["one"].layers[0].scale
         meta = stage.builder.build(0, common)
         query, cache, outputs = stage.tensors(self)
-        found = []
-        for number, output in enumerate(outputs):
-            scales = {"_k_scale": torch.ones(()), "_v_scale": torch.ones(())}
-            layer = SimpleNamespace(layer_name=f"model.layers.{number}.attn", **scales)
-            made.forward(layer, query, None, None, cache, meta, output)
-            found.append(output[: len(self.query)].clone())
-        return found, meta
+
+        def model(query):
+            for number, output in enumerate(outputs):
+                scales = {"_k_scale": torch.ones(()), "_v_scale": torch.ones(())}
+                layer = SimpleNamespace(layer_name=f"model.layers.{number}.attn", **scales)
+                made.forward(layer, query, None, None, cache, meta, output)
+            return outputs
+
+        found = stage.run(model, query, meta)
+        return [output[: len(self.query)].clone() for output in found], meta
 
     def wanted(self, number):
         """Row by row and token by token, by the reference."""
@@ -276,7 +309,8 @@ def test_batches_that_only_decode_are_captured_and_read_what_is_new(worker):
         return compute
 
     worker.readers.update(READERS)
-    worker.graphs, stage = LayerGraphs(capture), Stage()
+    steps = gpu_worker.ContextSteps(Manager(), CPU, True)
+    steps.graphs.capture, stage = capture, Stage(steps)
     for request in READERS:
         worker.reports[request] = {}
     spent = {}
@@ -284,15 +318,41 @@ def test_batches_that_only_decode_are_captured_and_read_what_is_new(worker):
         rows = [("a", 1, 330 + seed), ("b", 1, 312 + seed), ("x", 1, 40)]
         check(Batch(*(rows if seed % 2 else rows[::-1]), seed=seed), stage)
         spent = worker.spent()
-    assert len(captured) == LAYERS
+    assert len(captured) == 1
     one = sum(x.clustered * KV_HEADS for x in worker.arena.held["one"].layers)
     assert spent["a"][1] == spent["b"][1] == 8 * one
     assert spent["a"][0] != spent["b"][0]
     for seed in range(4):
         check(Batch(("c", 1, 501), ("x", 1, 9), ("a", 1, 330), seed=seed), stage)
-    assert len(captured) == 2 * LAYERS
+    assert len(captured) == 2
     assert check(Batch(*BATCHES["all at once"]), stage).step.alike is None
-    assert len(captured) == 2 * LAYERS
+    assert len(captured) == 2
+
+
+def test_a_step_that_makes_a_context_is_never_replayed(worker):
+    worker.readers.update(READERS)
+    steps = gpu_worker.ContextSteps(Manager(), CPU, True)
+    stage = Stage(steps)
+    worker.jobs["x"] = SimpleNamespace(see=lambda *args: None, complete=False, order=None)
+    for seed in range(4):
+        Batch(("a", 1, 330 + seed), ("b", 1, 312), seed=seed).answer(stage)
+    assert not steps.graphs.runs
+
+
+def test_full_graphs_of_vllm_are_for_steps_without_contexts(worker):
+    steps = gpu_worker.ContextSteps(Manager(), CPU, True)
+    asked = {"num_reqs": 2, "num_tokens": 2, "uniform_token_count": 1}
+    worker.readers["a"] = READERS["a"]
+    news = StepNews(readers={"b": READERS["b"]}, orders={"d": None})
+    for requests, kind in ((["x"], "full"), (["x", "a"], "pieces"), (["b"], "pieces")):
+        worker.foresee(news, requests)
+        assert steps.dispatch(**asked) == kind
+    for requests, kind in ((["d"], "pieces"), (["x"], "full")):
+        worker.foresee(news, requests)
+        assert steps.dispatch(**asked) == kind
+    worker.jobs["y"] = None
+    worker.foresee(None, ["y"])
+    assert steps.dispatch(**asked) == "pieces"
 
 
 def test_buffers_of_graphs_stay_where_they_are():
@@ -302,8 +362,8 @@ def test_buffers_of_graphs_stay_where_they_are():
     second = made._fixed("seq_lens", batch + 1)
     assert first.data_ptr() == second.data_ptr()
     assert torch.equal(second, batch + 1)
-    assert made.rounded(1) == BLOCK and made.rounded(17) == 2 * BLOCK
-    assert made.rounded(33) == 4 * BLOCK
+    assert made.rounded(1) == made.rounded(ours.LEAST_LONGEST) == ours.LEAST_LONGEST
+    assert made.rounded(513) == made.rounded(1024) == 1024 and made.rounded(1025) == 2048
 
 
 def test_block_tables_begin_behind_the_context():

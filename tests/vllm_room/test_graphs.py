@@ -1,4 +1,4 @@
-from squeezed.vllm.graphs import MOST, WARM_RUNS, LayerGraphs
+from squeezed.vllm.graphs import MOST, WARM_RUNS, StepGraphs
 
 
 class Recorder:
@@ -15,15 +15,21 @@ class Recorder:
 
 
 def runs(graphs, key, times):
+    """How many of `times` runs were done, and each told its result."""
     done = []
-    for _ in range(times):
-        graphs.run(key, lambda: done.append(key))
+
+    def compute():
+        done.append(key)
+        return len(done)
+
+    told = [graphs.run(key, compute, compute) for _ in range(times)]
+    assert told == list(range(1, times + 1))
     return len(done)
 
 
 def test_a_batch_that_comes_again_is_captured_once():
     recorder = Recorder()
-    graphs = LayerGraphs(recorder)
+    graphs = StepGraphs(recorder)
     assert runs(graphs, "a", 10) == 10, "every run happens, replayed or not"
     assert recorder.captured == 1
     assert runs(graphs, "b", WARM_RUNS) == WARM_RUNS
@@ -32,7 +38,7 @@ def test_a_batch_that_comes_again_is_captured_once():
 
 def test_what_is_given_back_is_forgotten():
     recorder = Recorder()
-    graphs = LayerGraphs(recorder)
+    graphs = StepGraphs(recorder)
     runs(graphs, "a", 5)
     graphs.forget()
     assert not graphs.replays
@@ -41,7 +47,7 @@ def test_what_is_given_back_is_forgotten():
 
 
 def test_graphs_are_not_kept_for_ever():
-    graphs = LayerGraphs(Recorder())
+    graphs = StepGraphs(Recorder())
     for number in range(MOST + 3):
         runs(graphs, number, WARM_RUNS + 1)
     assert len(graphs.replays) == MOST
@@ -52,6 +58,6 @@ def test_graphs_are_not_kept_for_ever():
 
 
 def test_a_failed_capture_launches_and_is_not_tried_again():
-    graphs = LayerGraphs(Recorder(fails=True))
+    graphs = StepGraphs(Recorder(fails=True))
     assert runs(graphs, "a", 5) == 5
     assert graphs.off and not graphs.replays

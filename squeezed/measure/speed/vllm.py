@@ -32,6 +32,7 @@ from squeezed.context.storage.saving import save
 from squeezed.errors import SqueezedError
 from squeezed.measure.speed.fabricated import context_of
 from squeezed.vllm.launch import graph_pieces
+from squeezed.vllm.plugin import GPU_WORKER
 
 Case = tuple[int, int]
 """Tokens of the document, and requests at once."""
@@ -178,8 +179,8 @@ def engine(kind: str, model: Path, contexts: Path, cases: list[Case], shape: dic
 
 
 def on_gpu(kind: str, sizes: list[int]) -> dict:
-    """Arguments for a GPU: dense steps are one graph, ours are graphs between attention."""
-    mode = "PIECEWISE" if kind == "squeezed" else "FULL_DECODE_ONLY"
+    """Arguments for a GPU: steps that decode are one graph."""
+    mode = "FULL_AND_PIECEWISE" if kind == "squeezed" else "FULL_DECODE_ONLY"
     graphs = {"mode": 0, "cudagraph_mode": mode, "cudagraph_capture_sizes": sizes}
     found = {
         "gpu_memory_utilization": 0.9,
@@ -187,7 +188,7 @@ def on_gpu(kind: str, sizes: list[int]) -> dict:
         "compilation_config": graphs,
     }
     if kind == "squeezed":
-        found["attention_backend"] = "CUSTOM"
+        found |= {"attention_backend": "CUSTOM", "worker_cls": GPU_WORKER}
     return found
 
 
