@@ -18,8 +18,9 @@ from vllm.distributed.parallel_state import graph_capture
 from vllm.forward_context import get_forward_context
 from vllm.v1.worker.gpu_worker import Worker as GpuWorker
 
-from squeezed.vllm.backend import SqueezedMetadata, Step, resolve
+from squeezed.vllm.builder import SqueezedMetadata
 from squeezed.vllm.graphs import Captured, StepGraphs
+from squeezed.vllm.step import Step, resolve
 from squeezed.vllm.worker import WORKER
 
 

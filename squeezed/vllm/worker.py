@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from squeezed.vllm.arena import Arena
+from squeezed.vllm.beside import Beside
 from squeezed.vllm.capture import Job
 from squeezed.vllm.cutting import Share
 from squeezed.vllm.graphs import StepGraphs
@@ -40,6 +41,7 @@ class Worker:
         self.meter: HostMeter | DeviceMeter = HostMeter()
         self.graphs: StepGraphs | None = None
         self.uses_graphs, self.needs_python = False, False
+        self.beside = Beside(None)
         self.ends: list[Callable[[], None]] = []
         """What is to be done when the step's last layer has been launched."""
         self.layers, self.index_threads = 0, 1
@@ -64,6 +66,7 @@ class Worker:
             torch.cuda.empty_cache()  # what was reserved is for contexts now
             self.meter = DeviceMeter(device, requests)
             self.uses_graphs = settings.graphs
+            self.beside = Beside(torch.cuda.Stream(device))
 
     def reserve(self, size: int) -> None:
         """Hold so many bytes of the GPU while vLLM finds out how many are left for its blocks."""

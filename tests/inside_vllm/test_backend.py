@@ -19,6 +19,7 @@ from squeezed.config import IndexConfig
 from squeezed.context.prompt import PromptTemplate
 from squeezed.context.record import ContextRecord
 from squeezed.vllm import backend as ours
+from squeezed.vllm import builder as builders
 from squeezed.vllm import gpu_worker
 from squeezed.vllm.arena import HeldContext
 from squeezed.vllm.blocks import ContextAttentionSpec
@@ -63,7 +64,7 @@ def varlen(q, k, v, out, cu_seqlens_q, seqused_k, softmax_scale, block_table, **
 
 
 def builder():
-    made = object.__new__(ours.SqueezedBuilder)
+    made = object.__new__(builders.SqueezedBuilder)
     made.block_size, made.device, made.fixed = BLOCK, CPU, {}
     shape = {"block_size": BLOCK, "num_kv_heads": KV_HEADS, "head_size": DIM}
     made.kv_cache_spec = ContextAttentionSpec(**shape, dtype=torch.float32)
@@ -72,7 +73,7 @@ def builder():
 
 
 def metadata(self, common_prefix_len, common, fast_build=False):
-    return ours.FlashAttentionMetadata(
+    return builders.FlashAttentionMetadata(
         num_actual_tokens=common.num_actual_tokens,
         max_query_len=common.max_query_len,
         query_start_loc=common.query_start_loc,
@@ -86,7 +87,7 @@ def metadata(self, common_prefix_len, common, fast_build=False):
 @pytest.fixture
 def worker(monkeypatch):
     monkeypatch.setattr(ours.fa_utils, "flash_attn_varlen_func", varlen, raising=False)
-    monkeypatch.setattr(ours.FlashAttentionMetadataBuilder, "build", metadata)
+    monkeypatch.setattr(builders.FlashAttentionMetadataBuilder, "build", metadata)
     WORKER.start(Share(), CPU, Settings(implementation="reference"))
     for key, tokens, seed in (("one", 300, 0), ("two", 411, 7)):
         whole = (tokens - 4) // BLOCK * BLOCK
@@ -362,11 +363,11 @@ def test_buffers_of_graphs_stay_where_they_are():
     second = made._fixed("seq_lens", batch + 1)
     assert first.data_ptr() == second.data_ptr()
     assert torch.equal(second, batch + 1)
-    assert made.rounded(1) == made.rounded(ours.LEAST_LONGEST) == ours.LEAST_LONGEST
+    assert made.rounded(1) == made.rounded(builders.LEAST_LONGEST) == builders.LEAST_LONGEST
     assert made.rounded(513) == made.rounded(1024) == 1024 and made.rounded(1025) == 2048
 
 
 def test_block_tables_begin_behind_the_context():
     table = torch.tensor([[0, 0, 5, 6, 7], [3, 4, 0, 0, 0]])
     held = torch.tensor([2, 0], dtype=torch.int32)
-    assert ours.shifted(table, held, 3).tolist() == [[5, 6, 7], [3, 4, 0]]
+    assert builders.shifted(table, held, 3).tolist() == [[5, 6, 7], [3, 4, 0]]
