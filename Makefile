@@ -5,6 +5,7 @@
 # make docs    the site, into build/site; a broken link, or one that needs the network, fails
 # make package sdist and wheel into dist, and the wheel tried in an environment of its own
 # make vllm    the tests that run vLLM, in an environment of their own; skipped without its wheel
+# make clients LangChain's and LlamaIndex's clients against the server, from an environment of their own
 # make oldest  tests with the lowest supported releases, or TESTS="tests/hf ..." of them
 # make newest  tests with the highest
 # make format  put the style right
@@ -20,7 +21,7 @@ TESTS ?= tests
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types docs package vllm oldest newest format clean
+.PHONY: demo test lint types docs package vllm clients oldest newest format clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -51,6 +52,11 @@ package: $(INSTALLED)
 
 vllm: $(INSTALLED)
 	PYTHON=$(PYTHON) timeout --kill-after=30 720 sh tests/inside_vllm/run.sh $(VENV)-vllm
+
+clients: $(INSTALLED)
+	test -x build/clients/bin/python || $(PYTHON) -m venv build/clients
+	build/clients/bin/python -m pip install --quiet --requirement constraints-clients.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/server/test_server_clients.py
 
 oldest newest:
 	test -x build/$@/bin/python || $(PYTHON) -m venv build/$@
