@@ -38,4 +38,4 @@ def far_alpha_for(layer, far_field, group=1):
     """Weights `[Hq]` where the far field is of second order, else `None`."""
     if far_field != "second_order":
         return None
-    return torch.linspace(0.2, 0.9, layer.keys.shape[0] * group, device=layer.keys.device)
+    return torch.linspace(0.2, 0.9, layer.kv_heads * group, device=layer.device)

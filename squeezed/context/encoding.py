@@ -1,28 +1,26 @@
-"""What the codes of encoded rows mean, how they are made, and the rotation they are taken in.
+"""What the codes of encoded rows mean, and how they are made.
 
 A clustered row is the mean of its leaf, which the index holds anyway, and a difference of few bits:
 
-    key(r)   = mean_key[leaf]   + key_scale[r]   R' level(key_code[r])
-    value(r) = mean_value[leaf] + value_scale[r] R' level(value_code[r])
+    key(r)   = mean_key[leaf]   + key_scale[r]   key_turn level(key_code[r])
+    value(r) = mean_value[leaf] + value_scale[r] level(value_code[r]) value_turn
 
-`R` is orthonormal: random signs, then Walsh-Hadamard blocks of the largest power of two that
-divides the dimension. It spreads what few dimensions hold over all of them, so that one scale and
-even levels serve a row (rotations before quantising: QuaRot, arXiv 2404.00456). Nobody need turn
-rows back: with `R q` a logit is `s q.mean_key + s scale (R q).level`, and an output is turned back
-once, for `R'` is linear.
+Nobody need turn rows back: with `q' = q key_turn` a logit is `s q.mean_key + s key_scale q'.level`,
+and the codes' part of an output is turned once, as a sum. Where the matrices come from says
+`squeezed.context.turning`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rows import PLAIN, Codes, Rows
+from squeezed.context.turning import second_moment, turning
 from squeezed.errors import SqueezedError
 
 SCALES = torch.bfloat16
@@ -33,9 +31,6 @@ SHARES = (0.55, 0.65, 0.75, 0.85, 1.0)
 
 NUMBERS_AT_ONCE = 1 << 24
 """Numbers of rows that are encoded together."""
-
-SEED = 0x5EED
-"""Of the rotation's signs."""
 
 
 @dataclass(frozen=True)
@@ -80,46 +75,84 @@ def check_encoding(name: str, dim: int | None = None) -> str:
     return name
 
 
-def encoded(layer: ClusteredLayer, name: str) -> ClusteredLayer:
+def encoded(layer: ClusteredLayer, name: str, queries: Tensor | None = None) -> ClusteredLayer:
     """The layer with its clustered rows in an encoding; as it is without clusters or if `plain`.
+
+    Args:
+        queries: `[Hq, W, D]` of a probe, by which differences of keys are weighed; `None`: all of
+            their directions alike.
 
     Raises:
         SqueezedError: rows that are encoded already, an unknown encoding, a dimension that it
             cannot pack, or keys too large for it.
     """
     check_encoding(name, layer.dim)
-    keys, values = layer.rows.plain()
-    if name == PLAIN or not layer.levels:
+    rows, leaves = layer.rows.plain(), layer.levels[-1] if layer.levels else None
+    if name == PLAIN or leaves is None:
         return layer
-    encoding, pinned, leaves = ENCODINGS[name], layer.pinned, layer.levels[-1]
-    signs = random_signs(layer.dim).to(keys.device)
-    of_keys = _coded(keys[:, pinned:], layer.of_leaves(leaves.centroids), encoding, signs)
-    of_values = _coded(values[:, pinned:], layer.of_leaves(leaves.mean_values), encoding, signs)
-    scales = torch.stack([of_keys[1], of_values[1]], -1)
-    codes = Codes(of_keys[0], of_values[0], scales, signs)
-    front = [x[:, :pinned].clone() for x in (keys, values)]
+    grouped = None if queries is None else queries.unflatten(0, (layer.kv_heads, -1)).flatten(1, 2)
+    found = [
+        _coded(Differences(layer, own, means), ENCODINGS[name], seen)
+        for own, means, seen in zip(
+            rows, (leaves.centroids, leaves.mean_values), (grouped, None), strict=True
+        )
+    ]
+    (keys, key_scales, key_turn), (values, value_scales, value_turn) = found
+    codes = Codes(
+        keys,
+        values,
+        torch.stack([key_scales, value_scales], -1),
+        key_turn.mT.contiguous(),
+        value_turn,
+    )
+    front = [own[:, : layer.pinned].clone() for own in rows]
     return replace(layer, rows=Rows(front[0], front[1], name, codes))
 
 
+@dataclass(frozen=True)
+class Differences:
+    """Of the clustered rows among `rows [Hkv, P, D]` from the means `[Hkv, C, D]` of their leaves,
+    some of a head at a time, float32 `[m, D]`."""
+
+    layer: ClusteredLayer
+    rows: Tensor
+    means: Tensor
+
+    def of_head(self, head: int) -> Iterator[tuple[slice, Tensor]]:
+        layer, at_once = self.layer, max(1, NUMBERS_AT_ONCE // self.layer.dim)
+        mean = self.means[head].float()
+        own = torch.arange(len(mean), device=mean.device).repeat_interleave(
+            layer.levels[-1].sizes[head], output_size=layer.clustered
+        )
+        for first in range(0, layer.clustered, at_once):
+            some = slice(first, first + at_once)
+            yield some, self.rows[head, layer.pinned :][some].float() - mean[own[some]]
+
+    def moments(self) -> Tensor:
+        """Second moment of each head's, up to a factor, float64 `[Hkv, D, D]`."""
+        heads = range(self.layer.kv_heads)
+        return torch.stack([second_moment(x for _, x in self.of_head(head)) for head in heads])
+
+
 def _coded(
-    rows: Tensor, means: Iterator[Tensor], encoding: Encoding, signs: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Codes and scales of `rows [Hkv, n, D]`, given the mean of every row's leaf, head by head."""
-    heads, count, dim = rows.shape
-    codes = rows.new_empty(heads, count, encoding.width(dim), dtype=encoding.dtype)
-    scales = rows.new_empty(heads, count, dtype=SCALES)
-    at_once = max(1, NUMBERS_AT_ONCE // dim)
-    for head, mean in enumerate(means):
-        for first in range(0, count, at_once):
-            own = slice(first, first + at_once)
-            turned = turn(rows[head, own].float() - mean[own].float(), signs)
-            found, scales[head, own] = quantised(turned, encoding)
+    differences: Differences, encoding: Encoding, queries: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales `[Hkv, n]` and what turns levels into differences, `[Hkv, D, D]`."""
+    layer = differences.layer
+    matrix = turning(differences.moments(), queries).to(layer.dtype)
+    inverse = torch.linalg.inv(matrix.double()).float()
+    shape = layer.kv_heads, layer.clustered
+    codes = matrix.new_empty(*shape, encoding.width(layer.dim), dtype=encoding.dtype)
+    scales = matrix.new_empty(shape, dtype=SCALES)
+    for head in range(layer.kv_heads):
+        for own, away in differences.of_head(head):
+            found, scales[head, own] = quantised(away @ inverse[head], encoding)
             codes[head, own] = pack(found, encoding)
     if not bool(scales.isfinite().all()):
         raise SqueezedError(
             f"rows: {encoding.name!r} cannot hold keys or values this large; use {PLAIN!r}"
         )
-    return codes, scales
+    return codes, scales, matrix
 
 
 def quantised(rows: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
@@ -177,58 +210,11 @@ def wide(layer: ClusteredLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if codes is None:
         return rows.wide(dtype)
     leaves, found = layer.levels[-1], []
-    for front, code, scale, mean in (
-        (rows.keys, codes.keys, codes.key_scales, leaves.centroids),
-        (rows.values, codes.values, codes.value_scales, leaves.mean_values),
+    for front, code, scale, matrix, mean in (
+        (rows.keys, codes.keys, codes.key_scales, codes.key_turn.mT, leaves.centroids),
+        (rows.values, codes.values, codes.value_scales, codes.value_turn, leaves.mean_values),
     ):
-        turned = scale.to(dtype)[..., None] * levels(code, rows.encoding, dtype)
-        means = torch.stack(list(layer.of_leaves(mean)))
-        found.append(
-            torch.cat([front.to(dtype), means.to(dtype) + turn_back(turned, codes.signs)], 1)
-        )
+        away = scale.to(dtype)[..., None] * (levels(code, rows.encoding, dtype) @ matrix.to(dtype))
+        means = torch.stack(list(layer.of_leaves(mean))).to(dtype)
+        found.append(torch.cat([front.to(dtype), means + away], 1))
     return found[0], found[1]
-
-
-def turn(x: Tensor, signs: Tensor) -> Tensor:
-    """`R x` of vectors `[..., D]`, in their type."""
-    return _blocks(x * signs.to(x.dtype))
-
-
-def turn_back(x: Tensor, signs: Tensor) -> Tensor:
-    """`R' x`, which undoes `turn`."""
-    return _blocks(x) * signs.to(x.dtype)
-
-
-def block_of(dim: int) -> int:
-    """Size of the rotation's blocks: the largest power of two that divides the dimension."""
-    return dim & -dim
-
-
-def _blocks(x: Tensor) -> Tensor:
-    block = block_of(x.shape[-1])
-    matrix = hadamard(block).to(x.device, x.dtype)
-    return (x.unflatten(-1, (-1, block)) @ matrix).flatten(-2) * block**-0.5
-
-
-@cache
-def hadamard(size: int) -> Tensor:
-    """`[size, size]` float64 of 1 and -1, entry `(i, j)` by the parity of the bits of `i & j`."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix
-
-
-@cache
-def random_signs(dim: int) -> Tensor:
-    """`[dim]` int8 of 1 and -1, the same everywhere and always.
-
-    Drawn by xorshift, doi 10.18637/jss.v008.i14.
-    """
-    state, found = SEED, []
-    for _ in range(dim):
-        state ^= state << 13 & 0xFFFFFFFF
-        state ^= state >> 17
-        state ^= state << 5 & 0xFFFFFFFF
-        found.append(1 if state & 1 else -1)
-    return torch.tensor(found, dtype=torch.int8)

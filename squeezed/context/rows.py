@@ -25,13 +25,17 @@ class Codes:
         keys, values: `[Hkv, n, D / 2]` uint8 or `[Hkv, n, D]` int8, as the encoding has them.
         scales: `[Hkv, n, 2]` bfloat16, what a level of the key's and of the value's codes is worth:
             side by side, since a GPU copies no fewer than 4 bytes in the background.
-        signs: `[D]` int8, 1 or -1: those of the rotation in which the codes were taken.
+        key_turn: `[Hkv, D, D]` in the layer's dtype: a key's difference from its leaf's mean is
+            `key_scale * key_turn @ level`, so a query `q` sees it as `q @ key_turn`.
+        value_turn: `[Hkv, D, D]` in the layer's dtype: a value's is
+            `value_scale * level @ value_turn`.
     """
 
     keys: Tensor
     values: Tensor
     scales: Tensor
-    signs: Tensor
+    key_turn: Tensor
+    value_turn: Tensor
 
     @property
     def key_scales(self) -> Tensor:
@@ -52,7 +56,14 @@ class Codes:
 
     def of_rows(self) -> dict[str, Tensor]:
         """Those that have an entry for every row."""
-        return {name: tensor for name, tensor in self.named().items() if name != "signs"}
+        return {"keys": self.keys, "values": self.values, "scales": self.scales}
+
+    def of_heads(self, own: slice | int) -> Codes:
+        """Those of some KV heads, or of one without a dimension for it."""
+        return Codes(**{name: tensor[own] for name, tensor in self.named().items()})
+
+    def to(self, device: torch.device | str) -> Codes:
+        return Codes(**{name: tensor.to(device) for name, tensor in self.named().items()})
 
 
 @dataclass(frozen=True)
@@ -83,12 +94,17 @@ class Rows:
     @property
     def bytes_per_row(self) -> int:
         """Bytes of one key with its value, of a clustered row."""
-        plain = [self.keys, self.values]
-        own = plain if self.codes is None else self.codes.of_rows().values()
-        return sum(x[:1, :1].numel() * x.element_size() for x in own)
+        return sum(x[:1, :1].numel() * x.element_size() for x in self._clustered())
 
     def kv_bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in self.tensors())
+        """Bytes of keys and values, codes and scales included."""
+        front = [] if self.codes is None else [self.keys, self.values]
+        return sum(x.numel() * x.element_size() for x in (*front, *self._clustered()))
+
+    def _clustered(self) -> list[Tensor]:
+        if self.codes is None:
+            return [self.keys, self.values]
+        return list(self.codes.of_rows().values())
 
     def tensors(self) -> list[Tensor]:
         codes = [] if self.codes is None else self.codes.named().values()
@@ -117,9 +133,7 @@ class Rows:
 
     def of_heads(self, own: slice) -> Rows:
         """Those of some KV heads, as views."""
-        codes = self.codes
-        if codes is not None:
-            codes = replace(codes, **{name: x[own] for name, x in codes.of_rows().items()})
+        codes = None if self.codes is None else self.codes.of_heads(own)
         return replace(self, keys=self.keys[own], values=self.values[own], codes=codes)
 
     def of_tokens(self, chosen: Tensor | slice) -> Rows:
@@ -134,7 +148,5 @@ class Rows:
         return replace(self, keys=keys, values=values)
 
     def to(self, device: torch.device | str) -> Rows:
-        codes = self.codes
-        if codes is not None:
-            codes = replace(codes, **{name: x.to(device) for name, x in codes.named().items()})
+        codes = None if self.codes is None else self.codes.to(device)
         return replace(self, keys=self.keys.to(device), values=self.values.to(device), codes=codes)

@@ -15,9 +15,13 @@ from squeezed.attention import Suffix, cpu, reference
 from squeezed.attention.cpu import decode, walk
 from squeezed.attention.scores import block_scores, grouped
 from squeezed.attention.walk import scored_levels
+from squeezed.config import ClusteringConfig
+from squeezed.context.encoding import encoded
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
+from squeezed.indexing.clustering import cluster_layer
 from squeezed.testing.compared import assert_matches_reference
+from squeezed.testing.keys import REAL_LIKE, draw
 
 SCALE = 0.2
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,10 +35,10 @@ def poisoned_buffers(monkeypatch):
 def request(layer, batch=2, group=4, rows=1, suffix=5, seed=1, spread=1.0):
     """Random query `[B, Hq, Q, D]` and suffix `[B, Hkv, S, D]` in the layer's dtype."""
     generator = torch.Generator().manual_seed(seed)
-    heads, _, dim = layer.keys.shape
+    heads, dim = layer.kv_heads, layer.dim
     query = torch.randn(batch, heads * group, rows, dim, generator=generator) * spread
     keys, values = torch.randn(2, batch, heads, suffix, dim, generator=generator)
-    return [t.to(layer.keys.dtype) for t in (query, keys, values)]
+    return [t.to(layer.dtype) for t in (query, keys, values)]
 
 
 def rule_for(layer, query, far_field="none", block=1, shares=(0.5, 0.3), second_order=True):
@@ -43,7 +47,7 @@ def rule_for(layer, query, far_field="none", block=1, shares=(0.5, 0.3), second_
     alpha = torch.linspace(0.2, 1.4, len(layer.levels) * heads).view(-1, heads)
     everything = (-math.inf,) * len(layer.levels)
     alpha = alpha if second_order else None
-    far_alpha = far_alpha_for(layer, far_field, heads // layer.keys.shape[0])
+    far_alpha = far_alpha_for(layer, far_field, heads // layer.kv_heads)
     rule = SelectionRule.for_all_heads(everything, layer, alpha, far_field, block, far_alpha)
     for depth, share in enumerate(shares[-len(layer.levels) :]):
         if share == 1:
@@ -58,7 +62,7 @@ def rule_for(layer, query, far_field="none", block=1, shares=(0.5, 0.3), second_
 
 def _scores(layer, query, rule, depth):
     """Block scores of every head's filled nodes of one level, ascending."""
-    q = grouped(query.double(), layer.keys.shape[0])
+    q = grouped(query.double(), layer.kv_heads)
     level = list(scored_levels(q, replace(layer, scale=SCALE), rule.alpha))[depth]
     scores = block_scores(level.log_scores, rule.query_block, None)
     each = (head.flatten() for head in scores.unbind(1))
@@ -81,6 +85,32 @@ def test_cpu_matches_reference(dtype, far_field, rows, block, group):
     assert_close(
         cpu.attend(query, layer, rule, Suffix(keys, values)), query, layer, rule, keys, values
     )
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.03])
+@pytest.mark.parametrize(
+    ("dim", "rows", "group"), [(32, 1, 4), (80, 2, 3), (128, 1, 7), (64, 9, 5)]
+)
+def test_cpu_reads_encoded_rows(name, share, dim, rows, group):
+    layer = random_layer(dtype=torch.bfloat16, tokens=500, nodes=(8, 40), dim=dim)
+    query, keys, values = request(layer, group=group, rows=rows, suffix=rows + 3)
+    shares = (1.0, 1.0) if share == 1 else (share**0.5, share)
+    rule = rule_for(layer, query, "second_order", 2, shares)
+    written = encoded(layer, name)
+    got = cpu.attend(query, written, rule, Suffix(keys, values))
+    assert_close(got, query, written, rule, keys, values)
+
+
+@pytest.mark.parametrize("kind", ["common 1000", "heavy tails", "near-duplicates", "large values"])
+def test_cpu_reads_encoded_rows_of_any_statistics(kind):
+    drawn = draw(REAL_LIKE[kind], 700, 2, 64, torch.bfloat16, group=3, rows=2)
+    config = ClusteringConfig(pinned_first=4, pinned_last=16)
+    layer = encoded(cluster_layer(drawn.keys, drawn.values, config, drawn.probe), "int4")
+    rule = rule_for(layer, drawn.query, "first_order", shares=(0.6, 0.4))
+    suffix = Suffix.of(layer, drawn.suffix_keys, drawn.suffix_values)
+    got = cpu.attend(drawn.query, layer, rule, suffix)
+    assert_matches_reference(got, drawn.query, layer, rule, suffix)
 
 
 @pytest.mark.parametrize("nodes", [(30,), (4, 12, 50), (5, 9, 20, 60)])

@@ -8,8 +8,8 @@ import torch
 from trees import random_layer
 
 from squeezed.config import ClusteringConfig
-from squeezed.context import encoding
-from squeezed.context.encoding import ENCODINGS, encoded, turn, turn_back, wide
+from squeezed.context import encoding, turning
+from squeezed.context.encoding import ENCODINGS, encoded, wide
 from squeezed.context.rows import Rows
 from squeezed.errors import SqueezedError
 from squeezed.indexing.clustering import cluster_layer
@@ -54,41 +54,61 @@ def test_rows_come_back_to_within_the_levels(name, dim, kind):
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
-def test_a_difference_in_one_dimension_alone_is_spread_over_all_of_a_block(name):
-    rows = torch.eye(128)[:5] * 1000
-    signs = encoding.random_signs(128)
-    codes, scales = encoding.quantised(turn(rows, signs), ENCODINGS[name])
-    level = codes - ENCODINGS[name].zero
-    back = turn_back(level * scales.float()[:, None], signs)
+def test_a_difference_in_one_dimension_alone_is_spread_over_all(name):
+    rows, matrix = torch.eye(128)[:5] * 1000, turning.rotation(128).float()
+    codes, scales = encoding.quantised(rows @ matrix.mT, ENCODINGS[name])
+    back = scales.float()[:, None] * (codes - ENCODINGS[name].zero) @ matrix
     assert (back - rows).norm(dim=-1).max() < 1000 * 2**-8  # the scale's rounding alone
 
 
 @pytest.mark.parametrize("dim", [*DIMS, 6, 7, 1])
-def test_the_rotation_turns_and_keeps_lengths(dim):
-    signs = encoding.random_signs(dim)
-    x = torch.randn(3, dim, dtype=torch.float64)
-    y = turn(x, signs)
-    torch.testing.assert_close(turn_back(y, signs), x)
-    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
-    torch.testing.assert_close((y @ y.mT), x @ x.mT)
-    block = dim & -dim
-    matrix = torch.tensor(
-        [[(-1.0) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
-    ).double()
-    expected = torch.cat([part @ matrix for part in (x * signs).split(block, -1)], -1) / math.sqrt(
-        block
-    )
-    torch.testing.assert_close(y, expected)
+def test_the_rotation_keeps_lengths_and_spreads_every_dimension(dim):
+    matrix = turning.rotation(dim)
+    torch.testing.assert_close(matrix @ matrix.mT, torch.eye(dim, dtype=torch.float64))
+    assert bool((matrix.abs() <= math.sqrt(2 / dim) + 1e-12).all())
+    if dim & (dim - 1) == 0:
+        parts = [[(-1.0) ** (i & j).bit_count() for j in range(dim)] for i in range(dim)]
+        expected = torch.tensor(parts, dtype=torch.float64) * turning.random_signs(dim)
+        torch.testing.assert_close(matrix, expected / math.sqrt(dim))
 
 
 def test_signs_are_the_same_always_and_of_both_kinds():
-    signs = encoding.random_signs(128)
-    assert "".join("+" if s > 0 else "-" for s in signs[:16].tolist()) == SIGNS
+    signs = turning.random_signs(128)
+    assert "".join("+" if s > 0 else "-" for s in signs[:16].tolist()) == "+-+---+--+-+++-+"
     assert 48 <= int((signs > 0).sum()) <= 80
-    assert encoding.random_signs(64).equal(signs[:64])
+    assert turning.random_signs(64).equal(signs[:64])
 
 
-SIGNS = "+-+---+--+-+++-+"
+def logit_error(layer, found, queries):
+    """Mean square error of the logits of clustered keys."""
+    away = (found - layer.keys.double())[:, layer.pinned :]
+    query = queries.double().unflatten(0, (layer.kv_heads, -1)).flatten(1, 2)
+    return float((query @ away.mT).square().mean())
+
+
+@pytest.mark.parametrize("kind", ["few directions", "heavy tails"])
+@pytest.mark.parametrize("dim", [64, 80])
+def test_keys_err_less_where_queries_look(kind, dim):
+    drawn = draw(REAL_LIKE[kind], 800, 2, dim, torch.bfloat16, group=2, probe=200, rows=100)
+    strength = torch.linspace(0.1, 3, dim) ** 2
+    probe, asked = (drawn.probe * strength).bfloat16(), drawn.query[0] * strength
+    layer = cluster_layer(drawn.keys, drawn.values, ClusteringConfig(pinned_last=4), probe)
+    plain, fitted = (wide(encoded(layer, "int4", seen), torch.float64) for seen in (None, probe))
+    assert logit_error(layer, fitted[0], asked) < 0.8 * logit_error(layer, plain[0], asked)
+    assert fitted[1].equal(plain[1])
+
+
+@pytest.mark.parametrize("nothing", ["queries", "differences"])
+def test_a_probe_or_a_layer_without_any_direction_is_turned_all_the_same(nothing):
+    layer = random_layer()
+    probe = torch.randn(4, 9, 32)
+    if nothing == "queries":
+        probe = torch.zeros_like(probe)
+    else:
+        layer = random_layer(keys=torch.ones(2, 300, 32))
+    found = wide(encoded(layer, "int4", probe), torch.float64)[0]
+    away = (found - layer.keys.double()).norm() / layer.keys.double().norm()
+    assert away < 0.1 if nothing == "queries" else away == 0
 
 
 def test_bytes_are_those_of_codes_and_scales():
@@ -96,7 +116,9 @@ def test_bytes_are_those_of_codes_and_scales():
     for name, bits in (("int4", 4), ("int8", 8)):
         rows = encoded(layer, name).rows
         assert rows.bytes_per_row == 2 * (32 * bits // 8 + 2)
-        assert rows.kv_bytes() == 2 * (280 * rows.bytes_per_row + 20 * 2 * 32 * 2) + 32
+        assert rows.kv_bytes() == 2 * (280 * rows.bytes_per_row + 20 * 2 * 32 * 2)
+        turns = encoded(layer, name).index_bytes() - layer.index_bytes()
+        assert turns == 2 * 2 * 32 * 32 * 2  # of keys and of values
         assert rows.tokens == 300
 
 
@@ -121,9 +143,9 @@ def test_logits_and_outputs_need_no_row_turned_back():
         for x in (leaves.centroids, leaves.mean_values)
     ]
     scale = [x.double()[:, None] for x in (codes.key_scales, codes.value_scales)]
-    logits = query @ means[0].mT + scale[0] * (turn(query, codes.signs) @ level[0].mT)
+    logits = query @ means[0].mT + scale[0] * (query @ codes.key_turn.double() @ level[0].mT)
     torch.testing.assert_close(logits, query @ keys.mT)
-    output = weights @ means[1] + turn_back((weights * scale[1]) @ level[1], codes.signs)
+    output = weights @ means[1] + (weights * scale[1]) @ level[1] @ codes.value_turn.double()
     torch.testing.assert_close(output, weights @ values)
 
 

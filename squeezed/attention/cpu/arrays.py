@@ -13,7 +13,13 @@ from squeezed.context.layers import ClusteredLayer
 from squeezed.errors import SqueezedError
 
 Array = np.ndarray
-_BITS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+_BITS = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.int16,
+    torch.uint8: torch.uint8,
+    torch.int8: torch.int8,
+}
 
 
 def flat(tensor: Tensor) -> Array:

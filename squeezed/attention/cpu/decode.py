@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from squeezed.attention.cpu import exact, tasks
-from squeezed.attention.cpu.arrays import SuffixRows, flat
+from squeezed.attention.cpu import coded, exact, tasks
+from squeezed.attention.cpu.arrays import Array, SuffixRows, flat
 from squeezed.attention.cpu.rows import QueryRows
-from squeezed.attention.cpu.walk import walk
+from squeezed.attention.cpu.walk import Walk, walk
+from squeezed.context.encoding import ENCODINGS
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
 
@@ -35,12 +36,7 @@ def attend_units(
     width, dim = q.shape[1:]
     peak, mass = np.empty((2, len(bounds) - 1, width), np.float32)
     acc = np.empty((len(bounds) - 1, width, dim), np.float32)
-    exact.attend_exact(
-        pieces,
-        bounds,
-        q,
-        *map(flat, layer.rows.plain()),
-        layer.tokens,
+    given = (
         found.state,
         found.key_offsets,
         suffix.keys,
@@ -52,12 +48,53 @@ def attend_units(
         mass,
         acc,
     )
+    levels = None
+    if layer.rows.codes is None:
+        keys, values = map(flat, layer.rows.plain())
+        exact.attend_exact(pieces, bounds, q, keys, values, layer.tokens, *given)
+    else:
+        levels = np.empty_like(acc)
+        coded.attend_coded(pieces, bounds, q, *coded_rows(layer, found), levels, *given)
     if rule.far_field == "second_order" and layer.levels:
         shift = torch.bmm(torch.from_numpy(q), layer.value_slope.float().mT).numpy()
         found.acc += found.moved[..., None] * shift
     output, log_mass = np.empty(q.shape, np.float32), np.empty(q.shape[:2], np.float32)
     far = found.peak, found.mass, found.acc
     tasks.combine(pieces, bounds, peak, mass, acc, *far, output, log_mass)
+    if levels is not None:
+        output += _of_codes(layer, pieces, bounds, (peak, mass, levels), found)
     found_output = torch.from_numpy(output).view_as(rows.queries)
     found_mass = torch.from_numpy(log_mass).view(found_output.shape[:3])
     return found_output, found_mass, torch.from_numpy(found.keys_read.sum(0))
+
+
+def coded_rows(layer: ClusteredLayer, found: Walk) -> tuple:
+    """Encoded rows as `attend_coded` takes them."""
+    rows, codes = layer.rows, layer.rows.codes
+    assert codes is not None
+    encoding = ENCODINGS[rows.encoding]
+    return (
+        flat(rows.keys),
+        flat(rows.values),
+        layer.pinned,
+        torch.bmm(torch.from_numpy(found.q), codes.key_turn.float()).numpy(),
+        found.visited[-1][2],
+        (flat(codes.keys), flat(codes.values), flat(codes.scales)),
+        flat(layer.levels[-1].mean_values),
+        (encoding.packed, np.float32(encoding.zero), layer.clustered),
+    )
+
+
+def _of_codes(
+    layer: ClusteredLayer,
+    pieces: Array,
+    bounds: Array,
+    parts: tuple[Array, Array, Array],
+    found: Walk,
+) -> Array:
+    """The codes' part of the output `[H, W, D]`, from that of every task; of nodes it has none."""
+    assert layer.rows.codes is not None
+    levels, mass = np.empty_like(found.q), np.empty_like(found.peak)
+    nothing = np.zeros_like(found.acc)
+    tasks.combine(pieces, bounds, *parts, found.peak, found.mass, nothing, levels, mass)
+    return torch.bmm(torch.from_numpy(levels), layer.rows.codes.value_turn.float()).numpy()

@@ -80,7 +80,7 @@ def _suffix_rows(q, keys, key_at, values, value_at, start, stop, mask, peak, mas
 
 
 @compiled
-def _attend_task(
+def attend_task(
     pieces,
     q,
     keys,
@@ -145,7 +145,7 @@ def attend_exact(
     `batch [U]`, `mask [U, block, S]`.
     """
     for task in prange(bounds.shape[0] - 1):
-        _attend_task(
+        attend_task(
             pieces[bounds[task] : bounds[task + 1]],
             q,
             keys,

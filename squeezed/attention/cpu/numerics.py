@@ -2,7 +2,8 @@
 
 Keys of every width are read as one-dimensional arrays of elements, and a row is named by the offset
 of its first element, so that any strides work. `uint16` elements are bfloat16 and `int16` elements
-are float16: Numba knows neither, the array's type tells them apart.
+are float16: Numba knows neither, the array's type tells them apart. `int8` and `uint8`
+elements are codes.
 
 Reductions may be reordered (`reassoc`), but infinities and NaN keep their meaning.
 """
@@ -50,6 +51,10 @@ def load(typing_context, array, index):
             return builder.bitcast(builder.shl(wide, wide.type(16)), ir.FloatType())
         if kind.dtype == types.int16:
             return builder.fpext(builder.bitcast(element, ir.HalfType()), ir.FloatType())
+        if kind.dtype == types.int8:
+            return builder.sitofp(element, ir.FloatType())
+        if kind.dtype == types.uint8:
+            return builder.uitofp(element, ir.FloatType())
         return element
 
     return types.float32(array, types.intp), codegen
@@ -136,7 +141,7 @@ def dots(q, flat, offsets, count, out):
 
 
 @compiled(fastmath=REORDER)
-def _add_values(weights, count, flat, offsets, acc):
+def add_values(weights, count, flat, offsets, acc):
     """`acc[r] += sum over t of weights[r, t] * flat[offsets[t]:]`, `count` a multiple of 4.
 
     Four rows by four values at a time: every element loaded and widened is used four times.
@@ -204,7 +209,7 @@ def log_sum(mass, peak):
 
 
 @compiled
-def _weigh(logits, count, r, peak, mass, acc):
+def weigh(logits, count, r, peak, mass, acc):
     """Turn one row of logits into softmax weights under a running maximum."""
     here = _largest(logits, r, count)
     if here > peak[r]:
@@ -233,5 +238,5 @@ def absorb(logits, count, flat, offsets, peak, mass, acc):
         offsets[t] = offsets[count - 1]
         logits[:, t] = -np.inf
     for r in range(acc.shape[0]):
-        _weigh(logits, padded, r, peak, mass, acc)
-    _add_values(logits, padded, flat, offsets, acc)
+        weigh(logits, padded, r, peak, mass, acc)
+    add_values(logits, padded, flat, offsets, acc)

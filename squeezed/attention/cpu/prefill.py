@@ -5,7 +5,7 @@ Selection is the same Numba kernel as in decode, fed with the logits of one batc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from squeezed.attention.cpu.arrays import SuffixRows
+from squeezed.attention.cpu.gathered import CodedRows, PlainRows, kept_rows
 from squeezed.attention.cpu.lookup import DROPPED, KEPT
 from squeezed.attention.cpu.rows import QueryRows
 from squeezed.attention.cpu.walk import Walk, walk
@@ -21,21 +22,21 @@ from squeezed.context.rule import SelectionRule
 
 MOST_LOGITS = 1 << 23  # of one product; more rows are worked on in turns
 
-Part = tuple[Tensor, Tensor]
-"""Logits `[rows, n]` and values `[n, D]`, float32."""
+Part = tuple[Tensor, Callable[[Tensor], Tensor]]
+"""Logits `[rows, n]` float32, and what weighs the values with as many weights, `[rows, D]`."""
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """What one unit of one head reads: keys and values `[n, D]` float32, kept and pinned apart.
+    """What one unit of one head reads, kept and pinned rows apart.
 
     `far_logits [R, F]`, `far_values [F, D]` and `far_variance [F]` are of the dropped nodes of all
     levels; `slope [D, D]` moves their values, if the far field is of second order.
     """
 
-    kept: Part
-    pinned: Part
-    suffix: Part
+    kept: PlainRows | CodedRows
+    pinned: PlainRows
+    suffix: PlainRows
     far_logits: Tensor
     far_values: Tensor
     far_variance: Tensor
@@ -69,15 +70,13 @@ def gather(
     rule: SelectionRule,
 ) -> Gathered:
     """Copy what the unit reads, widened to float32."""
-    keys, values = (rows_of[head] for rows_of in layer.rows.plain())
-    pinned = layer.pinned if layer.levels else layer.tokens
-    batch, dim = int(rows.batch[unit]), keys.shape[1]
-    kept = torch.empty(0, dtype=torch.int64)
-    far = [(torch.empty(rows.rows, 0), torch.empty(0, dim), torch.empty(0))]
+    batch, dim = int(rows.batch[unit]), layer.dim
+    front = (x[head, : layer.pinned].float() for x in (layer.rows.keys, layer.rows.values))
+    nothing = torch.empty(0, dim)
+    kept: PlainRows | CodedRows = PlainRows(nothing, nothing)
+    far = [(torch.empty(rows.rows, 0), nothing, torch.empty(0))]
     if layer.levels:
-        leaves = torch.from_numpy(found.state[head, unit]).eq(int(KEPT))
-        owned = leaves.repeat_interleave(layer.levels[-1].key_offsets[head].diff())
-        kept = owned.nonzero()[:, 0] + pinned
+        kept = kept_rows(layer, head, torch.from_numpy(found.state[head, unit]).eq(int(KEPT)))
     energy = torch.from_numpy(found.far_energy)
     for level, state, logits in found.visited if rule.far_field != "none" else ():
         nodes = torch.from_numpy(state[head, unit]).eq(int(DROPPED)).nonzero()[:, 0]
@@ -90,9 +89,9 @@ def gather(
     far_logits, far_values, far_variance = zip(*far, strict=True)
     dipole = rule.far_field == "second_order"
     return Gathered(
-        kept=(keys[kept].float(), values[kept].float()),
-        pinned=(keys[:pinned].float(), values[:pinned].float()),
-        suffix=(suffix.key_rows[batch, head].float(), suffix.value_rows[batch, head].float()),
+        kept=kept,
+        pinned=PlainRows(*front),
+        suffix=PlainRows(*(x[batch, head].float() for x in (suffix.key_rows, suffix.value_rows))),
         far_logits=torch.cat(far_logits, 1),
         far_values=torch.cat(far_values),
         far_variance=torch.cat(far_variance),
@@ -101,16 +100,16 @@ def gather(
 
 
 def _turns(rows: int, read: Gathered) -> Iterator[slice]:
-    step = max(1, MOST_LOGITS // max(1, len(read.kept[0]) + len(read.pinned[0])))
+    step = max(1, MOST_LOGITS // max(1, len(read.kept) + len(read.pinned)))
     for start in range(0, rows, step):
         yield slice(start, start + step)
 
 
 def _attend(q: Tensor, read: Gathered, mask: Tensor, far_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log mass of `q [rows, D]`, already scaled. Overwrites the far field's logits."""
-    parts = [(q @ keys.T, values) for keys, values in (read.kept, read.pinned)]
-    recent = (q @ read.suffix[0].T).masked_fill_(~mask, -torch.inf)
-    parts += [(recent, read.suffix[1]), (far_logits, read.far_values)]
+    recent = read.suffix.logits(q).masked_fill_(~mask, -torch.inf)
+    parts: list[Part] = [(rows.logits(q), rows.weighted) for rows in (read.kept, read.pinned)]
+    parts += [(recent, read.suffix.weighted), (far_logits, lambda w: w @ read.far_values)]
     output, mass, peak = _softmax_sum(parts)
     if read.slope is not None:
         output += (far_logits @ read.far_variance)[:, None] * (q @ read.slope.T)
@@ -125,6 +124,6 @@ def _softmax_sum(parts: list[Part]) -> tuple[Tensor, Tensor, Tensor]:
     peaks = [logits.amax(-1) for logits, _ in parts if logits.shape[1]]
     peak = torch.stack(peaks).amax(0) if peaks else parts[0][0].new_zeros(len(parts[0][0]))
     peak = peak.masked_fill(peak == -torch.inf, 0.0)[:, None]
-    weights = [(logits.sub_(peak).exp_(), values) for logits, values in parts]
+    weights = [(logits.sub_(peak).exp_(), weighted) for logits, weighted in parts]
     mass = reduce(torch.add, (w.sum(-1, keepdim=True) for w, _ in weights))
-    return reduce(torch.add, (w @ values for w, values in weights)), mass, peak
+    return reduce(torch.add, (weighted(w) for w, weighted in weights)), mass, peak
