@@ -164,6 +164,24 @@ def append(
 
 
 @readable_failures()
+def update(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: FixedContext,
+    text: str,
+    budget: float = 1.0,
+    progress: Progress = silent,
+) -> FixedContext:
+    """The next version of a context, of another text; takes and raises as `FixedContext.update`,
+    and refuses what memory cannot hold."""
+    check_pair(model, tokenizer)
+    check_maker(model, tokenizer, context)
+    tokens = len(context.template.document_ids(tokenizer, text))
+    check_memory(model, tokens, context.config.clustering)
+    return context.update(model, tokenizer, text, budget, progress=progress)
+
+
+@readable_failures()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -149,6 +149,21 @@ class Session(AbstractContextManager):
         pair = self.model, self.tokenizer
         return self._changed(context, lambda old: engine.append(*pair, old, text, budget, progress))
 
+    def update(
+        self,
+        context: str | FixedContext,
+        text: str,
+        budget: float = 1.0,
+        progress: Progress = engine.silent,
+    ) -> FixedContext:
+        """A new version of a context, of another text; see `FixedContext.update` and `append`."""
+        pair = self.model, self.tokenizer
+        return self._changed(context, lambda old: engine.update(*pair, old, text, budget, progress))
+
+    def crop(self, context: str | FixedContext, tokens: int) -> FixedContext:
+        """A new version of a context, of its first tokens; see `FixedContext.crop` and `append`."""
+        return self._changed(context, lambda old: old.crop(tokens))
+
     def drop(self, name: str) -> None:
         """Close a context; questions that are being answered from it go on to their end.
 

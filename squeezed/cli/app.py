@@ -17,6 +17,8 @@ COMMANDS = {
     "append": ("squeezed.cli.append:append", "Put a text behind that of a saved context."),
     "ask": ("squeezed.cli.ask:ask", "Answer a question about a context or a document."),
     "chat": ("squeezed.cli.chat:chat", "Ask one question after another."),
+    "update": ("squeezed.cli.append:update", "Give a saved context another text."),
+    "crop": ("squeezed.cli.append:crop", "Keep the first tokens of a saved context."),
     "inspect": ("squeezed.cli.inspect:inspect", "Show what a context holds and reads."),
     "plan": ("squeezed.cli.plan:plan", "Work out what a context would cost, without running."),
     "demo": ("squeezed.cli.demo:demo", "Ask three questions about a real document, twice."),

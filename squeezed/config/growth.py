@@ -15,8 +15,8 @@ class GrowthConfig:
         calibrate_share: of the tokens that may come and go before thresholds are fitted anew.
         whole_tree: tokens from which on a tree is left alone. Smaller ones at the end are clustered
             together with what is appended, for the last clusters of a short text are poor.
-        least_left: share of a tree's tokens that a cut must leave; otherwise what is left is
-            clustered anew, for its nodes would be too many.
+        least_left: part of a tree that a cut must leave; otherwise what is left is clustered anew,
+            for its nodes would be too many.
     """
 
     calibrate_share: float = 0.1

@@ -12,10 +12,10 @@ from squeezed.config import BEST, DEFAULT_BUDGET, GrowthConfig
 from squeezed.context.record import ContextRecord
 from squeezed.context.storage import saving
 from squeezed.errors import expect, whole
+from squeezed.hf import editing
 from squeezed.hf.asking import Asking
 from squeezed.hf.build import build_cache
 from squeezed.hf.cache import SqueezedCache
-from squeezed.hf.editing import append
 from squeezed.hf.growing import Growing, Progress, silent
 from squeezed.hf.identity.fingerprint import check_attention
 from squeezed.hf.identity.maker import check_maker, check_pair
@@ -104,7 +104,58 @@ class FixedContext(ContextRecord):
             SqueezedError: no text, or more than the model's positions hold.
         """
         growing = _growing(model, tokenizer, self, budget, method, config, progress)
-        return append(growing, self, text)
+        return editing.append(growing, self, text)
+
+    def update(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        budget: float = 1.0,
+        method: str = "squeezed",
+        config: GrowthConfig | None = None,
+        progress: Progress = silent,
+    ) -> FixedContext:
+        """The context of another text: what stands before the first change is kept, the rest read.
+
+        Arguments and errors are those of `append`. This context itself if nothing changed.
+
+        Raises:
+            SqueezedError: nothing of the beginning is left, or sliding windows, whose keys before
+                the end are gone.
+        """
+        growing = _growing(model, tokenizer, self, budget, method, config, progress)
+        return editing.update(growing, self, text)
+
+    def replace(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        old: str,
+        new: str,
+        budget: float = 1.0,
+        method: str = "squeezed",
+        config: GrowthConfig | None = None,
+        progress: Progress = silent,
+    ) -> FixedContext:
+        """The context in whose text `new` stands where `old` did; see `update`.
+
+        Raises:
+            SqueezedError: `old` stands there not once, or never, or as `update` does.
+        """
+        growing = _growing(model, tokenizer, self, budget, method, config, progress)
+        return editing.replace(growing, self, old, new)
+
+    def crop(
+        self, tokens: int, config: GrowthConfig | None = None, progress: Progress = silent
+    ) -> FixedContext:
+        """The context of the first `tokens` tokens, what stands before the document included; `-n`
+        takes the last `n` away. Nothing is read; thresholds are fitted again on the old question.
+
+        Raises:
+            SqueezedError: none left, or sliding windows, whose keys before the end are gone.
+        """
+        return editing.crop(self, tokens, _checked(config), progress)
 
     def save(self, path: str | Path) -> Path:
         """Write the context as a directory; complete under `path`, or not there at all."""
@@ -123,6 +174,9 @@ def _growing(
     """All that a growing context needs, looked at before anything is read."""
     check_pair(model, tokenizer)
     check_maker(model, tokenizer, context)
+    return Growing(model, tokenizer, Asking(budget, method=method), _checked(config), progress)
+
+
+def _checked(config: GrowthConfig | None) -> GrowthConfig:
     config = GrowthConfig() if config is None else config
-    expect("config", config, GrowthConfig, "a GrowthConfig")
-    return Growing(model, tokenizer, Asking(budget, method=method), config, progress)
+    return expect("config", config, GrowthConfig, "a GrowthConfig")

@@ -79,6 +79,8 @@ class Growing:
         """
         started, old, new = time.perf_counter(), len(context.tokens), len(ids)
         self._check_room(old, new)
+        for layer in context.clustered_layers:
+            layer.rows.plain()  # others are refused before the model reads
         trees, past = trees_of(context), history_of(context)
         joined = len(_whole(trees, self.config.whole_tree))
         plan = Plan.of(trees, joined, old, old + new, context.config.clustering)

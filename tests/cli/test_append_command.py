@@ -66,6 +66,28 @@ def test_append_refuses_in_one_line_before_the_model_is_loaded(capsys, place):
     assert "budget" in refused(capsys, *command(place, "-b", "0"))
 
 
+def test_update_reads_from_the_first_change_on(capsys, place):
+    (place / "new.txt").write_text(TEXT[:300] + "OMEGA" + TEXT[300:], encoding="utf-8")
+    words = ("update", place / "manual.sqz", place / "new.txt", "-m", place / "model", "--json")
+    status, out, _ = run(capsys, *words)
+    record = json.loads(out)
+    assert status == 0 and (record["change"], record["kept"], record["dropped"]) == (
+        "replace", 301, 100,
+    )  # fmt: skip
+    changed = squeezed.load(place / "manual.sqz", tiny_model())
+    assert tiny_tokenizer().decode(changed.tokens) == "<s>" + TEXT[:300] + "OMEGA" + TEXT[300:]
+    status, out, _ = run(capsys, *words)
+    assert status == 0 and json.loads(out)["seconds"] == record["seconds"]  # nothing changed
+
+
+def test_crop_needs_no_model(capsys, place):
+    status, out, _ = run(capsys, "crop", place / "manual.sqz", "--tokens", "-101", "--json")
+    record = json.loads(out)
+    assert status == 0 and (record["tokens"], record["dropped"], record["read"]) == (300, 101, 0)
+    assert len(squeezed.load(place / "manual.sqz", tiny_model()).tokens) == 300
+    assert "tokens: expected 1 to 300" in refused(capsys, "crop", place / "manual.sqz", "-t", "301")
+
+
 def test_a_killed_append_leaves_the_old_context_or_the_new_one(place):
     """Half of the kills fall into the work, the others into the writing."""
     old, path, draw = context(), place / "manual.sqz", random.Random(0)
