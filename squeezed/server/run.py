@@ -16,6 +16,7 @@ from squeezed.answers.session import Session
 from squeezed.errors import SqueezedError
 from squeezed.hf.asking import Asking
 from squeezed.server.app import create_app
+from squeezed.server.connections import patient
 from squeezed.server.guard import App
 from squeezed.server.local.engine import GIB, Limits, LocalEngine
 from squeezed.server.routes.state import Server
@@ -112,6 +113,7 @@ def config_of(app: App, settings: ServerSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         lifespan="on",
+        http=patient(settings.body_seconds),
         log_config=None,
         server_header=False,
         date_header=False,

@@ -61,7 +61,9 @@ class ServerSettings(BaseSettings):
     requests_per_key: int = Field(64, ge=1, description="Requests of one key at the same time.")
     parse_seconds: int = Field(60, ge=1, description="Longest time to read an uploaded file.")
     parse_memory_mb: int = Field(2048, ge=256, description="Memory to read an uploaded file, MiB.")
-    body_seconds: int = Field(60, ge=1, description="Longest time to send a request's body.")
+    body_seconds: int = Field(
+        60, ge=1, description="Longest time for a client to send a request, or to take a piece."
+    )
     grace_seconds: float = Field(30, ge=0, description="Time for answers to end at SIGTERM.")
     keep_control_tokens: bool = Field(
         False, description="Let control tokens in documents and prompts count as such."
