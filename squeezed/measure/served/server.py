@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from squeezed.errors import SqueezedError
 
@@ -31,7 +31,7 @@ class Server:
     """
 
     def __init__(self, model: str, contexts: Path, log: Path, given: Sequence[str] = ()) -> None:
-        self.port, self.log = _free_port(), open(log, "wb")  # noqa: SIM115, closed by `stop`
+        self.port, self.log = free_port(), open(log, "wb")  # noqa: SIM115, closed by `stop`
         words = [sys.executable, "-m", "squeezed.cli", "vllm", model, "--contexts", str(contexts)]
         words += ["--port", str(self.port), "--host", "127.0.0.1", "--served-model-name", "model"]
         environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
@@ -43,7 +43,7 @@ class Server:
             start_new_session=True,
         )
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         try:
             return self.wait()
         except BaseException:
@@ -53,7 +53,7 @@ class Server:
     def __exit__(self, *failure: object) -> None:
         self.stop()
 
-    def wait(self) -> Server:
+    def wait(self) -> Self:
         """Until it answers."""
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
@@ -154,7 +154,7 @@ def _body(ids: Sequence[int], arguments: dict[str, Any], tokens: int) -> dict[st
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
