@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from squeezed.answers.stream import Listener, Stream
+from squeezed.config import LEAST_FOLDED, GrowthConfig
 from squeezed.context.prompt import DOCUMENT, QUESTION, PromptTemplate, continued_ids
 from squeezed.context.text import check_text
 from squeezed.engine import check_maker
-from squeezed.errors import SqueezedError
+from squeezed.errors import SqueezedError, whole
 from squeezed.hf.answer import Answer, Request
 from squeezed.hf.arguments import Wishes
 from squeezed.hf.asking import Asking
 from squeezed.hf.cache import SqueezedCache
 from squeezed.hf.fixed_context import FixedContext
+from squeezed.hf.folding import fold
 from squeezed.system.forks import Turns
 
 if TYPE_CHECKING:
@@ -48,6 +50,9 @@ class Chat:
         cache: made by `context.cache(...)`; grows with every turn.
         turns: what was asked and answered so far; of several sequences the first goes on.
         asking: the settings that `cache` was made with, if answers shall say what they read.
+        fold_at: tokens of the conversation, read in full at every step, beyond which the oldest of
+            them are clustered when a turn has ended, all but half as many; needs `asking`. `None`
+            never does so.
     """
 
     model: PreTrainedModel
@@ -56,6 +61,7 @@ class Chat:
     cache: SqueezedCache
     turns: list[Turn] = field(default_factory=list)
     asking: Asking | None = None
+    fold_at: int | None = None
     _one_turn: Turns = field(default_factory=Turns, repr=False)
     _asked_by: int | None = field(default=None, repr=False)
 
@@ -63,6 +69,10 @@ class Chat:
         check_maker(self.model, self.tokenizer, self.context)
         if not self.cache.document.equal(self.context.tokens.cpu()):
             raise SqueezedError("cache: it is of another context; make it with context.cache()")
+        if self.fold_at is not None:
+            whole("fold_at", self.fold_at, LEAST_FOLDED)
+            if self.asking is None:
+                raise SqueezedError("fold_at: it needs the settings of the cache; give asking too")
 
     def ask(self, question: str, **generate_arguments: Any) -> Answer:
         """Answer the next question; spending is counted anew for every turn.
@@ -89,7 +99,29 @@ class Chat:
             ends = Wishes(self.model, arguments).end_tokens
             if left is None or not left.is_set():
                 self.turns.append(Turn(question, self._spoken(answer.sequences[0], ends)))
+                self._fold()
         return answer
+
+    def _fold(self) -> None:
+        """Cluster the oldest tokens of the conversation if it holds more than `fold_at`."""
+        held = int(self.cache.layers[-1].suffix_length)
+        if self.fold_at is None or self.asking is None or held <= self.fold_at:
+            return
+        count = min(held - self.fold_at // 2, len(self.cache.known))
+        if count >= LEAST_FOLDED // 2:
+            self.cache = fold(self.cache, self.context, self.asking, count, GrowthConfig())
+
+    def _behind_folded(self, ids: Tensor) -> Tensor:
+        """What of a conversation follows the tokens that are folded. A template that writes those
+        anew in another way has all of it read again."""
+        folded = self.cache.folded
+        if folded is None or self.asking is None:
+            return ids
+        count = len(folded.tokens)
+        if count < len(ids) and ids[:count].equal(folded.tokens):
+            return ids[count:]
+        self.cache = self.context.cache_for(self.asking)
+        return ids
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -108,6 +140,7 @@ class Chat:
 
     def _request(self, question: str, arguments: dict[str, Any]) -> Request:
         ids = conversation_ids(self.tokenizer, self.context.template, self.turns, question)
+        ids = self._behind_folded(ids)
         self.cache.restart_spending()
         asked = Request.of(self.model, self.tokenizer, self.cache, ids, arguments)
         if self.asking is None:

@@ -17,7 +17,7 @@ from squeezed.answers.chat import Chat
 from squeezed.answers.reading import Traffic, traffic
 from squeezed.answers.sources import NEUTRAL_QUESTION, NEUTRAL_TOKENS, Passage, sources
 from squeezed.answers.stream import Listener, Stream
-from squeezed.config import DEFAULT_BUDGET, IndexConfig
+from squeezed.config import DEFAULT_BUDGET, FOLD_AT, IndexConfig
 from squeezed.context.prompt import PromptTemplate
 from squeezed.engine import Progress
 from squeezed.errors import SqueezedError, expect
@@ -214,16 +214,23 @@ class Session(AbstractContextManager):
         return Stream(self._request(context, question, asking, watch, arguments).run, listener)
 
     def chat(
-        self, context: str | FixedContext, budget: float = DEFAULT_BUDGET, **settings: str
+        self,
+        context: str | FixedContext,
+        budget: float = DEFAULT_BUDGET,
+        fold_at: int | None = FOLD_AT,
+        **settings: str,
     ) -> Chat:
         """A conversation, whose turns see those before; its answers can be asked for `sources`.
 
         Args:
+            fold_at: tokens of the conversation beyond which its oldest turns are clustered, so that
+                a long one does not slow down; `None` reads all of them at every step.
             settings: what an `Asking` holds beside the budget.
         """
         asking = Asking(budget, **settings)
         context = self.context(context)
-        return Chat(self.model, self.tokenizer, context, context.cache_for(asking), asking=asking)
+        pair, cache = (self.model, self.tokenizer), context.cache_for(asking)
+        return Chat(*pair, context, cache, asking=asking, fold_at=fold_at)
 
     def sources(self, answer: Answer, count: int = 3) -> list[Passage]:
         """Passages of the document that an answer drew on more than a neutral answer would.

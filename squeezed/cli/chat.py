@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from squeezed.cli import options
 from squeezed.cli.ask import check_question, printer, report, summary
@@ -13,11 +15,13 @@ from squeezed.cli.console import json_text, note
 from squeezed.cli.document import is_stdin
 from squeezed.cli.options import DEFAULTS
 from squeezed.cli.session import open_session
+from squeezed.config import FOLD_AT
 from squeezed.context.text import decoded
 from squeezed.errors import SqueezedError
 
 if TYPE_CHECKING:
-    from squeezed import FixedContext, Session
+    from squeezed import Session
+    from squeezed.answers.chat import Chat
     from squeezed.hf.asking import Asking
 
 
@@ -29,6 +33,9 @@ def chat(
     implementation: options.Implementation = DEFAULTS["implementation"],
     method: options.MethodName = DEFAULTS["method"],
     max_new_tokens: options.NewTokens = DEFAULTS["max_new_tokens"],
+    fold_at: Annotated[
+        int, typer.Option("--fold-at", help="Tokens beyond which old turns are clustered; 0 never.")
+    ] = FOLD_AT,
     keep_control_tokens: options.KeepControlTokens = False,
     dtype: options.Dtype = DEFAULTS["dtype"],
     device: options.Device = DEFAULTS["device"],
@@ -46,13 +53,13 @@ def chat(
         raise SqueezedError("source: stdin carries the questions; name a context or a text file")
     opened = open_session(source, model, dtype, device, asking, None, keep_control_tokens)
     with opened as (session, context):
-        _converse(session, context, asking, max_new_tokens, json)
+        talk = session.chat(context, fold_at=fold_at or None, **vars(asking))
+        _converse(session, talk, asking, max_new_tokens, json)
 
 
 def _converse(
-    session: Session, context: FixedContext, asking: Asking, max_new_tokens: int, json: bool
+    session: Session, talk: Chat, asking: Asking, max_new_tokens: int, json: bool
 ) -> None:
-    talk = session.chat(context, **vars(asking))
     streamer = None if json else printer(session)
     for question in _questions():
         answer = talk.ask(question, max_new_tokens=max_new_tokens, streamer=streamer)

@@ -14,7 +14,7 @@ from squeezed.config.calibration import (
     TrialConfig,
 )
 from squeezed.config.clustering import ClusteringConfig, SpaceConfig
-from squeezed.config.growth import GrowthConfig
+from squeezed.config.growth import FOLD_AT, LEAST_FOLDED, GrowthConfig
 from squeezed.config.index import IndexConfig
 from squeezed.config.preset import BEST, FAR_FIELDS, PAPER, PRESETS, FarField, Preset
 
@@ -24,6 +24,8 @@ __all__ = [
     "DEFAULT_BUDGET",
     "DEFAULT_NEW_TOKENS",
     "FAR_FIELDS",
+    "FOLD_AT",
+    "LEAST_FOLDED",
     "PAPER",
     "PRESETS",
     "AllotmentConfig",

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 from squeezed.errors import whole, within
 
+FOLD_AT = 2048
+"""Tokens of a conversation beyond which the oldest of them are clustered."""
+
+LEAST_FOLDED = 64
+"""Fewer tokens are not worth a cluster."""
+
 
 @dataclass(frozen=True)
 class GrowthConfig:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from squeezed.context.record import ContextRecord
 from squeezed.errors import SqueezedError, expect
 from squeezed.hf.cache_layers import ContextLayer, Padding
 from squeezed.hf.suffix import SuffixLayer
@@ -38,12 +39,15 @@ class SqueezedCache(Cache):
         document: `[P]` int64, the context's tokens.
         known: `[n]` int64, ids of the first tokens after the document that every request of the
             batch has in common, as far as `remember()` was told.
+        folded: tokens that were the first after the context's and belong to `document` since they
+            were clustered (`squeezed.hf.folding`).
     """
 
     def __init__(self, layers: list[SuffixLayer], budget: float, document: Tensor) -> None:
         super().__init__(layers=layers)
         self.budget, self.document = budget, document.cpu()
         self.known = self.document[:0]
+        self.folded: ContextRecord | None = None
         for layer in layers:
             layer.last = layers[-1]
         padding = Padding()
@@ -53,7 +57,7 @@ class SqueezedCache(Cache):
             layer.checks_positions = True
 
     def __deepcopy__(self, memo: dict) -> SqueezedCache:
-        shared = [self.document, *(layer.context for layer in self.layers)]
+        shared = [self.document, self.folded, *(layer.context for layer in self.layers)]
         memo |= {id(each): each for each in shared}
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))

@@ -82,7 +82,7 @@ class Growing:
         for layer in context.clustered_layers:
             layer.rows.plain()  # others are refused before the model reads
         trees, past = trees_of(context), history_of(context)
-        joined = len(_whole(trees, self.config.whole_tree))
+        joined = len(whole_trees(trees, self.config.whole_tree))
         plan = Plan.of(trees, joined, old, old + new, context.config.clustering)
         due = changed_since_calibration(past) + new + dropped
         anew = due > self.config.calibrate_share * plan.tokens or not trees or not context.observed
@@ -148,7 +148,7 @@ class Growing:
             layer, new, window = parts
             if isinstance(layer, WindowLayer):
                 assert window is not None
-                return _slid(layer, new, window, plan.tokens)
+                return slid(layer, new.keys, new.values, window, plan.tokens)
             own = new.queries if clustering.query_space else None
             return grow_layer(layer, plan, new.keys, new.values, own, clustering, anew)
 
@@ -174,7 +174,7 @@ def calibrated(context: Context, progress: Progress) -> Context:
     return replace(context, calibrations=found)
 
 
-def _whole(trees: Sequence[Tree], least: int) -> Sequence[Tree]:
+def whole_trees(trees: Sequence[Tree], least: int) -> Sequence[Tree]:
     """The trees that stay: all up to the last one that is large enough."""
     kept = list(trees)
     while kept and kept[-1].tokens < least:
@@ -182,10 +182,14 @@ def _whole(trees: Sequence[Tree], least: int) -> Sequence[Tree]:
     return kept
 
 
-def _slid(layer: WindowLayer, new: CapturedLayer, window: int, tokens: int) -> WindowLayer:
-    """The last keys and values that a window of so many tokens will see."""
+def slid(layer: WindowLayer, keys: Tensor, values: Tensor, window: int, tokens: int) -> WindowLayer:
+    """The last keys and values that a window of so many tokens will see, `[Hkv, n, D]` being new.
+
+    Args:
+        tokens: of the document with the new ones.
+    """
     keys, values = (
-        torch.cat([old, more.to(old.dtype)], 1)[:, -(window - 1) :]
-        for old, more in ((layer.keys, new.keys), (layer.values, new.values))
+        torch.cat([old, more.to(old.dtype)], 1)[:, -(window - 1) :].clone()
+        for old, more in ((layer.keys, keys), (layer.values, values))
     )
     return WindowLayer(keys, values, tokens)
