@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from squeezed.config import BEST, DEFAULT_BUDGET, IndexConfig
+from squeezed.config import BEST, DEFAULT_BUDGET, IndexConfig, RowsName, check_rows
 from squeezed.context.captured import handed_over
+from squeezed.context.encoding import check_fits
 from squeezed.context.prompt import PromptTemplate
 from squeezed.context.storage import directory
 from squeezed.context.text import check_text
 from squeezed.costs.memory import check_memory
+from squeezed.costs.shape import model_shape
 from squeezed.errors import SqueezedError, expect
 from squeezed.hf.answer import Answer, Request
 from squeezed.hf.asking import Asking
@@ -52,6 +56,7 @@ def index(
     config: IndexConfig | None = None,
     template: PromptTemplate | None = None,
     progress: Progress = silent,
+    rows: RowsName | None = None,
 ) -> FixedContext:
     """Prefill, cluster and calibrate a document once.
 
@@ -61,7 +66,10 @@ def index(
         text: the document.
         config: clustering, presets and budgets; the defaults suit most documents.
         template: text around document and question; by default the tokenizer's chat template.
-        progress: called with `("prefill" | "cluster" | "calibrate", done, total)`.
+        progress: called with `("prefill" | "cluster" | "calibrate" | "encode", done, total)`; rows
+            are encoded unless they stay plain.
+        rows: how keys and values are written, instead of what `config` says: `plain`, `int8` or
+            `int4`.
 
     Raises:
         UnsupportedModelError: the model computes attention in another way.
@@ -70,6 +78,7 @@ def index(
     check_pair(model, tokenizer)
     config = IndexConfig() if config is None else config
     expect("config", config, IndexConfig, "an IndexConfig")
+    config = config if rows is None else replace(config, rows=check_rows(rows))
     check_text("text", text)
     template = PromptTemplate.of(tokenizer) if template is None else template
     expect("template", template, PromptTemplate, "a PromptTemplate")
@@ -79,6 +88,8 @@ def index(
     rehearse(model, kinds, tokens)
     fingerprint = model_fingerprint(model)  # before the prefill: it may refuse
     check_memory(model, len(tokens), config.clustering)
+    if config.rows != "plain":
+        check_fits(config.rows, model_shape(model.config).head_dim)
 
     started = time.perf_counter()
     question = probe_question(text, config.calibration.probe)
@@ -106,7 +117,7 @@ def index(
             )
             progress("calibrate", done + 1, len(config.presets))
     seen = forest.layers()
-    return FixedContext(
+    made = FixedContext(
         tokens=tokens,
         layers=tuple(layers),
         windows=tuple(kind.sliding_window for kind in kinds),
@@ -122,6 +133,7 @@ def index(
             "calibrate": time.perf_counter() - clustered,
         },
     )
+    return made.encoded(config.rows, partial(progress, "encode"))
 
 
 def _document(text: str) -> str:
@@ -131,18 +143,25 @@ def _document(text: str) -> str:
 
 
 @readable_failures()
-def load(path: str | Path, model: PreTrainedModel = None) -> FixedContext:
+def load(
+    path: str | Path, model: PreTrainedModel = None, rows: RowsName | None = None
+) -> FixedContext:
     """Open a saved context, on the model's device, and check that the model made it.
+
+    Args:
+        rows: encode its keys and values so, reading all of it at once; `None` leaves them as saved.
 
     Raises:
         ContextFileError: nothing there, damaged, another format, or made by another model.
+        SqueezedError: rows that are encoded already, otherwise.
     """
     expect("path", path, (str, PathLike), "a saved context's path")
     device = "cpu" if model is None else input_device(model)
+    written = None if rows is None else check_rows(rows)
     context = FixedContext.of(directory.load(Path(path), device))
     if model is not None:
         check_model(model, context)
-    return context
+    return context if written is None else context.encoded(written)
 
 
 @readable_failures()

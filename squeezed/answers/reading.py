@@ -49,7 +49,8 @@ def traffic(context: ContextRecord, cache: SqueezedCache | Watched) -> Traffic:
         tokens = max(1, answered)
         dense += layer.kv_bytes() * (queries / tokens - 1)
         pinned = layer.pinned * layer.kv_heads * queries
-        exact += LayerBytes.of(layer).keys(pinned + read) / tokens
+        size = LayerBytes.of(layer)
+        exact += (size.pinned(pinned) + size.keys(read)) / tokens
         if cache.budget < 1:
             per_query = float(entry.context.index_bytes(query)) / query.shape[2]
             index += per_query * queries / tokens

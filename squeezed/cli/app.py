@@ -14,6 +14,7 @@ HELP = "Cheap questions over long fixed documents: cluster the keys once, read t
 
 COMMANDS = {
     "index": ("squeezed.cli.index:index", "Turn a document into a fixed context and save it."),
+    "convert": ("squeezed.cli.convert:convert", "Write a saved context's rows in fewer bits."),
     "append": ("squeezed.cli.append:append", "Put a text behind that of a saved context."),
     "ask": ("squeezed.cli.ask:ask", "Answer a question about a context or a document."),
     "chat": ("squeezed.cli.chat:chat", "Ask one question after another."),

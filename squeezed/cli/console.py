@@ -22,6 +22,7 @@ PHASES = {
     "prefill": "reading",
     "cluster": "clustering",
     "calibrate": "calibrating",
+    "encode": "encoding",
     "ask": "asking",
 }
 

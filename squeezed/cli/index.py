@@ -24,6 +24,7 @@ def index(
     levels: options.Levels = DEFAULTS["levels"],
     iterations: options.Iterations = DEFAULTS["iterations"],
     chunk: options.Chunk = DEFAULTS["chunk"],
+    rows: options.RowsOption = DEFAULTS["rows"],
     keep_control_tokens: options.KeepControlTokens = False,
     dtype: options.Dtype = DEFAULTS["dtype"],
     device: options.Device = DEFAULTS["device"],
@@ -32,7 +33,7 @@ def index(
     """Turn a document into a fixed context and save it."""
     from squeezed.context.storage.saving import prove_writable
 
-    config = index_config(levels, iterations, chunk)
+    config = index_config(levels, iterations, chunk, rows)
     if is_directory(document):
         raise SqueezedError(f"document: {document} is a directory; name a text file")
     target = named(output or default_output(document))

@@ -85,6 +85,17 @@ def _lowest_and_highest(thresholds: tuple[float | None, ...]) -> tuple[float | N
     return low, max(known, default=None)
 
 
+def written(rows: str, loss: dict | None) -> str:
+    if loss is None:
+        return (
+            f"rows as {rows}; what that costs was not measured, for nobody kept a probe's queries"
+        )
+    return (
+        f"rows as {rows}: outputs on the probe are {loss['mean']:.2%} off, at most "
+        f"{loss['largest']:.2%} (layer {loss['layer']}, KV head {loss['head']})"
+    )
+
+
 def _show(record: dict, preset: str) -> None:
     print(
         f"{record['context']}: {record['tokens']:,} tokens, {record['clustered_layers']} of "
@@ -95,6 +106,8 @@ def _show(record: dict, preset: str) -> None:
         f"keys and values {megabytes(record['kv_bytes'])}, index "
         f"{megabytes(record['index_bytes'])} ({record['overhead']:.1%} on top)"
     )
+    if record["rows"] != "plain":
+        print(written(record["rows"], record["rows_loss"]))
     for depth, level in enumerate(record["levels"], 1):
         keys = level["keys_per_node"]
         print(

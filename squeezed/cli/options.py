@@ -7,7 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from squeezed.config import BEST, DEFAULT_BUDGET, DEFAULT_NEW_TOKENS, ClusteringConfig, IndexConfig
+from squeezed.config import (
+    BEST,
+    DEFAULT_BUDGET,
+    DEFAULT_NEW_TOKENS,
+    ClusteringConfig,
+    IndexConfig,
+    check_rows,
+)
 from squeezed.errors import SqueezedError
 from squeezed.hf.loading import DEMO_MODEL
 
@@ -44,6 +51,9 @@ Levels = Annotated[
     typer.Option("--levels", help="Clusters per level, shares of the tokens, coarse to fine."),
 ]
 Iterations = Annotated[int, typer.Option("--iterations", help="Passes of k-means.")]
+RowsOption = Annotated[
+    str, typer.Option("--rows", help="How keys and values are written: plain, int8 or int4.")
+]
 Chunk = Annotated[int, typer.Option("--chunk", help="Document tokens per forward pass.")]
 
 DEFAULTS: dict[str, Any] = {
@@ -58,15 +68,16 @@ DEFAULTS: dict[str, Any] = {
     "levels": ",".join(str(share) for share in INDEX.clustering.levels),
     "iterations": INDEX.clustering.iterations,
     "chunk": INDEX.prefill_chunk,
+    "rows": INDEX.rows,
 }
 """What an option is when it is not given."""
 
 
-def index_config(levels: str, iterations: int, chunk: int) -> IndexConfig:
+def index_config(levels: str, iterations: int, chunk: int, rows: str = "plain") -> IndexConfig:
     """Settings of `squeezed index`; raises `SqueezedError` for values that make no sense."""
     try:
         shares = tuple(float(share) for share in levels.split(","))
     except ValueError as error:
         raise SqueezedError(f"levels: expected shares such as 0.01,0.05, got {levels!r}") from error
     clustering = ClusteringConfig(levels=shares, iterations=iterations)
-    return IndexConfig(clustering=clustering, prefill_chunk=chunk)
+    return IndexConfig(clustering=clustering, prefill_chunk=chunk, rows=check_rows(rows))

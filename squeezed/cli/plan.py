@@ -9,7 +9,7 @@ import typer
 from squeezed.cli import options
 from squeezed.cli.console import emit, note, quiet_libraries
 from squeezed.cli.options import DEFAULTS, index_config
-from squeezed.config import PRESETS, check_budget
+from squeezed.config import PRESETS, check_budget, check_rows
 from squeezed.errors import SqueezedError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def plan(
     budget: options.Budget = DEFAULTS["budget"],
     preset: options.PresetName = DEFAULTS["preset"],
     levels: options.Levels = DEFAULTS["levels"],
+    rows: options.RowsOption = DEFAULTS["rows"],
     bandwidth: Annotated[
         float, typer.Option("--bandwidth", help="Memory bandwidth in GB/s (H200: 4270 copied).")
     ] = 4270.0,
@@ -39,10 +40,12 @@ def plan(
     check_budget(budget)
     if preset not in PRESETS:
         raise SqueezedError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    written = check_rows(rows)
     clustering = index_config(levels, DEFAULTS["iterations"], DEFAULTS["chunk"]).clustering
     quiet_libraries()
     shape = model_shape(load_config(model, note))
-    found = planning.plan(shape, context, budget, bandwidth * 1e9, clustering, PRESETS[preset])
+    asked = budget, bandwidth * 1e9, clustering, PRESETS[preset], written
+    found = planning.plan(shape, context, *asked)
     if json:
         emit({"model": model, "preset": preset} | found.record())
     else:
@@ -58,7 +61,7 @@ def _show(model: str, found: Plan) -> None:
     )
     rows = (
         ("context", f"{found.tokens:,} tokens"),
-        ("keys and values", size(found.kv_bytes)),
+        ("keys and values", size(found.kv_bytes) + _written(found)),
         ("index on top", f"{size(found.index_bytes)} ({found.index_bytes / found.kv_bytes:.1%})"),
         (
             "clustering",
@@ -77,6 +80,13 @@ def _show(model: str, found: Plan) -> None:
     for name, value in rows:
         print(f"  {name:<24} {value}")
     print("  speed-ups are what the bytes allow; one request, one token")
+
+
+def _written(found: Plan) -> str:
+    if found.rows == "plain":
+        return ""
+    share = found.kv_bytes / found.dense_bytes_per_token
+    return f" as {found.rows}, {share:.1%} of plain; squeezed index measures what that costs"
 
 
 def size(count: float) -> str:

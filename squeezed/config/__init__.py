@@ -17,6 +17,7 @@ from squeezed.config.clustering import ClusteringConfig, SpaceConfig
 from squeezed.config.growth import FOLD_AT, LEAST_FOLDED, GrowthConfig
 from squeezed.config.index import IndexConfig
 from squeezed.config.preset import BEST, FAR_FIELDS, PAPER, PRESETS, FarField, Preset
+from squeezed.config.rows import ROWS, RowsName, check_rows
 
 __all__ = [
     "ALPHA_RANGE",
@@ -28,6 +29,7 @@ __all__ = [
     "LEAST_FOLDED",
     "PAPER",
     "PRESETS",
+    "ROWS",
     "AllotmentConfig",
     "CalibrationConfig",
     "ClusteringConfig",
@@ -37,7 +39,9 @@ __all__ = [
     "IndexConfig",
     "Preset",
     "ProbeConfig",
+    "RowsName",
     "SpaceConfig",
     "TrialConfig",
     "check_budget",
+    "check_rows",
 ]

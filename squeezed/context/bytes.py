@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from squeezed.config import FarField
+from squeezed.context.encoding import ENCODINGS
 from squeezed.context.layers import ClusteredLayer
 
 OFFSET_BYTES = VARIANCE_BYTES = 4  # int32 and float32, as stored
@@ -28,11 +29,19 @@ class LayerBytes:
     dim: int
     element_bytes: int
     key_bytes: int | None = None  # of a key with its value, where they are not plain numbers
+    coded: bool = False  # whether rows are differences from the means of their leaves
 
     @classmethod
     def of(cls, layer: ClusteredLayer) -> LayerBytes:
-        centre = layer.centre
-        return cls(centre.shape[1], centre.element_size(), layer.rows.bytes_per_row)
+        rows = layer.rows
+        return cls(layer.dim, layer.dtype.itemsize, rows.bytes_per_row, rows.codes is not None)
+
+    @classmethod
+    def written(cls, dim: int, element_bytes: int, rows: str) -> LayerBytes:
+        """Of keys and values that are written so (`squeezed.config.ROWS`)."""
+        if rows not in ENCODINGS:
+            return cls(dim, element_bytes)
+        return cls(dim, element_bytes, ENCODINGS[rows].row_bytes(dim), True)
 
     @property
     def row(self) -> int:
@@ -40,8 +49,12 @@ class LayerBytes:
         return self.dim * self.element_bytes
 
     def keys(self, count: Count) -> Count:
-        """So many keys, each with its value."""
+        """So many clustered keys, each with its value."""
         return (2 * self.row if self.key_bytes is None else self.key_bytes) * count
+
+    def pinned(self, count: Count) -> Count:
+        """So many keys that are always read, each with its value: plain in any encoding."""
+        return 2 * self.row * count
 
     def nodes(
         self, scored: Count, dropped: Count, second_order: bool, far_field: FarField
@@ -51,6 +64,14 @@ class LayerBytes:
         entry = self.row + OFFSET_BYTES + (VARIANCE_BYTES if second_order else 0)
         return scored * entry + dropped * (0 if far_field == "none" else self.row)
 
+    def opened(self, leaves: Count) -> Count:
+        """What so many kept leaves add: their mean values, if rows are differences from them."""
+        return (self.row if self.coded else 0) * leaves
+
+    def turns(self) -> int:
+        """Of one KV head, what turns queries and outputs, if rows are encoded."""
+        return 2 * self.dim * self.row if self.coded else 0
+
     def slope(self, far_field: FarField) -> int:
         """How values move with keys, of one KV head, if the far field asks it."""
         return self.dim * self.row if far_field == "second_order" else 0
@@ -59,11 +80,11 @@ class LayerBytes:
         """What one KV head holds on top of keys and values, `nodes` coarse to fine.
 
         Positions of all rows; means, variance and first row of all nodes, and first child above the
-        leaves; the slope of values and the centre of keys.
+        leaves; the slope of values and the centre of keys; what turns encoded rows.
         """
         narrow = tokens <= torch.iinfo(torch.int16).max
         held = tokens * (torch.int16 if narrow else torch.int32).itemsize
-        held += (self.dim + 1) * self.row
+        held += (self.dim + 1) * self.row + (self.turns() if nodes else 0)
         for depth, count in enumerate(nodes):
             held += count * (2 * self.row + VARIANCE_BYTES) + (count + 1) * OFFSET_BYTES
             held += (count + 1) * OFFSET_BYTES if depth < len(nodes) - 1 else 0

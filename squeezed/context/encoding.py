@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from squeezed.config import check_rows
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rows import PLAIN, Codes, Rows
 from squeezed.context.turning import second_moment, turning
@@ -48,9 +49,18 @@ class Encoding:
     dtype: torch.dtype
     packed: bool
 
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Lowest and highest number in memory."""
+        return (0, 255) if self.packed else (self.low, self.high)
+
     def width(self, dim: int) -> int:
         """Numbers of a row of codes."""
         return dim // 2 if self.packed else dim
+
+    def row_bytes(self, dim: int) -> int:
+        """Of a key with its value."""
+        return 2 * (self.width(dim) * self.dtype.itemsize + SCALES.itemsize)
 
 
 ENCODINGS = {
@@ -60,19 +70,14 @@ ENCODINGS = {
         Encoding("int4", 0, 15, 7.5, torch.uint8, packed=True),
     )
 }
-NAMES = (PLAIN, *ENCODINGS)
-"""How rows may be written; `plain` is as the model made them."""
 
 
-def check_encoding(name: str, dim: int | None = None) -> str:
-    """`name`, if rows of `dim` numbers can be written so; raises `SqueezedError` otherwise."""
-    if name not in NAMES:
-        raise SqueezedError(f"rows: expected one of {', '.join(NAMES)}, got {name!r}")
-    if dim is not None and name != PLAIN and ENCODINGS[name].packed and dim % 2:
+def check_fits(name: str, dim: int) -> None:
+    """Raise `SqueezedError` unless rows of `dim` numbers can be written so."""
+    if check_rows(name) != PLAIN and ENCODINGS[name].packed and dim % 2:
         raise SqueezedError(
             f"rows: {name!r} needs an even head dimension, got {dim}; use 'int8' or {PLAIN!r}"
         )
-    return name
 
 
 def encoded(layer: ClusteredLayer, name: str, queries: Tensor | None = None) -> ClusteredLayer:
@@ -86,7 +91,7 @@ def encoded(layer: ClusteredLayer, name: str, queries: Tensor | None = None) -> 
         SqueezedError: rows that are encoded already, an unknown encoding, a dimension that it
             cannot pack, or keys too large for it.
     """
-    check_encoding(name, layer.dim)
+    check_fits(name, layer.dim)
     rows, leaves = layer.rows.plain(), layer.levels[-1] if layer.levels else None
     if name == PLAIN or leaves is None:
         return layer

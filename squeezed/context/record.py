@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from squeezed.config import IndexConfig
+from squeezed.config import IndexConfig, RowsName
 from squeezed.context.calibration import Calibration
 from squeezed.context.growth import Change, Tree
 from squeezed.context.layers import ClusteredLayer, WindowLayer
@@ -39,6 +39,8 @@ class ContextRecord:
             are what that release took.
         pieces, trees, history: how the context grew (`squeezed.context.growth`); empty if it was
             indexed at once.
+        rows_loss: per full-attention layer and KV head, how far encoded rows move the output of
+            dense attention to the probe's queries, relative to it; empty if nobody measured it.
     """
 
     tokens: Tensor
@@ -55,6 +57,7 @@ class ContextRecord:
     pieces: tuple[int, ...] = ()
     trees: tuple[Tree, ...] = ()
     history: tuple[Change, ...] = ()
+    rows_loss: tuple[tuple[float, ...], ...] = ()
 
     @property
     def clustered_layers(self) -> list[ClusteredLayer]:
@@ -71,6 +74,20 @@ class ContextRecord:
         if isinstance(self.layers, OutlinedLayers):
             return self.layers.outlines
         return tuple(Outline.of(layer) for layer in self.layers)
+
+    @property
+    def rows(self) -> RowsName:
+        """How keys and values are written (`squeezed.config.ROWS`)."""
+        written = {outline.encoding for outline in self.outlines}
+        return next(iter(written - {"plain"}), "plain")
+
+    def check_plain(self, who: str) -> None:
+        """Raise `SqueezedError` for encoded rows, which `who` does not read."""
+        if self.rows != "plain":
+            raise SqueezedError(
+                f"rows: {who} needs plain keys and values, this context has {self.rows!r}; index "
+                "the document again with rows='plain'"
+            )
 
     def calibration(self, preset: str) -> Calibration:
         """Thresholds of a preset; raises `SqueezedError` for a name the context does not hold."""

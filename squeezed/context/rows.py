@@ -8,13 +8,14 @@ What codes mean says `squeezed.context.encoding`.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from squeezed.errors import SqueezedError
 
-PLAIN = "plain"
+PLAIN: Literal["plain"] = "plain"
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ def describe(context: ContextRecord) -> dict:
         "clustered_layers": sum(bool(layer.levels) for layer in layers),
         "kv_heads": layers[0].kv_heads,
         "head_dim": layers[0].dim,
+        "rows": context.rows,
+        "rows_loss": describe_loss(context.rows_loss),
         "dtype": str(layers[0].dtype).removeprefix("torch."),
         "pinned_tokens": layers[0].pinned,
         "dense": context.is_dense,
@@ -43,6 +45,21 @@ def describe(context: ContextRecord) -> dict:
         "model": context.model,
         "tokenizer": context.tokenizer,
     }
+
+
+def describe_loss(of_heads: tuple[tuple[float, ...], ...]) -> dict | None:
+    """Mean, and the worst with its layer among those of full attention and its KV head; `None`
+    where nothing was measured."""
+    if not of_heads:
+        return None
+    each = [
+        (x, layer, head)
+        for layer, of_layer in enumerate(of_heads)
+        for head, x in enumerate(of_layer)
+    ]
+    worst, layer, head = max(each)
+    mean = sum(x for x, _, _ in each) / len(each)
+    return {"mean": mean, "largest": worst, "layer": layer, "head": head}
 
 
 def cluster_sizes(context: ContextRecord, depth: int = -1) -> Tensor:

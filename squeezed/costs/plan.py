@@ -12,7 +12,8 @@ from numbers import Real
 
 import torch
 
-from squeezed.config import ClusteringConfig, Preset, check_budget
+from squeezed.config import ClusteringConfig, Preset, RowsName, check_budget
+from squeezed.context.bytes import LayerBytes
 from squeezed.costs.shape import ModelShape
 from squeezed.errors import SqueezedError, expect, whole
 from squeezed.indexing.thresholds import keep_shares
@@ -29,6 +30,7 @@ class Plan:
     """The costs of one context; bytes and floating-point operations in sum over all layers.
 
     Attributes:
+        rows: how keys and values are written; dense attention reads them plain.
         kv_bytes: keys and values of the context.
         index_bytes: held on top of them.
         clustering_flops: multiply-adds count as two.
@@ -51,6 +53,7 @@ class Plan:
     dense_bytes_per_token: int
     squeezed_bytes_per_token: int
     weight_bytes: int
+    rows: RowsName = "plain"
     attention_speedup: float = field(init=False)
     token_speedup: float = field(init=False)
     dense_ms: float = field(init=False)
@@ -76,6 +79,7 @@ def plan(
     bandwidth: float,
     clustering: ClusteringConfig,
     preset: Preset,
+    rows: RowsName = "plain",
 ) -> Plan:
     """Work out what a context of `tokens` costs at `budget`, on memory of `bandwidth` bytes/s.
 
@@ -94,21 +98,25 @@ def plan(
     nodes = clustering.counts(tokens)
     full = shape.full_layers * shape.kv_heads
     windowed = shape.window_layers * shape.kv_heads * min(tokens, shape.window)
-    windowed_bytes = shape.bytes.keys(windowed)
-    kv_bytes = shape.bytes.keys(full * tokens) + windowed_bytes
-    squeezed = full * _bytes_per_head(shape, tokens, budget, nodes, clustering, preset)
+    plain, parts = shape.bytes(), shape.bytes(rows if nodes else "plain")
+    windowed_bytes = plain.keys(windowed)
+    clustered = clustered_tokens(tokens, clustering) if nodes else 0
+    dense_bytes = plain.keys(full * tokens) + windowed_bytes
+    kv_bytes = full * (plain.keys(tokens - clustered) + parts.keys(clustered)) + windowed_bytes
+    squeezed = full * _bytes_per_head(parts, tokens, budget, nodes, clustering, preset)
     return Plan(
         shape=shape,
         tokens=tokens,
         budget=budget,
         bandwidth=bandwidth,
         kv_bytes=kv_bytes,
-        index_bytes=full * shape.bytes.index(tokens, nodes),
+        index_bytes=full * parts.index(tokens, nodes),
         clustering_flops=full * _clustering_flops_per_head(shape, tokens, nodes, clustering),
         prefill_flops=_prefill_flops(shape, tokens),
-        dense_bytes_per_token=kv_bytes,
+        dense_bytes_per_token=dense_bytes,
         squeezed_bytes_per_token=kv_bytes if budget == 1 else round(squeezed) + windowed_bytes,
         weight_bytes=shape.parameters * shape.element_bytes,
+        rows=rows,
     )
 
 
@@ -117,7 +125,7 @@ def clustered_tokens(tokens: int, clustering: ClusteringConfig) -> int:
 
 
 def _bytes_per_head(
-    shape: ModelShape,
+    parts: LayerBytes,
     tokens: int,
     budget: float,
     nodes: Sequence[int],
@@ -129,14 +137,16 @@ def _bytes_per_head(
     A level scores the children of what the level above kept, and replaces what it drops by a mean.
     """
     clustered = clustered_tokens(tokens, clustering) if nodes else 0
-    read = shape.bytes.keys(tokens - clustered + budget * clustered)
+    read = parts.pinned(tokens - clustered) + parts.keys(budget * clustered)
     budgets = torch.tensor([budget], dtype=torch.float64)
     alive, shares = 1.0, keep_shares(preset, budgets, len(nodes))[0].tolist() if nodes else []
     for count, kept in zip(nodes, shares, strict=True):
         dropped = count * max(0.0, alive - kept)
-        read += shape.bytes.nodes(count * alive, dropped, preset.second_order, preset.far_field)
+        read += parts.nodes(count * alive, dropped, preset.second_order, preset.far_field)
         alive = kept
-    return read + (shape.bytes.slope(preset.far_field) if nodes else 0)
+    if not nodes:
+        return read
+    return read + parts.opened(nodes[-1] * alive) + parts.slope(preset.far_field) + parts.turns()
 
 
 def _clustering_flops_per_head(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from squeezed.config import RowsName
 from squeezed.context.bytes import LayerBytes
 from squeezed.errors import SqueezedError, whole
 from squeezed.system.failures import cause_of
@@ -38,10 +39,9 @@ class ModelShape:
     element_bytes: int
     parameters: int
 
-    @property
-    def bytes(self) -> LayerBytes:
-        """Bytes of the parts of a layer."""
-        return LayerBytes(self.head_dim, self.element_bytes)
+    def bytes(self, rows: RowsName = "plain") -> LayerBytes:
+        """Bytes of the parts of a layer, whose keys and values are written so."""
+        return LayerBytes.written(self.head_dim, self.element_bytes, rows)
 
 
 def model_shape(config: PreTrainedConfig, element_bytes: int | None = None) -> ModelShape:

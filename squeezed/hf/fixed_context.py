@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from squeezed.config import BEST, DEFAULT_BUDGET, GrowthConfig
+from squeezed.config import BEST, DEFAULT_BUDGET, GrowthConfig, RowsName
 from squeezed.context.record import ContextRecord
 from squeezed.context.storage import saving
 from squeezed.errors import expect, whole
@@ -20,6 +21,7 @@ from squeezed.hf.growing import Growing, Progress, silent
 from squeezed.hf.identity.fingerprint import check_attention
 from squeezed.hf.identity.maker import check_maker, check_pair
 from squeezed.hf.identity.stored import check_stored
+from squeezed.indexing.encode import with_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -155,7 +157,22 @@ class FixedContext(ContextRecord):
         Raises:
             SqueezedError: none left, or sliding windows, whose keys before the end are gone.
         """
+        self.check_plain("a context that is cut")
         return editing.crop(self, tokens, _checked(config), progress)
+
+    def encoded(
+        self, rows: RowsName, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> FixedContext:
+        """This context with its keys and values written as `int8` or `int4`; as it is if they are.
+
+        Args:
+            progress: called with the layers done, and with all there are.
+
+        Raises:
+            SqueezedError: an unknown encoding, rows in another one, or a dimension or numbers that
+                it cannot hold.
+        """
+        return with_rows(self, rows, progress)
 
     def save(self, path: str | Path) -> Path:
         """Write the context as a directory; complete under `path`, or not there at all."""
@@ -174,6 +191,7 @@ def _growing(
     """All that a growing context needs, looked at before anything is read."""
     check_pair(model, tokenizer)
     check_maker(model, tokenizer, context)
+    context.check_plain("a context that grows")
     return Growing(model, tokenizer, Asking(budget, method=method), _checked(config), progress)
 
 

@@ -46,31 +46,35 @@ def tree_bytes(
     Args:
         second_order: whether variances count in the score.
     """
+    parts = LayerBytes.of(layer)
     walks = [(scored.sum(), dropped.sum()) for scored, dropped in visited(layer, found)]
-    slopes = found.kept.shape[:3].numel()
-    return _of_walks(LayerBytes.of(layer), walks, slopes, second_order, far_field)
+    walked = found.kept.shape[:3].numel()
+    index = _of_walks(parts, walks, walked, second_order, far_field)
+    return index + parts.opened(found.kept.sum())
 
 
 def step_bytes(layer: ClusteredLayer, found: Lookup, rule: SelectionRule) -> int:
     """Bytes of the context that one step reads, pinned keys included: what several requests or
     tokens want counts once."""
     parts, heads = LayerBytes.of(layer), layer.kv_heads
-    kept = (found.kept.any(2).any(0) * layer.levels[-1].sizes).sum()
+    leaves = found.kept.any(2).any(0)
+    kept = (leaves * layer.levels[-1].sizes).sum()
     walks = [
         (scored.any(2).any(0).sum(), dropped.any(2).any(0).sum())
         for scored, dropped in visited(layer, found)
     ]
     index = _of_walks(parts, walks, heads, rule.alpha is not None, rule.far_field)
-    return int(parts.keys(heads * layer.pinned + kept) + index)
+    exact = parts.pinned(heads * layer.pinned) + parts.keys(kept) + parts.opened(leaves.sum())
+    return int(exact + index)
 
 
 def _of_walks(
     parts: LayerBytes,
     walks: Iterable[tuple[Tensor, Tensor]],
-    slopes: int,
+    heads: int,
     second_order: bool,
     far_field: FarField,
 ) -> Tensor:
-    """Bytes of scored and dropped nodes of every level, and of so many heads' slopes."""
+    """Bytes of scored and dropped nodes of every level, and of so many heads' matrices."""
     nodes = [parts.nodes(*of_level, second_order, far_field) for of_level in walks]
-    return torch.stack(nodes).sum().double() + slopes * parts.slope(far_field)
+    return torch.stack(nodes).sum().double() + heads * (parts.slope(far_field) + parts.turns())

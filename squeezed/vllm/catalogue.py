@@ -185,6 +185,7 @@ class Catalogue:
                 f"its last {dropped} tokens do not fill a block of {self.block_size}, and only "
                 f"{pinned} of them are pinned; use smaller blocks (--block-size 16)"
             )
+        record.check_plain("vLLM's backend")
         self.check(record)
         if version_of(path) != version:
             raise ContextFileError("it was replaced while it was read")

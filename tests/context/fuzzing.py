@@ -25,6 +25,7 @@ from squeezed import methods
 from squeezed.attention import Suffix
 from squeezed.context.storage import directory
 from squeezed.context.storage.manifest import _checksum
+from squeezed.context.storage.structure import tensors_of
 from squeezed.errors import SqueezedError
 
 MEMORY_BYTES = 16 << 30
@@ -131,7 +132,7 @@ class Fuzzer:
         """What the kernels make of a context, for a token each and for a block."""
         context = directory.load(path)
         layers = list(context.layers)
-        outputs = [layer.keys.float().sum() for layer in layers]
+        outputs = [x.float().sum() for layer in layers for x in tensors_of(layer).values()]
         outputs += [queries.float().sum() for queries in context.observed]
         for preset in sorted(context.calibrations):
             chosen = methods.create("squeezed", preset=preset, implementation="cpu")

@@ -1,4 +1,4 @@
-"""2,000 altered contexts: each answers, or is refused in one line; none ends the process."""
+"""3,000 altered contexts: each answers, or is refused in one line; none ends the process."""
 
 import json
 import os
@@ -6,18 +6,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny import document, tiny_model, tiny_tokenizer
 
 import squeezed
 from squeezed.context.prompt import PromptTemplate
 
-CASES, SEED = 2000, 1
+CASES, SEED = 1000, 1
 FUZZER = Path(__file__).with_name("fuzzing.py")
 
 
-def test_altered_contexts_answer_or_are_refused(tmp_path):
+@pytest.mark.parametrize("rows", ["plain", "int4", "int8"])
+def test_altered_contexts_answer_or_are_refused(tmp_path, rows):
     config = squeezed.IndexConfig(
-        clustering=squeezed.ClusteringConfig(levels=(0.05, 0.2), pinned_last=20), budgets=(0.1, 0.3)
+        clustering=squeezed.ClusteringConfig(levels=(0.05, 0.2), pinned_last=20),
+        budgets=(0.1, 0.3),
+        rows=rows,
     )
     text = document(160)
     plain = PromptTemplate.plain()

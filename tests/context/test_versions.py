@@ -26,7 +26,14 @@ CONTEXT = made_context()
 UNSAID = ["config.clustering.space", "config.clustering.common_part", "config.calibration"]
 
 
+def without_rows(manifest):
+    del manifest["rows_loss"], manifest["config"]["rows"]
+    for outline in manifest["layers"]:
+        del outline["encoding"]
+
+
 def without_growth(manifest):
+    without_rows(manifest)
     for name in ("pieces", "trees", "history"):
         del manifest[name]
 
@@ -121,6 +128,31 @@ def test_a_context_of_version_6_opens_as_one_that_never_grew(saved):
     assert same_context(loaded, CONTEXT)
     assert loaded.pieces == loaded.trees == loaded.history == ()
     assert pieces_of(loaded) == (90,) and trees_of(loaded) == (Tree(80, (3, 9)),)
+
+
+def test_a_context_of_version_7_opens_as_one_with_plain_rows(saved):
+    def change(manifest):
+        manifest["format_version"] = 7
+        without_rows(manifest)
+
+    with_manifest(saved, change)
+    loaded = load(saved)
+    assert same_context(loaded, CONTEXT) and loaded.rows == loaded.config.rows == "plain"
+    assert loaded.rows_loss == ()
+
+
+@pytest.mark.parametrize("name", ["rows_loss", "encoding"])
+def test_a_description_of_version_7_that_knows_of_rows_is_refused(name, saved):
+    def change(manifest):
+        manifest["format_version"] = 7
+        del manifest["config"]["rows"]
+        kept = manifest.pop("rows_loss")
+        if name == "rows_loss":
+            manifest["rows_loss"] = kept
+
+    with_manifest(saved, change)
+    with pytest.raises(ContextFileError, match=name):
+        load(saved)
 
 
 GROWTH = {

@@ -73,6 +73,7 @@ FIELDS: dict[str, Any] = {
     "pieces": tuple[PositiveCount, ...],
     "trees": tuple[Tree, ...],
     "history": tuple[Change, ...],
+    "rows_loss": tuple[tuple[Annotated[float, Range(low=0)], ...], ...],
     "tokens": tuple[TokenId, ...],
 }
 """Every field of the description but its checksum."""
@@ -86,6 +87,7 @@ def described(manifest: dict[str, Any], device: torch.device | str) -> dict[str,
     """
     clustered = _check_layers(manifest)
     _check_growth(manifest, clustered[0])
+    _check_rows(manifest, clustered)
     token = common_token(manifest["files"]) or ""
     names = {layer_file(index, token) for index in range(len(manifest["layers"]))}
     known = set(manifest["files"]) - {observed_file(token)}
@@ -95,7 +97,7 @@ def described(manifest: dict[str, Any], device: torch.device | str) -> dict[str,
         for name, saved in manifest["calibrations"].items()
     }
     same = ["windows", "config", "assumed", "template", "model", "tokenizer", "seconds"]
-    same += ["pieces", "trees", "history"]
+    same += ["pieces", "trees", "history", "rows_loss"]
     return {
         "tokens": torch.tensor(manifest["tokens"], dtype=torch.long),
         "calibrations": calibrations,
@@ -114,6 +116,14 @@ def _check_layers(manifest: dict[str, Any]) -> list[Outline]:
     _require(len({(x.pinned, x.nodes) for x in clustered}) == 1, "layers: trees of several shapes")
     _require(len(manifest["scales"]) == len(clustered), "scales: not one for every clustered layer")
     return clustered
+
+
+def _check_rows(manifest: dict[str, Any], layers: list[Outline]) -> None:
+    """All rows are written alike, and what that costs is said of every head or of none."""
+    _require(len({x.encoding for x in layers}) == 1, "layers: rows written in several ways")
+    heads = [len(of_layer) for of_layer in manifest["rows_loss"]]
+    wanted = [layer.heads for layer in layers]
+    _require(heads in ([], wanted), "rows_loss: not one for every head")
 
 
 def _check_growth(manifest: dict[str, Any], layer: Outline) -> None:

@@ -22,7 +22,7 @@ from squeezed.context.storage.older import complete
 from squeezed.context.storage.strict import Malformed, conformed, parsed
 from squeezed.errors import ContextFileError, shown
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 OLDEST_VERSION = 5
 MANIFEST_BYTES = 1 << 28
 
@@ -55,6 +55,7 @@ def manifest_text(context: ContextRecord, files: dict[str, dict]) -> bytes:
         "pieces": list(context.pieces),
         "trees": [asdict(tree) for tree in context.trees],
         "history": [asdict(change) for change in context.history],
+        "rows_loss": [list(of_layer) for of_layer in context.rows_loss],
         "tokens": context.tokens.tolist(),
     }
     manifest["checksum"] = _checksum(manifest)

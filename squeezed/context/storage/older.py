@@ -1,5 +1,5 @@
-"""Descriptions of older versions: 5 did not say every number that shaped a context, and 6 not how
-it grew, for none did.
+"""Descriptions of older versions: 5 did not say every number that shaped a context, 6 not how it
+grew, and 7 not how rows are written, for none grew and all were plain.
 """
 
 from __future__ import annotations
@@ -24,6 +24,19 @@ def complete(manifest: dict[str, Any]) -> None:
     if version < 7:
         for name in ("pieces", "trees", "history"):
             _fill(manifest, name, [], name, version)
+    if version < 8:
+        _complete_rows(manifest, version)
+
+
+def _complete_rows(manifest: dict[str, Any], version: int) -> None:
+    config = _object(manifest, "config", "config")
+    _fill(config, "rows", "plain", "config.rows", version)
+    _fill(manifest, "rows_loss", [], "rows_loss", version)
+    layers = manifest.get("layers")
+    for outline in layers if isinstance(layers, list) else []:
+        if not isinstance(outline, dict):
+            raise Malformed("layers: expected objects")
+        _fill(outline, "encoding", "plain", "layers.encoding", version)
 
 
 def _complete_settings(manifest: dict[str, Any]) -> None:

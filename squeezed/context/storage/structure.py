@@ -10,14 +10,16 @@ check trusts a number before another one has bounded it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from squeezed.config import RowsName, check_rows
+from squeezed.context.encoding import ENCODINGS
 from squeezed.context.layers import ClusteredLayer, Level, WindowLayer
-from squeezed.context.rows import Rows
+from squeezed.context.rows import PLAIN, Codes, Rows
 from squeezed.context.storage.strict import Count, Malformed, PositiveCount
 from squeezed.errors import shown
 
@@ -41,6 +43,7 @@ class Outline:
         dtype: of keys, values and their means.
         pinned: rows that every query reads; 0 in a window.
         nodes: of every level, coarse to fine.
+        encoding: of the rows behind the pinned ones.
     """
 
     kind: Literal["ClusteredLayer", "WindowLayer"]
@@ -50,19 +53,25 @@ class Outline:
     dtype: DTypeName
     pinned: Count
     nodes: tuple[PositiveCount, ...]
+    encoding: RowsName = PLAIN
 
     @classmethod
     def of(cls, layer: ClusteredLayer | WindowLayer) -> Outline:
-        heads, rows, dim = layer.keys.shape
-        dtype = next(name for name, dtype in DTYPES.items() if dtype == layer.keys.dtype)
         if isinstance(layer, WindowLayer):
-            return cls("WindowLayer", heads, rows, dim, dtype, 0, ())
+            heads, rows, dim = layer.keys.shape
+            return cls("WindowLayer", heads, rows, dim, _name_of(layer.keys.dtype), 0, ())
+        size = layer.kv_heads, layer.tokens, layer.dim, _name_of(layer.dtype)
         nodes = tuple(level.nodes for level in layer.levels)
-        return cls("ClusteredLayer", heads, rows, dim, dtype, layer.pinned, nodes)
+        written = check_rows(layer.rows.encoding)
+        return cls("ClusteredLayer", *size, layer.pinned, nodes, written)
 
     @property
     def is_clustered(self) -> bool:
         return self.kind == ClusteredLayer.__name__
+
+
+def _name_of(dtype: torch.dtype) -> DTypeName:
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 @runtime_checkable
@@ -86,12 +95,21 @@ class Field:
     high: str | int | None = None
 
 
+CODES = {"keys": "key_codes", "values": "value_codes"}
+"""Names in a file of what `Codes` calls otherwise: there plain rows have them."""
 KEYS_AND_VALUES = (
     Field("keys", ("heads", "rows", "dim")),
     Field("values", ("heads", "rows", "dim")),
 )
+ENCODED = (
+    Field("keys", ("heads", "pinned", "dim")),
+    Field("values", ("heads", "pinned", "dim")),
+    Field("scales", ("heads", "clustered", "pair"), (torch.bfloat16,), 0),
+    Field("key_turn", ("heads", "dim", "dim")),
+    Field("value_turn", ("heads", "dim", "dim")),
+)
+"""Of encoded rows, with their codes (`codes_of`)."""
 CLUSTERED = (
-    *KEYS_AND_VALUES,
     Field("positions", ("heads", "rows"), INDEX, 0, "last_row"),
     Field("pinned", (), (torch.int64,), "pinned", "pinned"),
     Field("value_slope", ("heads", "dim", "dim")),
@@ -117,8 +135,12 @@ def fields_of(outline: Outline, tokens: int) -> Iterator[tuple[str, Field, dict[
         "dim": outline.dim,
         "pinned": outline.pinned,
         "tokens": tokens,
+        "clustered": outline.rows - outline.pinned,
+        "pair": 2,
     }
-    for field in CLUSTERED if outline.is_clustered else WINDOW:
+    if outline.encoding != PLAIN:
+        sizes["width"] = ENCODINGS[outline.encoding].width(outline.dim)
+    for field in _fields_of_rows(outline) if outline.is_clustered else WINDOW:
         yield field.name, field, sizes
     for depth, nodes in enumerate(outline.nodes):
         children = outline.nodes[depth + 1] if depth + 1 < len(outline.nodes) else None
@@ -128,12 +150,25 @@ def fields_of(outline: Outline, tokens: int) -> Iterator[tuple[str, Field, dict[
                 yield f"level{depth}.{field.name}", field, own
 
 
+def _fields_of_rows(outline: Outline) -> tuple[Field, ...]:
+    if outline.encoding == PLAIN:
+        return *KEYS_AND_VALUES, *CLUSTERED
+    encoding = ENCODINGS[outline.encoding]
+    shape, dtypes = ("heads", "clustered", "width"), (encoding.dtype,)
+    codes = (Field(name, shape, dtypes, *encoding.stored) for name in ("key_codes", "value_codes"))
+    return *codes, *ENCODED, *CLUSTERED
+
+
 def check_outline(outline: Outline, tokens: int) -> None:
     """Raise `Malformed` for a layer that no document of so many tokens can have."""
     rows, pinned, nodes = outline.rows, outline.pinned, outline.nodes
     if not outline.is_clustered:
         _require(rows <= tokens and not pinned and not nodes, "a window wider than the document")
+        _require(outline.encoding == PLAIN, "a window with encoded rows")
         return
+    _require(bool(nodes) or outline.encoding == PLAIN, "encoded rows without clusters")
+    packed = outline.encoding != PLAIN and ENCODINGS[outline.encoding].packed
+    _require(not packed or outline.dim % 2 == 0, "two codes to a byte in an odd dimension")
     _require(rows == tokens, f"{rows} rows for {tokens} tokens")
     _require(pinned < rows if nodes else pinned == rows, f"{pinned} of {rows} rows are pinned")
     _require(all(count <= rows - pinned for count in nodes), "more nodes than rows")
@@ -192,7 +227,7 @@ def _check_positions(positions: Tensor, pinned: int) -> None:
 def _check_offsets(tensors: Mapping[str, Tensor], depth: int) -> None:
     """Nodes lie end to end, and the children of each hold exactly its rows."""
     name = f"level{depth}.key_offsets"
-    keys, low, high = tensors[name], tensors["pinned"], tensors["keys"].shape[1]
+    keys, low, high = tensors[name], tensors["pinned"], tensors["positions"].shape[1]
     _check_ends(name, keys, low, high)
     children = tensors.get(f"level{depth}.child_offsets")
     if children is None:
@@ -220,10 +255,18 @@ def tensors_of(layer: ClusteredLayer | WindowLayer) -> dict[str, Tensor]:
         return own | {"window_tokens": torch.tensor(layer.tokens)}
     found = {field.name: getattr(layer, field.name) for field in CLUSTERED}
     found["pinned"] = torch.tensor(layer.pinned)
+    found |= _tensors_of_rows(layer.rows)
     for depth, level in enumerate(layer.levels):
         own = {f"level{depth}.{field.name}": getattr(level, field.name) for field in LEVEL}
         found |= {name: tensor for name, tensor in own.items() if tensor is not None}
     return found
+
+
+def _tensors_of_rows(rows: Rows) -> dict[str, Tensor]:
+    if rows.codes is None:
+        return dict(zip(("keys", "values"), rows.plain(), strict=True))
+    codes = {CODES.get(name, name): tensor for name, tensor in rows.codes.named().items()}
+    return {"keys": rows.keys, "values": rows.values, **codes}
 
 
 def layer_of(
@@ -234,9 +277,13 @@ def layer_of(
         return WindowLayer(tensors["keys"], tensors["values"], int(tensors["window_tokens"]))
     assert scale is not None
     levels = tuple(_level(tensors, depth) for depth in range(len(outline.nodes)))
-    rows, pinned = Rows(tensors["keys"], tensors["values"]), int(tensors["pinned"])
-    apart = ("keys", "values", "pinned")
-    found = {field.name: tensors[field.name] for field in CLUSTERED if field.name not in apart}
+    codes = None
+    if outline.encoding != PLAIN:
+        named = {field.name: tensors[CODES.get(field.name, field.name)] for field in fields(Codes)}
+        codes = Codes(**named)
+    rows = Rows(tensors["keys"], tensors["values"], outline.encoding, codes)
+    found = {field.name: tensors[field.name] for field in CLUSTERED if field.name != "pinned"}
+    pinned = int(tensors["pinned"])
     return ClusteredLayer(rows=rows, levels=levels, pinned=pinned, scale=scale, **found)
 
 

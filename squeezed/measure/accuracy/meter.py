@@ -159,8 +159,8 @@ class MeteredLayer:
         meter.keys += queries * self.inner.selectable_keys
         sample = query[:, :, :: max(1, -(-queries // (requests * SAMPLED_TOKENS)))]
         index_bytes = self.inner.index_bytes(sample) * (queries / max(1, sample.shape[2]))
-        pinned_and_kept = queries * layer.pinned * heads + keys_read
-        exact_bytes = LayerBytes.of(layer).keys(pinned_and_kept)
+        size = LayerBytes.of(layer)
+        exact_bytes = size.pinned(queries * layer.pinned * heads) + size.keys(keys_read)
         meter.bytes_read = meter.bytes_read + exact_bytes + index_bytes
         meter.bytes += queries * layer.kv_bytes()
 

@@ -53,7 +53,7 @@ class Step:
     def bytes_read(self, rule: SelectionRule) -> int:
         """Fewest bytes of a step: what several requests want counts once."""
         found = lookup(self.query, self.layer, rule)
-        suffix = LayerBytes.of(self.layer).keys(self.suffix.shape[:3].numel())
+        suffix = LayerBytes.of(self.layer).pinned(self.suffix.shape[:3].numel())
         return step_bytes(self.layer, found, rule) + suffix
 
 

@@ -41,7 +41,7 @@ def bytes_read(
         layer, queries = view.layer, row.queries.get(place, [])
         calls = max(1, _calls(row, place))
         size = LayerBytes.of(layer)
-        exact += size.keys(layer.pinned * layer.kv_heads * calls)
+        exact += size.pinned(layer.pinned * layer.kv_heads * calls)
         dense += layer.kv_bytes() * calls
         if budget < 1 and queries:
             query = torch.cat(queries, 2)
