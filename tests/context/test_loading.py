@@ -28,7 +28,14 @@ from squeezed.attention import Suffix
 from squeezed.context.storage import directory, held, saving
 from squeezed.context.storage.manifest import FORMAT_VERSION
 from squeezed.context.storage.strict import Malformed, conformed
-from squeezed.context.storage.structure import CLUSTERED, LEVEL, Outline, check_layer, tensors_of
+from squeezed.context.storage.structure import (
+    CLUSTERED,
+    KEYS_AND_VALUES,
+    LEVEL,
+    Outline,
+    check_layer,
+    tensors_of,
+)
 from squeezed.errors import ContextFileError, SqueezedError
 
 CONTEXT = made_context()
@@ -490,8 +497,9 @@ def test_a_layer_that_could_not_be_loaded_is_not_saved(tmp_path):
 def test_every_field_of_a_layer_is_in_the_table():
     layer = CONTEXT.layers[0]
     tensors = tensors_of(layer)
-    held, elsewhere = {*vars(layer), *vars(layer.rows)}, {"rows", "encoding", "levels", "scale"}
-    assert held - elsewhere == {field.name for field in CLUSTERED}
+    held = {*vars(layer), *vars(layer.rows)}
+    elsewhere = {"rows", "encoding", "codes", "levels", "scale"}
+    assert held - elsewhere == {field.name for field in (*KEYS_AND_VALUES, *CLUSTERED)}
     assert set(vars(layer.levels[0])) == {field.name for field in LEVEL}
     check_layer(tensors, Outline.of(layer), TOKENS)
 
