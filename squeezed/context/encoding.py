@@ -97,7 +97,7 @@ def encoded(layer: ClusteredLayer, name: str, queries: Tensor | None = None) -> 
         return layer
     grouped = None if queries is None else queries.unflatten(0, (layer.kv_heads, -1)).flatten(1, 2)
     found = [
-        _coded(Differences(layer, own, means), ENCODINGS[name], seen)
+        coded(Differences(layer, own, means), ENCODINGS[name], seen)
         for own, means, seen in zip(
             rows, (leaves.centroids, leaves.mean_values), (grouped, None), strict=True
         )
@@ -139,7 +139,7 @@ class Differences:
         return torch.stack([second_moment(x for _, x in self.of_head(head)) for head in heads])
 
 
-def _coded(
+def coded(
     differences: Differences, encoding: Encoding, queries: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales `[Hkv, n]` and what turns levels into differences, `[Hkv, D, D]`."""
