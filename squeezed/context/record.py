@@ -12,7 +12,7 @@ from squeezed.context.calibration import Calibration
 from squeezed.context.growth import Change, Tree
 from squeezed.context.layers import ClusteredLayer, WindowLayer
 from squeezed.context.prompt import PromptTemplate
-from squeezed.context.storage.structure import Outline, OutlinedLayers
+from squeezed.context.storage.outline import Outline, OutlinedLayers
 from squeezed.errors import SqueezedError, expect
 
 Layer = ClusteredLayer | WindowLayer

@@ -2,8 +2,8 @@
 
 Each takes rows `[n, D]` float32 of one head in document order, and says what is left of them and
 what a number costs in bits, scales included. None is quicker than plain rows: they are for
-measuring what is lost. Pinned rows are not among them: first and last tokens stay in 16 bits with all of them,
-as IntactKV's pivot tokens do (arXiv 2403.01241).
+measuring what is lost. Pinned rows are not among them: with every scheme first and last tokens stay
+in 16 bits, as IntactKV's pivot tokens do (arXiv 2403.01241).
 """
 
 from __future__ import annotations

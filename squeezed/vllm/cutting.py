@@ -16,7 +16,7 @@ from torch import Tensor
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rows import Rows
 from squeezed.context.rule import SelectionRule
-from squeezed.context.storage.structure import DTYPES, Outline, fields_of
+from squeezed.context.storage.outline import DTYPES, Outline, fields_of
 
 MERGED_TOKENS = 4
 """Last tokens of a document that what follows may join: a tokenizer that sees document and question

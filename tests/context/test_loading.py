@@ -27,15 +27,9 @@ from squeezed import methods
 from squeezed.attention import Suffix
 from squeezed.context.storage import directory, held, saving
 from squeezed.context.storage.manifest import FORMAT_VERSION
+from squeezed.context.storage.outline import CLUSTERED, KEYS_AND_VALUES, LEVEL, Outline
 from squeezed.context.storage.strict import Malformed, conformed
-from squeezed.context.storage.structure import (
-    CLUSTERED,
-    KEYS_AND_VALUES,
-    LEVEL,
-    Outline,
-    check_layer,
-    tensors_of,
-)
+from squeezed.context.storage.structure import check_layer, tensors_of
 from squeezed.errors import ContextFileError, SqueezedError
 
 CONTEXT = made_context()

@@ -9,7 +9,8 @@ from tiny import document, tiny_model, tiny_tokenizer
 
 import squeezed
 from squeezed.config import GrowthConfig
-from squeezed.context.storage.structure import Outline, check_layer, tensors_of
+from squeezed.context.storage.outline import Outline
+from squeezed.context.storage.structure import check_layer, tensors_of
 
 PAIR = tiny_model("llama"), tiny_tokenizer()
 HOW = {"method": "dense", "config": APART}

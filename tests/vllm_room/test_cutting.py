@@ -9,7 +9,7 @@ import squeezed
 from squeezed.attention.interface import Suffix
 from squeezed.attention.reference import attend
 from squeezed.context.layers import WindowLayer
-from squeezed.context.storage.structure import Outline
+from squeezed.context.storage.outline import Outline
 from squeezed.vllm.cutting import (
     MERGED_TOKENS,
     Share,

@@ -18,6 +18,7 @@ from squeezed.context.calibration import Calibration
 from squeezed.context.growth import Change, Tree
 from squeezed.context.prompt import PromptTemplate
 from squeezed.context.storage.names import common_token, layer_file, observed_file
+from squeezed.context.storage.outline import Outline
 from squeezed.context.storage.strict import (
     Count,
     Malformed,
@@ -27,7 +28,7 @@ from squeezed.context.storage.strict import (
     Sized,
     grid,
 )
-from squeezed.context.storage.structure import Outline, check_outline
+from squeezed.context.storage.structure import check_outline
 
 LONGEST_BLOCK = 1 << 20
 """Most query tokens that select together in a preset from a file."""

@@ -26,15 +26,9 @@ from squeezed.context.storage.names import (
     observed_file,
     observed_name,
 )
+from squeezed.context.storage.outline import DTYPES, OBSERVED_QUERIES, Outline
 from squeezed.context.storage.strict import Malformed
-from squeezed.context.storage.structure import (
-    DTYPES,
-    OBSERVED_QUERIES,
-    Outline,
-    check_layer,
-    check_tensor,
-    layer_of,
-)
+from squeezed.context.storage.structure import check_layer, check_tensor, layer_of
 from squeezed.errors import ContextFileError, shown
 from squeezed.system.forks import Turns
 
