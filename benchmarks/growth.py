@@ -39,13 +39,14 @@ class Plan:
 
     Attributes:
         pieces: texts, the first indexed and the others appended.
-        whole_tree: see `GrowthConfig`.
+        whole_tree, tail_share: see `GrowthConfig`.
         method: how the old keys are read.
         budget: share of them that is read.
     """
 
     pieces: int
     whole_tree: int
+    tail_share: float
     method: str = "dense"
     budget: float = 1.0
 
@@ -63,7 +64,7 @@ def cut(text: str, pieces: int) -> list[str]:
 
 def made(session: Session, pieces: list[str], plan: Plan) -> tuple[FixedContext, list[dict]]:
     """A context of all pieces, and after every one its tokens, trees, bytes and seconds."""
-    config, steps = GrowthConfig(whole_tree=plan.whole_tree), []
+    config, steps = GrowthConfig(whole_tree=plan.whole_tree, tail_share=plan.tail_share), []
     context = session.index(pieces[0])
     for number, piece in enumerate(pieces):
         started = time.perf_counter()
@@ -148,11 +149,14 @@ def main(
     whole_tree: Annotated[
         int, typer.Option(help="Tokens from which on a tree is left alone; 0 joins none.")
     ] = GrowthConfig().whole_tree,
+    tail_share: Annotated[
+        float, typer.Option(help="Most that may stand behind a tree; 1 joins small ones only.")
+    ] = GrowthConfig().tail_share,
     method: Annotated[str, typer.Option(help="How new text reads the old keys.")] = "dense",
     read_budget: Annotated[float, typer.Option(help="Share of them that it reads.")] = 1.0,
     budgets: Annotated[list[float], typer.Option(help="Shares of the keys read.")] = [0.05, 0.1],  # noqa: B006
     share: Annotated[float, typer.Option(help="Part of the text that is the document.")] = 0.88,
-    tokens: Annotated[int, typer.Option(help="Tokens of the continuation.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Tokens of the continuation.")] = 750,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -164,7 +168,7 @@ def main(
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
     with Session.of(model, dtype, device, lambda line: typer.echo(line, err=True)) as session:
         for count in pieces:
-            plan = Plan(count, whole_tree, method, read_budget)
+            plan = Plan(count, whole_tree, tail_share, method, read_budget)
             context, steps = made(session, cut(whole[:end], count), plan)
             parts = parts_of(session, context, whole[end:], tokens)
             row = asdict(plan) | {

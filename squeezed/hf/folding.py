@@ -79,7 +79,7 @@ def _folded(
     before, views = cache.folded, cache.context_layers
     trees = () if before is None else before.trees
     held = 0 if before is None else len(before.tokens)
-    kept = len(whole_trees(trees, config.whole_tree))
+    kept = len(whole_trees(trees, count, config))
     plan = Plan.of(trees, kept, held, held + count, clustering)
     queries = [_last_queries(view) for view in views]
 

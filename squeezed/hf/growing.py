@@ -82,8 +82,8 @@ class Growing:
         for layer in context.clustered_layers:
             layer.rows.plain()  # others are refused before the model reads
         trees, past = trees_of(context), history_of(context)
-        joined = len(whole_trees(trees, self.config.whole_tree))
-        plan = Plan.of(trees, joined, old, old + new, context.config.clustering)
+        kept = len(whole_trees(trees, new, self.config))
+        plan = Plan.of(trees, kept, old, old + new, context.config.clustering)
         due = changed_since_calibration(past) + new + dropped
         anew = due > self.config.calibrate_share * plan.tokens or not trees or not context.observed
         tokens = torch.cat([context.tokens, ids])
@@ -174,11 +174,15 @@ def calibrated(context: Context, progress: Progress) -> Context:
     return replace(context, calibrations=found)
 
 
-def whole_trees(trees: Sequence[Tree], least: int) -> Sequence[Tree]:
-    """The trees that stay: all up to the last one that is large enough."""
-    kept = list(trees)
-    while kept and kept[-1].tokens < least:
-        kept.pop()
+def whole_trees(trees: Sequence[Tree], new: int, config: GrowthConfig) -> Sequence[Tree]:
+    """The trees that stay when `new` tokens come: up to the last one that is large enough, and
+    larger than what stands behind it by far."""
+    kept, behind = list(trees), new
+    while kept:
+        least = behind * (1 / config.tail_share - 1)
+        if kept[-1].tokens >= max(config.whole_tree, least):
+            break
+        behind += kept.pop().tokens
     return kept
 
 

@@ -16,7 +16,7 @@ from squeezed.hf.editing import append
 from squeezed.hf.growing import Growing, silent
 
 TEXT = document(640)
-APART = GrowthConfig(whole_tree=0)
+APART = GrowthConfig(whole_tree=0, tail_share=1)
 """Every append plants a tree of its own."""
 
 
@@ -121,8 +121,23 @@ def test_small_trees_at_the_end_are_joined_as_if_indexed_at_once():
 
 
 def test_a_large_tree_stays_and_the_small_ones_behind_it_are_joined():
-    context = grown(tiny_model(), 400, 100, 140, config=GrowthConfig(whole_tree=300))
+    config = GrowthConfig(whole_tree=300, tail_share=1)
+    context = grown(tiny_model(), 400, 100, 140, config=config)
     assert [tree.tokens for tree in context.trees] == [376, 240]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "trees"),
+    [
+        ((400, 60, 60), [376, 120]),
+        ((400, 60, 60, 20), [376, 120, 20]),
+        ((400, 60, 60, 100), [596]),
+        ((300, 10, 10, 3, 60), [276, 83]),
+    ],
+)
+def test_no_more_than_a_quarter_stands_behind_a_tree(lengths, trees):
+    context = grown(tiny_model(), *lengths, config=GrowthConfig(whole_tree=0))
+    assert [tree.tokens for tree in context.trees] == trees
 
 
 def test_a_context_too_short_to_cluster_grows_into_a_clustered_one():
