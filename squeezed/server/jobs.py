@@ -17,11 +17,13 @@ from squeezed.errors import SqueezedError
 from squeezed.server.documents.extract import Limits, text_of_upload
 from squeezed.server.library.library import Library
 from squeezed.server.library.notes import PLACE, Note, write_json
-from squeezed.server.port import Engine
+from squeezed.server.port import Engine, Progress
 from squeezed.server.refusals import Refusal, refusal_of
+from squeezed.vllm.catalogue import version_of
 
 log = logging.getLogger("squeezed")
 
+INDEX, APPEND = "index", "append"
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 ENDED = (DONE, FAILED, CANCELLED)
 MOST_BEGINNINGS = 3
@@ -42,7 +44,9 @@ class Job:
     """One document on its way.
 
     Attributes:
-        context: name that the context will have.
+        context: name that the context has, or will have.
+        kind: `index` makes a context, `append` puts more text behind that of one.
+        base: version of the context to which text is appended, as it was when that was begun.
         file: name of the uploaded file; `None` for a text.
         state: `waiting`, `running`, `done`, `failed` or `cancelled`.
         phase: `parse`, `prefill`, `cluster`, `calibrate` or `save`, with steps `done` of `total`.
@@ -61,11 +65,13 @@ class Job:
     created: float = 0.0
     finished: float | None = None
     begun: int = 0
+    kind: str = INDEX
+    base: str | None = None
 
     @property
     def public(self) -> dict[str, Any]:
         """The job as `/v1/jobs` shows it."""
-        shown = {k: v for k, v in asdict(self).items() if k not in ("note", "begun")}
+        shown = {k: v for k, v in asdict(self).items() if k not in ("note", "begun", "base")}
         created, finished = int(self.created), self.finished and int(self.finished)
         return {"object": "context.job", **shown, "created": created, "finished": finished}
 
@@ -98,16 +104,27 @@ class Jobs:
         waiting = [job for job in self.jobs.values() if job.state not in ENDED]
         if any(job.context == name for job in waiting):
             raise Refusal(409, f"name: {name!r} is being made already", "name", "name_taken")
+        return self._check_waiting(name)
+
+    def _check_waiting(self, name: str) -> str:
+        """The name; raises `Refusal` if too many jobs wait."""
+        waiting = [job for job in self.jobs.values() if job.state not in ENDED]
         if len(waiting) >= self.most:
             raise Refusal(
                 429, f"{len(waiting)} documents wait already; try later", None, "busy", 30
             )
         return name
 
-    async def add(self, name: str, data: bytes, file: str | None, note: Note) -> Job:
-        """Take a document, on the disk before this returns."""
-        name = self.check_room(name)
-        job = Job(f"job-{uuid4().hex}", name, file, asdict(note), created=time.time())
+    async def add(
+        self, name: str, data: bytes, file: str | None, note: Note, kind: str = INDEX
+    ) -> Job:
+        """Take a document, on the disk before this returns.
+
+        Args:
+            kind: `append` takes it for a context that is there.
+        """
+        name = self.check_room(name) if kind == INDEX else self._check_waiting(name)
+        job = Job(f"job-{uuid4().hex}", name, file, asdict(note), created=time.time(), kind=kind)
         self.jobs[job.id] = job  # from now on the name is taken
         self.storing.add(job.id)
         try:
@@ -183,6 +200,9 @@ class Jobs:
 
         progress("parse", 0, 1)
         text = await asyncio.to_thread(self._text, job, lambda: progress("parse", 0, 1))
+        if job.kind == APPEND:
+            await self._append(job, text, progress)
+            return
         path = self.library.path_of(job.context)
         if not path.exists():
             await self.engine.index(text, path, progress)
@@ -190,6 +210,16 @@ class Jobs:
             raise SqueezedError(f"name: {job.context!r} was taken meanwhile; choose another name")
         note = Note.of(job.note or {})
         await asyncio.to_thread(self.library.made, job.context, note)
+
+    async def _append(self, job: Job, text: str, progress: Progress) -> None:
+        """A job that was saved before the server was killed finds another version: it is done."""
+        entry = await asyncio.to_thread(self.library.named, job.context)
+        if job.base is None:
+            job.base = entry.version
+            await asyncio.to_thread(self._write, job)
+        if job.base == await asyncio.to_thread(version_of, entry.path):
+            await self.engine.append(text, entry.path, progress)
+        await asyncio.to_thread(self.library.grown, job.context)
 
     def _text(self, job: Job, look: Any) -> str:
         path = self.place / job.id / DOCUMENT

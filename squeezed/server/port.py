@@ -123,6 +123,10 @@ class Engine(Protocol):
         """Make a context of `text` and save it at `path`."""
         ...
 
+    async def append(self, text: str, path: Path, progress: Progress) -> None:
+        """Put a text behind that of the context at `path`; who reads the old one goes on."""
+        ...
+
     def measured(self, record: ContextRecord) -> int:
         """Bytes that a context takes in the engine's memory."""
         ...

@@ -84,6 +84,12 @@ class VllmEngine:
             progress("cluster", 0, 1)
             await asyncio.sleep(POLL_SECONDS)
 
+    async def append(self, text: str, path: Path, progress: Progress) -> None:
+        raise SqueezedError(
+            "append: under vLLM a context does not grow; append with squeezed append, and the new "
+            "version is found"
+        )
+
     def measured(self, record: ContextRecord) -> int:
         tokens, whole = len(record.tokens), Share()
         return sum(bytes_on(outline, tokens, whole) for outline in record.outlines)

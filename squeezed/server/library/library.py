@@ -132,6 +132,12 @@ class Library:
             self.notes.put(name, replace(note, created=time.time(), used=time.time()))
             self.shelf.look()
 
+    def grown(self, name: str) -> None:
+        """Find the new version of a context; who reads the old one goes on."""
+        with self._one_change:
+            self.engine.forget(name)
+            self.shelf.look()
+
     def change(self, name: str, change: ContextChange) -> Entry:
         """Carry out what a `PATCH` names; the name last."""
         with self._one_change:

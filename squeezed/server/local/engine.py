@@ -32,6 +32,7 @@ from squeezed.server.local.rows import Finished, Row, Ticket
 from squeezed.server.port import Ask, Ended, Piece, Progress
 from squeezed.server.refusals import Refusal, refusal_of
 from squeezed.system.failures import readable_failures
+from squeezed.vllm.catalogue import version_of
 from squeezed.vllm.cutting import Share, bytes_on
 
 if TYPE_CHECKING:
@@ -177,6 +178,26 @@ class LocalEngine:
         made = self.session.index(text, None, None, template, limited)
         progress("save", 0, 1)
         made.save(path)
+
+    async def append(self, text: str, path: Path, progress: Progress) -> None:
+        async with self._one_document:
+            await asyncio.to_thread(self._append, text, path, progress)
+
+    def _append(self, text: str, path: Path, progress: Progress) -> None:
+        """Into a new version, which takes the old one's place if that is still there."""
+        version, most = version_of(path), self.limits.document_tokens
+        old = engine.load(path, self.model)
+        tokens = len(old.tokens) + len(old.template.further_ids(self.tokenizer, text))
+        if tokens > most:
+            raise SqueezedError(
+                f"text: the document would have {tokens:,} tokens, at most {most:,} are taken "
+                "here; make another context of it"
+            )
+        grown = engine.append(self.model, self.tokenizer, old, text, 1.0, progress)
+        progress("save", 0, 1)
+        if version_of(path) != version:
+            raise SqueezedError("context: it was changed while text was appended; try again")
+        grown.save(path)
 
     @readable_failures()
     def _load(self, entry: Entry) -> FixedContext:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,13 +15,13 @@ from starlette.datastructures import UploadFile
 from squeezed.context.text import check_text
 from squeezed.errors import SqueezedError, shown
 from squeezed.server.documents.extract import kind_of
-from squeezed.server.jobs import DONE, ENDED, Job
+from squeezed.server.jobs import APPEND, DONE, ENDED, Job
 from squeezed.server.library.names import name_from_file
 from squeezed.server.library.notes import Note
 from squeezed.server.refusals import Refusal
 from squeezed.server.routes.state import Json, Server, server_of
 from squeezed.server.wire.replies import event
-from squeezed.server.wire.requests import ContextChange, ContextRequest
+from squeezed.server.wire.requests import AppendRequest, ContextChange, ContextRequest
 
 router = APIRouter()
 
@@ -69,7 +69,7 @@ async def make(request: Request) -> Response:
         raise Refusal(503, "the server is about to end", None, "closing", 10)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        body, data, file = await _of_json(request)
+        body, data, file = await _of_json(request, ContextRequest)
     elif kind == "multipart/form-data":
         body, data, file = await _of_form(request)
     else:
@@ -83,9 +83,34 @@ async def make(request: Request) -> Response:
     return Json(job.public, 202, headers={"Location": f"/v1/jobs/{job.id}"})
 
 
-async def _of_json(request: Request) -> tuple[ContextRequest, bytes, None]:
+@router.post(
+    "/v1/contexts/{name}/append",
+    status_code=202,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": AppendRequest.model_json_schema()}},
+        }
+    },
+)
+async def append(name: str, request: Request) -> Response:
+    """Put a text behind that of a context; 202 with the job that reads it. The new version takes
+    the old one's place when the job is done, and answers that read the old one go on."""
+    server = server_of(request)
+    if server.closing:
+        raise Refusal(503, "the server is about to end", None, "closing", 10)
+    entry = await asyncio.to_thread(server.library.named, name)
+    _, data, _ = await _of_json(request, AppendRequest)
+    job = await server.jobs.add(entry.name, data, None, Note(), APPEND)
+    return Json(job.public, 202, headers={"Location": f"/v1/jobs/{job.id}"})
+
+
+Body = TypeVar("Body", ContextRequest, AppendRequest)
+
+
+async def _of_json(request: Request, kind: type[Body]) -> tuple[Body, bytes, None]:
     try:
-        body = ContextRequest.model_validate_json(await request.body())
+        body = kind.model_validate_json(await request.body())
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
     if not check_text("text", body.text).strip():

@@ -147,6 +147,12 @@ class ContextRequest(Strict):
     pinned: bool = False
 
 
+class AppendRequest(Strict):
+    """`POST /v1/contexts/{name}/append`: more text. A file is sent as a form."""
+
+    text: str
+
+
 class ContextChange(Strict):
     """`PATCH /v1/contexts/{name}`: what is given changes; `ttl: null` ends a lifetime."""
 
