@@ -40,8 +40,10 @@ class SqueezedBuilder(FlashAttentionMetadataBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
-        """Full graphs hold batches without contexts, which only our worker tells apart."""
-        if vllm_config.parallel_config.worker_cls == GPU_WORKER:
+        """Full graphs hold batches without contexts, which only our worker tells apart, and only in
+        vLLM's second model runner."""
+        ours = vllm_config.parallel_config.worker_cls == GPU_WORKER
+        if ours and vllm_config.use_v2_model_runner:
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.NEVER
 

@@ -34,7 +34,11 @@ SYMBOLS: dict[str, dict[str, str]] = {
         "EngineArgs.create_engine_config": "",
     },
     "vllm.utils.argparse_utils": {"FlexibleArgumentParser": ""},
-    "vllm.config": {"get_current_vllm_config": "", "CUDAGraphMode.NONE": ""},
+    "vllm.config": {
+        "get_current_vllm_config": "",
+        "CUDAGraphMode.NONE": "",
+        "VllmConfig.use_v2_model_runner": "",
+    },
     "vllm.distributed.parallel_state": {"get_tp_group": "", "graph_capture": "device"},
     "vllm.forward_context": {
         "get_forward_context": "",

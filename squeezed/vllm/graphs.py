@@ -17,11 +17,12 @@ import torch
 
 log = logging.getLogger("squeezed")
 
-WARM_RUNS = 2
-"""Steps of a batch that are launched from Python first: kernels are compiled there."""
+WARM_RUNS = 8
+"""Steps of a batch that are launched from Python first: kernels are compiled there, and a batch
+that seldom comes is not worth its graph."""
 
-MOST = 128
-"""Graphs that are kept."""
+MOST = 64
+"""Graphs that are kept: each takes some ten megabytes of the GPU besides what vLLM accounts for."""
 
 Replay = Callable[[], Any]
 

@@ -24,7 +24,9 @@ from squeezed.vllm import gpu_worker
 from squeezed.vllm.arena import HeldContext
 from squeezed.vllm.blocks import ContextAttentionSpec
 from squeezed.vllm.cutting import Share
+from squeezed.vllm.graphs import WARM_RUNS
 from squeezed.vllm.news import Reader, StepNews
+from squeezed.vllm.plugin import GPU_WORKER
 from squeezed.vllm.settings import Settings
 from squeezed.vllm.worker import WORKER
 
@@ -315,15 +317,16 @@ def test_batches_that_only_decode_are_captured_and_read_what_is_new(worker):
     for request in READERS:
         worker.reports[request] = {}
     spent = {}
-    for seed in range(8):
+    steps_done = WARM_RUNS + 4
+    for seed in range(steps_done):
         rows = [("a", 1, 330 + seed), ("b", 1, 312 + seed), ("x", 1, 40)]
         check(Batch(*(rows if seed % 2 else rows[::-1]), seed=seed), stage)
         spent = worker.spent()
     assert len(captured) == 1
     one = sum(x.clustered * KV_HEADS for x in worker.arena.held["one"].layers)
-    assert spent["a"][1] == spent["b"][1] == 8 * one
+    assert spent["a"][1] == spent["b"][1] == steps_done * one
     assert spent["a"][0] != spent["b"][0]
-    for seed in range(4):
+    for seed in range(WARM_RUNS + 2):
         check(Batch(("c", 1, 501), ("x", 1, 9), ("a", 1, 330), seed=seed), stage)
     assert len(captured) == 2
     assert check(Batch(*BATCHES["all at once"]), stage).step.alike is None
@@ -335,7 +338,7 @@ def test_a_step_that_makes_a_context_is_never_replayed(worker):
     steps = gpu_worker.ContextSteps(Manager(), CPU, True)
     stage = Stage(steps)
     worker.jobs["x"] = SimpleNamespace(see=lambda *args: None, complete=False, order=None)
-    for seed in range(4):
+    for seed in range(WARM_RUNS + 2):
         Batch(("a", 1, 330 + seed), ("b", 1, 312), seed=seed).answer(stage)
     assert not steps.graphs.runs
 
@@ -354,6 +357,20 @@ def test_full_graphs_of_vllm_are_for_steps_without_contexts(worker):
     worker.jobs["y"] = None
     worker.foresee(None, ["y"])
     assert steps.dispatch(**asked) == "pieces"
+
+
+@pytest.mark.parametrize(
+    ("worker_cls", "second_runner", "support"),
+    [
+        (GPU_WORKER, True, "UNIFORM_SINGLE_TOKEN_DECODE"),
+        (GPU_WORKER, False, "NEVER"),
+        ("vllm.v1.worker.gpu_worker.Worker", True, "NEVER"),
+    ],
+)
+def test_full_graphs_need_the_worker_that_tells_contexts_apart(worker_cls, second_runner, support):
+    parallel = SimpleNamespace(worker_cls=worker_cls)
+    config = SimpleNamespace(parallel_config=parallel, use_v2_model_runner=second_runner)
+    assert builders.SqueezedBuilder.get_cudagraph_support(config, None).name == support
 
 
 def test_buffers_of_graphs_stay_where_they_are():

@@ -30,7 +30,7 @@ def runs(graphs, key, times):
 def test_a_batch_that_comes_again_is_captured_once():
     recorder = Recorder()
     graphs = StepGraphs(recorder)
-    assert runs(graphs, "a", 10) == 10, "every run happens, replayed or not"
+    assert runs(graphs, "a", 3 * WARM_RUNS) == 3 * WARM_RUNS, "every run happens, replayed or not"
     assert recorder.captured == 1
     assert runs(graphs, "b", WARM_RUNS) == WARM_RUNS
     assert recorder.captured == 1
@@ -39,10 +39,10 @@ def test_a_batch_that_comes_again_is_captured_once():
 def test_what_is_given_back_is_forgotten():
     recorder = Recorder()
     graphs = StepGraphs(recorder)
-    runs(graphs, "a", 5)
+    runs(graphs, "a", WARM_RUNS + 1)
     graphs.forget()
     assert not graphs.replays
-    assert runs(graphs, "a", 5) == 5
+    assert runs(graphs, "a", WARM_RUNS + 2) == WARM_RUNS + 2
     assert recorder.captured == 2
 
 
@@ -59,5 +59,5 @@ def test_graphs_are_not_kept_for_ever():
 
 def test_a_failed_capture_launches_and_is_not_tried_again():
     graphs = StepGraphs(Recorder(fails=True))
-    assert runs(graphs, "a", 5) == 5
+    assert runs(graphs, "a", WARM_RUNS + 2) == WARM_RUNS + 2
     assert graphs.off and not graphs.replays
