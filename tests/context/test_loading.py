@@ -1,5 +1,6 @@
 """Files from strangers: whatever they hold, one line or an answer, and what was checked is used."""
 
+import errno
 import gc
 import json
 import os
@@ -371,6 +372,22 @@ def test_names_of_nothing_are_refused(name, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     refused(tmp_path / name)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE])
+@pytest.mark.parametrize("name", ["context.json", "layer_000.safetensors"])
+def test_why_a_file_cannot_be_opened_is_said(name, code, saved, monkeypatch):
+    """Of another user, on a broken disk, by a process that has too many open."""
+    opened = os.open
+
+    def refused(path, *args, **kwargs):
+        if path == name:
+            raise OSError(code, os.strerror(code))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr("os.open", refused)
+    with pytest.raises(SqueezedError, match=os.strerror(code)):
+        directory.load(saved).layers[0]
 
 
 def test_what_was_checked_is_what_is_used(saved):

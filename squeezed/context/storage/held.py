@@ -82,9 +82,16 @@ class HeldDirectory:
             found = os.stat(self.path / MANIFEST)
         except OSError:
             return self.seen is None
-        if self.seen is None:  # what is no file cannot have been read, nor have replaced one
-            return not stat.S_ISREG(found.st_mode)
-        return _mark(found) == self.seen
+        if not stat.S_ISREG(found.st_mode):  # it cannot have replaced a file
+            return self.seen is None
+        return _mark(found) == (self.seen or self._mark_here())
+
+    def _mark_here(self) -> Mark | None:
+        """Of a description that could not be read."""
+        try:
+            return _mark(self._stat(MANIFEST))
+        except OSError:
+            return None
 
     def _open(self, name: str) -> int:
         """Never waits, as opening a pipe would."""
