@@ -1,6 +1,8 @@
 """The measurement of a crowd, against a server in a thread: it sees what is right, and what not."""
 
+import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -94,3 +96,27 @@ def test_requests_are_of_every_kind():
     cases = cases_over(["a", "b"], 20)
     assert {case.get("context") for case in cases} == {"a", "b", None}
     assert all(10 < case["max_tokens"] <= 20 for case in cases)
+
+
+def test_page_tells_what_the_record_holds():
+    root = Path(__file__).parents[2]
+    (row,) = json.loads((root / "benchmarks" / "server_load.json").read_text())["rows"]
+    page = (root / "docs" / "measurements.md").read_text(encoding="utf-8")
+    table = page.split("<!-- crowd -->")[1].split("<!-- /crowd -->")[0]
+    results = [line.split(" | ")[-1].strip(" |") for line in table.strip().splitlines()[2:]]
+    tiny_ones, pauses = row["tiny_requests"], row["pause_beside_indexing_ms"]
+    assert tiny_ones["memory_after"] == tiny_ones["memory_before"] and not tiny_ones["wrong"]
+    assert row["eight_on_one_document"]["answers_equal"] and sum(row["done"].values()) == 150
+
+    def seconds(name):
+        return ", ".join(f"{row[name][part] / 1e3:.1f} s" for part in ("median", "p90", "p99"))
+
+    assert results == [
+        str(row["wrong"]),
+        f"{row['eight_on_one_document']['speed_up']} times the throughput",
+        f"{row['memory_growth']:.1%}".replace("%", " %"),
+        ", ".join(f"{pauses[when]['longest']:.0f} ms" for when in ("quiet", "beside")),
+        seconds("first_token_ms"),
+        seconds("further_token_ms"),
+        f"{tiny_ones['seconds']} s, memory the same",
+    ]

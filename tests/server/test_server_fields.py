@@ -292,7 +292,11 @@ def test_other_routes_and_methods_are_errors_of_the_same_kind(served):
             ("GET", "/v1/models/other", 404),
         ):
             found = http.request(method, path)
-            assert found.status_code == status and found.json()["error"]["message"]
+            message = found.json()["error"]["message"]
+            assert found.status_code == status and message
+            if status == 405:
+                assert found.headers["allow"] == "POST" and "expected POST" in message
+            assert path != "/v1/nothing" or "nothing at /v1/nothing" in message
     assert [m.id for m in served.openai().models.list()] == ["tiny"]
     assert served.openai().models.retrieve("tiny").id == "tiny"
 

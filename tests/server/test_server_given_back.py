@@ -89,6 +89,18 @@ def test_head_says_what_get_does_without_the_body(served):
             assert head.headers["content-type"] == get.headers["content-type"]
 
 
+def test_document_with_fields_that_say_nothing_is_taken(served):
+    body = {"name": "two", "text": "alpha beta", "title": None, "ttl": None, "pinned": None}
+    with served.http() as http:
+        job = http.post("/v1/contexts", json=body)
+        assert job.status_code == 202 and served.wait(job.json()["id"])["state"] == "done"
+        found = http.get("/v1/contexts/two").json()
+        assert (found["title"], found["ttl"], found["pinned"]) == (None, None, False)
+        http.delete("/v1/contexts/two")
+        missing = http.post("/v1/contexts", json=body | {"text": None})
+        assert missing.status_code == 400 and missing.json()["error"]["param"] == "text"
+
+
 def test_document_without_a_type_is_refused_in_whole_words(served):
     with served.http() as http:
         said = http.post("/v1/contexts", content=b"").json()["error"]["message"]

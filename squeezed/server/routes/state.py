@@ -116,7 +116,9 @@ def answer_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return refused(Refusal(error.status_code, str(error.detail)))
+        answer = refused(Refusal(error.status_code, in_words(error, request)))
+        answer.headers.update(error.headers or {})
+        return answer
 
     @app.exception_handler(ClientLeft)
     async def on_left(request: Request, error: Exception) -> Response:
@@ -125,6 +127,16 @@ def answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def on_fault(request: Request, error: Exception) -> Response:
         return refused(refusal_of(error))
+
+
+def in_words(error: HTTPException, request: Request) -> str:
+    """What the framework says in two words, with what was expected."""
+    if error.status_code == 404:
+        return f"there is nothing at {shown(request.url.path)}; /openapi.json lists what there is"
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return f"{shown(request.method)} is not taken here; expected {allowed}"
+    return str(error.detail)
 
 
 def of_validation(error: RequestValidationError) -> Refusal:

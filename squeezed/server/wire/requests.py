@@ -137,7 +137,7 @@ class ResponsesRequest(Answering):
         return said
 
 
-class ContextRequest(Strict):
+class ContextRequest(Given):
     """`POST /v1/contexts`: a document's text. A file is sent as a form with the same fields."""
 
     name: str = Field(pattern=NAME)
