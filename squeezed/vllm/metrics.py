@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
+from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
@@ -79,8 +82,15 @@ class Stats(KVConnectorStats):
 class Prometheus(KVConnectorPromMetrics):
     """`squeezed_*` metrics of every engine."""
 
+    registered: ClassVar[list[Any]] = []
+    """Of the engine before in this process, in whose place the next one's metrics stand, as with
+    vLLM's own."""
+
     def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        while self.registered:
+            with suppress(KeyError):  # where an engine keeps its metrics elsewhere
+                REGISTRY.unregister(self.registered.pop())
         self.requests = self._counter_cls(
             "squeezed_requests_total",
             "Requests by how they were served: over a context, dense, or dense though a context "
@@ -98,6 +108,8 @@ class Prometheus(KVConnectorPromMetrics):
         self.load_seconds = self._histogram_cls(
             "squeezed_load_seconds", "Time to load a context.", labelnames, buckets=SECONDS
         )
+        self.registered += [*self.counters.values(), *self.gauges.values()]
+        self.registered += [self.requests, self.load_seconds]
 
     def observe(self, transfer_stats_data, engine_idx: int = 0) -> None:
         if not transfer_stats_data:
