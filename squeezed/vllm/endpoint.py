@@ -22,8 +22,8 @@ from squeezed.context.text import check_text
 from squeezed.errors import SqueezedError, expect
 from squeezed.vllm.asking import Asked, fallback_in
 from squeezed.vllm.capture import ARGUMENT, checked_name, order_of
+from squeezed.vllm.engine import catalogue_of, engine_of, place_of
 from squeezed.vllm.pace import Pace
-from squeezed.vllm.scheduler import catalogue_of, engine_of, place_of
 from squeezed.vllm.settings import Settings
 
 POLL_SECONDS = 0.1

@@ -104,7 +104,7 @@ def _arguments(words: list[str], on_cpu: bool):
 
 
 def _order(arguments, asked: Asked, place: Path) -> Order:
-    from squeezed.vllm.scheduler import engine_of
+    from squeezed.vllm.engine import engine_of
 
     config = arguments.create_engine_config()
     asked.check(config.model_config.max_model_len)

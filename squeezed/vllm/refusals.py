@@ -47,3 +47,18 @@ def complaints(config: Any, on_cpu: bool) -> Iterator[str]:
             "model runner: expected V2, got V1, which does not say which row is which request; set "
             "VLLM_USE_V2_MODEL_RUNNER=1"
         )
+
+
+def impossible(request: Any, looks_up: bool = True) -> str | None:
+    """Why a request cannot read any context; `looks_up` says whether it should."""
+    if request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None:
+        return "prompt_embeds: a prompt of embeddings has no tokens to compare with a context"
+    if request.lora_request is not None:
+        return "lora_request: contexts were made without adapters, and this request ran dense"
+    if request.mm_features:
+        return "multi-modal prompts run dense"
+    if request.skip_reading_prefix_cache and looks_up:
+        return "prompt_logprobs: all of the prompt must be computed, so this request ran dense"
+    if request.pooling_params is not None or getattr(request, "resumable", False):
+        return "contexts are for requests that generate, with a prompt that is complete"
+    return None

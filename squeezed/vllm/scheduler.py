@@ -9,20 +9,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from squeezed.context.record import ContextRecord
-from squeezed.context.storage.manifest import MANIFEST
 from squeezed.errors import SqueezedError
-from squeezed.hf.identity.checkpoint import Checkpoint
 from squeezed.vllm import blocks, capture, metrics
-from squeezed.vllm.catalogue import Catalogue
-from squeezed.vllm.cutting import Share, bytes_on
+from squeezed.vllm.engine import catalogue_of, device_bytes, engine_of, place_of
 from squeezed.vllm.news import Origin, Reader, StepNews, WorkerNews
-from squeezed.vllm.refusals import check_engine
+from squeezed.vllm.refusals import check_engine, impossible
 from squeezed.vllm.residency import Residency
 from squeezed.vllm.serving import SLIDING, Reading, Serving
 from squeezed.vllm.settings import Settings
@@ -99,7 +94,7 @@ class SchedulerHalf:
             request.request_id,
             request.prompt_token_ids,
             arguments,
-            self.never or _impossible(request),
+            self.never or impossible(request),
         )
         if reading.why is not None:
             self.to_tell.fallbacks[request.request_id] = reading.why
@@ -115,7 +110,7 @@ class SchedulerHalf:
             request.skip_reading_prefix_cache = True
         reading = self.serving.readings[request.request_id] = Reading(request.request_id, None)
         try:
-            if self.never or _impossible(request, looks_up=False):
+            if self.never or impossible(request, looks_up=False):
                 raise SqueezedError(
                     f"{capture.ARGUMENT}: documents are indexed here for models without sliding "
                     "windows; use squeezed index"
@@ -270,69 +265,3 @@ class SchedulerHalf:
         if self.failed_at is not None and time.monotonic() - self.failed_at > RETRY_SECONDS:
             self.serving.residency.forget_failures()
             self.failed_at = None
-
-
-def catalogue_of(vllm_config, settings: Settings) -> Catalogue:
-    """Contexts for an engine, after a first look."""
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    shares = [Share(rank, ranks) for rank in range(ranks)]
-
-    def measured(record: ContextRecord) -> int:
-        """On the rank that holds most."""
-        tokens = len(record.tokens)
-        return max(sum(bytes_on(x, tokens, share) for x in record.outlines) for share in shares)
-
-    block_size = vllm_config.cache_config.block_size
-    found = Catalogue(settings.contexts, block_size, measured, checkpoint_of(vllm_config).check)
-    found.look()
-    return found
-
-
-def _impossible(request, looks_up: bool = True) -> str | None:
-    """Why a request cannot read any context; `looks_up` says whether it should."""
-    if request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None:
-        return "prompt_embeds: a prompt of embeddings has no tokens to compare with a context"
-    if request.lora_request is not None:
-        return "lora_request: contexts were made without adapters, and this request ran dense"
-    if request.mm_features:
-        return "multi-modal prompts run dense"
-    if request.skip_reading_prefix_cache and looks_up:
-        return "prompt_logprobs: all of the prompt must be computed, so this request ran dense"
-    if request.pooling_params is not None or getattr(request, "resumable", False):
-        return "contexts are for requests that generate, with a prompt that is complete"
-    return None
-
-
-def checkpoint_of(vllm_config) -> Checkpoint:
-    """The files of an engine's model, and how it stores them."""
-    model = vllm_config.model_config
-    return Checkpoint(Path(model.model), model.hf_text_config, model.quantization)
-
-
-def engine_of(vllm_config) -> dict[str, Any]:
-    """What an `Order` says of the engine that captures."""
-    model, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
-    return {
-        "model": checkpoint_of(vllm_config).fingerprint(),
-        "ranks": ranks,
-        "layers": model.hf_text_config.num_hidden_layers,
-        "kv_heads": model.get_total_num_kv_heads(),
-        "dtype": str(model.dtype),
-    }
-
-
-def place_of(settings: Settings) -> Path | None:
-    """The directory in which contexts are saved: the first that is none itself."""
-    found = (p for p in settings.contexts if p.is_dir() and not (p / MANIFEST).exists())
-    return next(found, None)
-
-
-def device_bytes(on_cpu: bool) -> int:
-    """Memory of a rank's device."""
-    if on_cpu:
-        import psutil
-
-        return psutil.virtual_memory().total
-    from vllm.platforms import current_platform
-
-    return current_platform.get_device_total_memory()
