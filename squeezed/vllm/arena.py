@@ -67,11 +67,16 @@ class HeldContext:
         return sum(layer.clustered * layer.kv_heads for layer in self.layers)
 
     def attend(
-        self, query: Tensor, layer: int, rule: SelectionRule, suffix: Suffix | None = None
+        self,
+        query: Tensor,
+        layer: int,
+        rule: SelectionRule,
+        suffix: Suffix | None = None,
+        valid: Tensor | None = None,
     ) -> Attended:
         """Attention of `[B, Hq, Q, D]` to a layer, and to what follows the context if given."""
         compute = ops.implementation(self.implementation, self.device)
-        return compute(query, self.layers[layer], rule, suffix)
+        return compute(query, self.layers[layer], rule, suffix, valid)
 
     def single_tokens(self, preset: str) -> int:
         """How many of a prompt's last tokens select alone."""

@@ -28,11 +28,11 @@ def join(
     """Put the joined answers of some tokens into `output`, and count what they read.
 
     Args:
-        found: `N` tokens' attention to the context: `[N, Hq, 1, D]`, or `[1, Hq, N, D]`.
+        found: attention to the context of `B` rows of `Q` tokens, `B x Q = N`: `[B, Hq, Q, D]`.
         query: `[T, Hq, D]`, of all tokens of the batch.
         output: `[T, Hq, D]`, what vLLM's kernel found; written in place.
         own: `[Hq, T]` float32, its log-sum-exp.
-        places: `[N]` int64, which tokens of the batch they are.
+        places: `[N]` int64, which tokens of the batch they are; -1 for one that is none.
         reads: `[B]` int64, to which `found.keys_read` is added; `None` counts nothing.
     """
     context, mass = _by_token(found.output), _by_token(found.log_mass)
@@ -42,6 +42,8 @@ def join(
         return
     if reads is not None:
         reads += found.keys_read
+    is_one = places >= 0
+    context, mass, places = context[is_one], mass[is_one], places[is_one]
     asked = query[places]
     common = layer.common_logit(asked.unsqueeze(2))[:, :, 0]
     share = torch.sigmoid(mass.float() + common - own.t()[places].float())[..., None]
@@ -50,8 +52,8 @@ def join(
 
 
 def _by_token(found: Tensor) -> Tensor:
-    """`[N, Hq, 1, ...]` or `[1, Hq, N, ...]` as `[N, Hq, ...]`."""
-    return found[:, :, 0] if found.shape[2] == 1 else found[0].transpose(0, 1)
+    """`[B, Hq, Q, ...]` as `[B Q, Hq, ...]`; a copy only if there are several of both."""
+    return found.transpose(1, 2).flatten(0, 1)
 
 
 def _launch(
@@ -125,11 +127,12 @@ def join_rows(
     """One token and query head; `[DIM]` numbers in one warp."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     place = tl.load(places + row)
-    counts = (head == 0) & (row < counted)  # of one request there may be many rows, but one count
+    is_one, place = place >= 0, tl.maximum(place, 0)
+    counts = (head == 0) & (row < counted)  # of one row there may be many tokens, but one count
     total = tl.load(reads + row, counts, 0) + tl.load(read + row, counts, 0)
     tl.store(reads + row, total, counts)
     lanes = tl.arange(0, BLOCK)
-    inside = lanes < DIM
+    inside = (lanes < DIM) & is_one
     asked = tl.load(query + place * query_token + head * query_head + lanes, inside, 0.0)
     shared = tl.load(centre + (head // GROUP) * DIM + lanes, inside, 0.0)
     common = scale * tl.sum(asked.to(tl.float32) * shared.to(tl.float32))

@@ -16,44 +16,54 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 from squeezed.attention.interface import Attended
 from squeezed.vllm.arena import HeldContext
 from squeezed.vllm.builder import SqueezedBuilder, SqueezedMetadata, on_device
-from squeezed.vllm.rows import ALONE, WHOLE, Groups, Row, grouped, rows_of
+from squeezed.vllm.rows import ALONE, BLOCKS, WHOLE, Groups, Row, grouped, rows_of
 from squeezed.vllm.worker import WORKER
 
 
 @dataclass
 class Call:
-    """Tokens that one call of our kernels answers.
+    """Tokens that one call of our kernels answers: `B` rows of `Q` tokens, `B x Q = N`.
+
+    Generated tokens are rows of one. Tokens that each read all of a document are one row, whoever
+    asks; those of prompts that select alone are a row for each request, filled up to the longest.
 
     Attributes:
         kind: how they read (`rows.Row.parts`).
-        places: `[N]` int64, their places in the batch, on the device.
-        is_all: whether they are all tokens of the batch: nothing is gathered then.
-        decoding: generated tokens, of several requests; otherwise tokens of one request's prompt.
-        reads: `[R]` int64, keys that each request has read in this step so far.
+        lengths: how many tokens each row has.
+        places: `[N]` int64, their places in the batch, on the device; -1 where a row is filled up.
+        asked: `[N]` int64, the same with some place of the batch there; `None` if the tokens are
+            all of the batch in its order: nothing is gathered then.
+        valid: `[B, Q]` bool, or `None` if no row is filled up.
+        reads: `[B]` int64, keys that each row has read in this step so far.
     """
 
     context: HeldContext
     rows: list[Row]
     kind: str
+    lengths: list[int]
     places: Tensor
-    is_all: bool
-    decoding: bool
+    asked: Tensor | None
+    valid: Tensor | None
     reads: Tensor
 
     def attend(self, number: int, query: Tensor) -> Attended:
-        """Attention of a layer to the context: `[N, Hq, 1, D]`, or `[1, Hq, N, D]`."""
+        """Attention of a layer to the context: `[B, Hq, Q, D]`."""
         reader = self.rows[0].reader
         rule = self.context.rule(reader.budget, reader.preset, number, self.kind)
-        asked = query if self.is_all else query[self.places]
-        asked = asked[:, :, None] if self.decoding else asked.transpose(0, 1)[None]
-        return self.context.attend(asked, number, rule)
+        asked = query if self.asked is None else query[self.asked]
+        asked = asked.unflatten(0, (len(self.lengths), -1)).transpose(1, 2)
+        return self.context.attend(asked, number, rule, valid=self.valid)
 
     def count(self) -> None:
         """At the end of the step: all layers have read."""
-        if self.kind != WHOLE:
-            tokens = 1 if self.decoding else len(self.places)
-            of_all = tokens * self.context.keys_per_token
-            WORKER.meter.count([row.request for row in self.rows], self.reads, of_all)
+        if self.kind == WHOLE:
+            return
+        of_all, requests = self.context.keys_per_token, [row.request for row in self.rows]
+        if max(self.lengths) == 1:
+            WORKER.meter.count(requests, self.reads, of_all)
+            return
+        for one, request, tokens in zip(self.reads.split(1), requests, self.lengths, strict=True):
+            WORKER.meter.count([request], one, tokens * of_all)
 
 
 @dataclass
@@ -120,24 +130,61 @@ def calls_of(groups: Groups, builder: SqueezedBuilder, tokens: int, in_place: bo
         tokens: of the batch.
         in_place: into the builder's buffers, where graphs look for them.
     """
-    found = [(rows, ALONE, [row.start for row in rows], True) for rows in groups.decodes]
-    for row in groups.prefills:
-        single = context_of(row).single_tokens(row.reader.preset)
-        for kind, part in row.parts(single):
-            places = list(range(row.start + part.start, row.start + part.stop))
-            found.append(([row], kind, places, False))
-    flat = torch.tensor([place for _, _, places, _ in found for place in places])
-    flat = on_device(flat, builder.device)
-    reads = flat.new_zeros(sum(len(rows) for rows, *_ in found))
+    found = [(ALONE, rows, [[row.start] for row in rows]) for rows in groups.decodes]
+    found += parts_of(groups.prefills)
+    filled = [filled_up(places) for _, _, places in found]
+    flat = on_device(torch.tensor([place for places in filled for place in places]), builder.device)
+    reads = flat.new_zeros(sum(len(rows) for _, rows, _ in found))
     if in_place:
         flat = builder.places[: len(flat)].copy_(flat)
         reads = builder.reads[: len(reads)].zero_()
-    parts = flat.split([len(places) for _, _, places, _ in found])
-    counted = reads.split([len(rows) for rows, *_ in found])
-    return [
-        Call(context_of(rows[0]), rows, kind, own, places == list(range(tokens)), decoding, read)
-        for (rows, kind, places, decoding), own, read in zip(found, parts, counted, strict=True)
-    ]
+    on_gpu = flat.split([len(places) for places in filled])
+    counted = reads.split([len(rows) for _, rows, _ in found])
+    calls = []
+    for (kind, rows, places), own, where, read in zip(found, filled, on_gpu, counted, strict=True):
+        is_filled = -1 in own
+        calls.append(
+            Call(
+                context_of(rows[0]),
+                rows,
+                kind,
+                [len(one) for one in places],
+                where,
+                None if own == list(range(tokens)) else where.clamp(min=0) if is_filled else where,
+                (where >= 0).unflatten(0, (len(places), -1)) if is_filled else None,
+                read,
+            )
+        )
+    return calls
+
+
+def parts_of(prefills: list[Row]) -> list[tuple[str, list[Row], list[list[int]]]]:
+    """Tokens of prompts by how they read: kind, rows, and the places of each row's tokens.
+
+    Tokens that read all of a document are one row, for nothing of them is counted. Rows that select
+    alone go together if none is filled up to more than twice its length.
+    """
+    found: dict[tuple, tuple[str, list[Row], list[list[int]]]] = {}
+    for row in prefills:
+        reader = row.reader
+        for kind, part in row.parts(context_of(row).single_tokens(reader.preset)):
+            places = list(range(row.start + part.start, row.start + part.stop))
+            if kind == WHOLE:
+                key: tuple = kind, reader.key, reader.preset
+                _, rows, together = found.setdefault(key, (kind, [row], [[]]))
+                together[0] += places
+                continue
+            size = len(places) if kind == BLOCKS else 1 << (len(places) - 1).bit_length()
+            _, rows, together = found.setdefault((kind, reader.rule, size), (kind, [], []))
+            rows.append(row)
+            together.append(places)
+    return list(found.values())
+
+
+def filled_up(places: list[list[int]]) -> list[int]:
+    """Rows as long as the longest, one after the other; -1 behind a shorter one's tokens."""
+    longest = max(map(len, places))
+    return [place for one in places for place in [*one, *[-1] * (longest - len(one))]]
 
 
 def context_of(row: Row) -> HeldContext:

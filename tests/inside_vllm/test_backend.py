@@ -104,6 +104,8 @@ READERS = {
     "b": Reader("one", "one", 0.1, "best", 300, 310),
     "c": Reader("two", "two", 0.3, "paper", 411, 500),
     "d": Reader("two", "two", 0.1, "best", 411, 560),
+    "e": Reader("one", "one", 0.1, "best", 300, 317),
+    "f": Reader("two", "two", 0.1, "best", 411, 560),
 }
 
 
@@ -263,6 +265,8 @@ BATCHES = {
     "beside plain rows": [("x", 1, 40), ("a", 1, 330), ("y", 1, 3)],
     "a prompt": [("c", 500 - 400, 500)],
     "a prompt in chunks": [("d", 20, 420)],
+    "prompts of one context": [("a", 32, 320), ("x", 5, 5), ("b", 22, 310), ("e", 29, 317)],
+    "long prompts of one rule": [("d", 110, 510), ("e", 20, 308), ("f", 110, 510)],
     "all at once": [("a", 1, 330), ("d", 150, 550), ("x", 30, 30), ("b", 1, 312), ("c", 7, 407)],
 }
 
@@ -301,6 +305,27 @@ def test_what_is_read_is_counted_once_a_step(worker):
     assert spent["a"][1] == one and spent["d"][1] == two * (550 - 411)
     assert all(0 < read < available for read, available in spent.values())
     assert worker.spent() == {}
+
+
+def test_prompts_are_counted_together_as_alone(worker):
+    worker.readers.update(READERS)
+    rows = [("a", 32, 320), ("b", 22, 310), ("e", 29, 317)]
+    alone = {}
+    for row in (*rows, None):
+        for request in READERS:
+            worker.reports[request] = {}
+            worker.meter.forget(request)
+        batch = Batch(*rows, seed=3)
+        if row is None:
+            batch.answer()
+            assert worker.spent() == alone
+            continue
+        own = Batch(row, seed=3)
+        start = int(batch.starts()[rows.index(row)])
+        own.query = batch.query[start : start + row[1]]
+        own.answer()
+        alone |= worker.spent()
+    assert len(alone) == 3
 
 
 def test_batches_that_only_decode_are_captured_and_read_what_is_new(worker):

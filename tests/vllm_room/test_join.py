@@ -54,6 +54,27 @@ def test_two_softmaxes_become_the_one_over_all_keys(kernel, together, dim):
 
 
 @pytest.mark.parametrize("kernel", [False, True])
+def test_rows_of_several_tokens_may_be_filled_up(kernel):
+    layer, query, (keys, values), output, own = parts(1)
+    places = torch.tensor([2, 4, 0, 1, -1, -1])
+    asked = query[places.clamp(min=0)].unflatten(0, (2, 3)).transpose(1, 2)
+    found = attend(asked, layer, rule_of(layer), valid=(places >= 0).view(2, 3))
+    reads, before = torch.zeros(2, dtype=torch.int64), output.clone()
+    if kernel:
+        context, mass = map(joining._by_token, found[:2])
+        counted = found.keys_read, reads
+        joining._launch(context, mass, layer, query, output, own, places, counted)
+    else:
+        joining.join(found, layer, query, output, own, places, reads)
+    assert reads.tolist() == found.keys_read.tolist()
+    real = places[places >= 0]
+    recent = Suffix.of(layer, keys[real], values[real])
+    wanted = attend(query[real][:, :, None], layer, rule_of(layer), recent).output[:, :, 0]
+    torch.testing.assert_close(output[real], wanted, atol=2e-5, rtol=2e-5)
+    assert torch.equal(output[3], before[3])
+
+
+@pytest.mark.parametrize("kernel", [False, True])
 def test_masses_far_apart_do_not_overflow(kernel):
     layer, query, _, output, own = parts(3)
     places = torch.arange(TOKENS)
