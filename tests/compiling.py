@@ -1,6 +1,6 @@
 """Compile kernels for a GPU without one, in a process of its own.
 
-    python compiling.py GPU "OPERATION DTYPE DIM GROUP FAR_FIELD REQUESTS" ...
+    python compiling.py GPU "OPERATION DTYPE DIM GROUP FAR_FIELD REQUESTS [ENCODING]" ...
 
 Prints a JSON object for every case: for every kernel its largest shared memory in bytes, and how
 many versions a second context and prompt of other sizes compiled on top of the first.
@@ -55,24 +55,24 @@ def compile_only():
     JITFunction.run = run
 
 
-def decode(dtype, dim, group, far_field, requests):
+def decode(dtype, dim, group, far_field, requests, encoding):
     from squeezed.attention.interface import Suffix
     from squeezed.attention.triton.decode.launch import decode_step
 
     for tokens, suffix in ((400, 40), (411, 57)):
-        layer, rule = context(dtype, dim, group, far_field, tokens, 1)
+        layer, rule = context(dtype, dim, group, far_field, tokens, 1, encoding)
         query = torch.randn(requests, 2 * group, 1, dim, dtype=dtype)
         keys = torch.randn(requests, 2, suffix, dim, dtype=dtype)
         decode_step(query, layer, rule, Suffix(keys, keys))
         yield
 
 
-def blocks(dtype, dim, group, far_field, requests):
+def blocks(dtype, dim, group, far_field, requests, encoding):
     from squeezed.attention.interface import Suffix
     from squeezed.attention.triton.prefill.launch import prefill
 
     for tokens, rows, suffix in ((400, 256, 256), (411, 131, 299)):
-        layer, rule = context(dtype, dim, group, far_field, tokens, 128)
+        layer, rule = context(dtype, dim, group, far_field, tokens, 128, encoding)
         query = torch.randn(requests, 2 * group, rows, dim, dtype=dtype)
         keys = torch.randn(requests, 2, suffix, dim, dtype=dtype)
         mask = torch.ones(requests, 1, rows, suffix, dtype=torch.bool)
@@ -80,19 +80,21 @@ def blocks(dtype, dim, group, far_field, requests):
         yield
 
 
-def context(dtype, dim, group, far_field, tokens, block):
+def context(dtype, dim, group, far_field, tokens, block, encoding):
     from trees import random_layer
 
+    from squeezed.context.encoding import encoded
     from squeezed.context.rule import SelectionRule
 
     far_alpha = torch.ones(2 * group) if far_field == "second_order" else None
     alpha = torch.ones(2, 2 * group)
     thresholds = torch.tensor([[-8.0] * 2, [-6.0] * 2])
     layer = random_layer(kv_heads=2, nodes=(7, 24), dim=dim, tokens=tokens, dtype=dtype)
+    layer = encoded(layer, encoding)
     return layer, SelectionRule(thresholds, alpha, far_field, block, far_alpha)
 
 
-def clustering(dtype, dim, group, far_field, requests):
+def clustering(dtype, dim, group, far_field, requests, encoding):
     from squeezed.indexing.triton import kmeans as clustering
 
     for points, nodes in ((1000, 40), (1300, 70)):
@@ -102,11 +104,11 @@ def clustering(dtype, dim, group, far_field, requests):
         yield
 
 
-def compile_case(operation, dtype, dim, group, far_field, requests):
+def compile_case(operation, dtype, dim, group, far_field, requests, encoding="plain"):
     FOUND.clear()
     versions = []
     run = {"decode": decode, "prefill": blocks, "clustering": clustering}[operation]
-    for _ in run(getattr(torch, dtype), int(dim), int(group), far_field, int(requests)):
+    for _ in run(getattr(torch, dtype), int(dim), int(group), far_field, int(requests), encoding):
         versions.append(sum(map(len, FOUND.values())))
     shared = {kernel: max(sizes.values()) for kernel, sizes in FOUND.items()}
     return {"shared": shared, "more": versions[1] - versions[0]}

@@ -413,8 +413,8 @@ def test_operator_promises_the_shapes_it_returns():
     query, keys, values = inputs(layer)
     tensors = [[getattr(level, name) for level in layer.levels] for name in LEVEL_TENSORS]
     arguments = (
-        query, layer.keys, layer.values, layer.positions, layer.value_slope, layer.centre,
-        *tensors[:4], tensors[4][:-1], keys, values, None, None, None, None,
+        query, layer.keys, layer.values, "plain", [], layer.positions, layer.value_slope,
+        layer.centre, *tensors[:4], tensors[4][:-1], keys, values, None, None, None, None,
         rule_of(layer).log_thresholds, "none", layer.pinned, 0.1,
     )  # fmt: skip
     torch.library.opcheck(

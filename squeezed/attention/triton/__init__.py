@@ -48,7 +48,7 @@ def decode_tokens(
     batch, heads, rows, _ = query.shape
     seen = None if suffix is None else suffix.seen(rows).expand(batch, -1, -1, -1)
     valid = query.new_ones(batch, rows, dtype=torch.bool) if valid is None else valid
-    step = max(1, MAX_ROWS // (heads // layer.keys.shape[0]))
+    step = max(1, MAX_ROWS // (heads // layer.kv_heads))
     requests = []
     for request in range(batch):
         parts = []

@@ -27,11 +27,13 @@ class Gpu:
         multiprocessors: how many it has.
         generation: major number of its compute capability; 0 for the interpreter.
         shared_bytes: most shared memory of one program.
+        ptx: whether kernels may hold instructions of NVIDIA's.
     """
 
     multiprocessors: int
     generation: int
     shared_bytes: int
+    ptx: bool = True
 
     @property
     def overlaps(self) -> bool:
@@ -48,7 +50,7 @@ class Gpu:
         return {"maxnreg": 128} if self.generation else {}
 
 
-INTERPRETER = Gpu(multiprocessors=2, generation=0, shared_bytes=1 << 30)
+INTERPRETER = Gpu(multiprocessors=2, generation=0, shared_bytes=1 << 30, ptx=False)
 """Runs programs one by one: few suffice."""
 
 
@@ -57,7 +59,8 @@ def of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return INTERPRETER
     found: Any = torch.cuda.get_device_properties(device)  # whose stub lacks a field
-    return Gpu(found.multi_processor_count, found.major, found.shared_memory_per_block_optin)
+    shared_bytes, ptx = found.shared_memory_per_block_optin, torch.version.hip is None
+    return Gpu(found.multi_processor_count, found.major, shared_bytes, ptx)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ problems, `R` the query rows of one, `[capacity]` the entries for which a list h
     valid      which requests are no padding [B, 1], their stride
     norms      parts of the normaliser: peaks and masses [Z, splits, R], splits
     kept       runs of kept rows, who keeps them [Z, capacity], capacity
+    turning    what turns queries [Hkv, D, D], turned ones [Z, 2 R, D], their units [Z, 2, R]
+    coded      codes of keys and values [Hkv, n, ..], scales of both [Hkv, n], n, of encoded rows
     far        dropped nodes, their variances [Z, capacity] and log masses [.., R], capacity
     partials   sums [slots, R, D], peaks and masses [slots, R]
 

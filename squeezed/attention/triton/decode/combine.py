@@ -6,11 +6,13 @@ from triton.language.extra.cuda import gdc_wait
 
 from squeezed.attention.triton.decode.softmax import LOG2_E, problem
 from squeezed.attention.triton.decode.stream import at, stream
+from squeezed.attention.triton.decode.turning import load_turn
 
 
 @triton.jit
 def merge(
     partials,
+    turned_sums,
     moved,
     near,
     near_slots,
@@ -21,16 +23,20 @@ def merge(
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
+    D_PAD: tl.constexpr,
     DIMS: tl.constexpr,
+    CODED: tl.constexpr,
     DIPOLE: tl.constexpr,
 ):
     """Peak, mass, weighted values and variances of two runs of partial sums, merged.
 
-    They are walked as one, so that all loads of a row travel together.
+    They are walked as one, so that all loads of a row travel together. CODED: the nearer ones have
+    turned sums of all dimensions besides.
     """
     sums, peaks, masses = partials  # [slots, ROWS, D], [slots, ROWS] twice
     peak, mass, moved_sum = float("-inf"), 0.0, 0.0
     value = tl.zeros([DIMS], tl.float32)
+    e, turned = tl.arange(0, D_PAD), tl.zeros([D_PAD], tl.float32)
     for start in range(0, near_slots + fixed_slots, SLOTS):
         index = start + tl.arange(0, SLOTS)
         inside = index < near_slots + fixed_slots
@@ -45,11 +51,15 @@ def merge(
         weight, decay = tl.exp2(part_peak - safe), tl.exp2(peak - safe)
         mass = mass * decay + tl.sum(weight * part_mass)
         value = value * decay + tl.sum(weight[:, None] * part, 0)
+        if CODED:
+            mask = (index < near_slots)[:, None] & (e < D)[None, :]
+            part = tl.load(turned_sums + place[:, None] * D + e[None, :], mask=mask, other=0.0)
+            turned = turned * decay + tl.sum(weight[:, None] * part, 0)
         if DIPOLE:
             part_moved = tl.load(moved + place, mask=index < near_slots, other=0.0)
             moved_sum = moved_sum * decay + tl.sum(weight * part_moved)
         peak = new
-    return peak, mass, value, moved_sum
+    return peak, mass, value, turned, moved_sum
 
 
 @triton.jit
@@ -73,6 +83,7 @@ def combine_kernel(
     counters,
     read_counts,
     partials,
+    turning,
     moved,
     batch,
     problems,
@@ -90,6 +101,7 @@ def combine_kernel(
     SLOTS: tl.constexpr,
     CLUSTERED: tl.constexpr,
     PADDED: tl.constexpr,
+    CODED: tl.constexpr,
     DIPOLE: tl.constexpr,
     NODE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
@@ -97,6 +109,7 @@ def combine_kernel(
     """Grid `(problems, ROWS, dimensions / DIMS)`; a program writes a part of one output row."""
     queries, query_batch_stride, query_head_stride = query  # [B, Hq, 1, D]
     outputs, output_batch_stride = output  # [B, Hq, 1, D]
+    value_turn, turned_sums = turning  # [Hkv, D, D], [slots, ROWS, D]
     fixed_base, fixed_slots = fixed
     z, row, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head, tile = problem(z, TILES)
@@ -107,6 +120,8 @@ def combine_kernel(
         line = tl.minimum(request, batch - 1).to(tl.int64) * query_batch_stride
         line += (head * GROUP + row % GROUP) * query_head_stride
         shift = shift_of(queries + line, slope, head, d, scale_bits / LOG2_E, D, D_PAD)
+    if CODED:
+        turn = load_turn(value_turn, head, d, D, D_PAD)
     if CLUSTERED:  # the kernel before starts this one only when the lists are complete
         _runs, _dropped, _near, begin, end = stream(counters, problems, Z_PAD, NODE_UNIT)
         units = tl.cdiv(tl.max(end), programs)  # of a program of `attend_kernel`
@@ -119,8 +134,9 @@ def combine_kernel(
     if PDL:
         gdc_wait()
     if request < batch:
-        peak, mass, value, variances = merge(
+        peak, mass, value, turned, variances = merge(
             partials,
+            turned_sums,
             moved,
             near,
             near_slots,
@@ -131,9 +147,13 @@ def combine_kernel(
             SLOTS,
             ROWS,
             D,
+            D_PAD,
             DIMS,
+            CODED,
             DIPOLE,
         )
+        if CODED:
+            value += tl.sum(turned[:, None] * turn.to(tl.float32), 0)
         if PADDED:
             real, real_stride = valid  # [B, 1]
             mass = tl.where(tl.load(real + request.to(tl.int64) * real_stride) != 0, mass, 0.0)

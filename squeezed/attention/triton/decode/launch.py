@@ -16,6 +16,7 @@ from torch import Tensor
 
 from squeezed.attention.interface import Attended, Suffix
 from squeezed.attention.triton import gpus
+from squeezed.attention.triton.rows import code_bits
 from squeezed.attention.triton.decode.selection import RUN
 from squeezed.attention.triton.decode.step import Step
 from squeezed.attention.triton.decode.workspace import Shape, Tuning
@@ -115,7 +116,7 @@ def _rows(tensor: Tensor, members: list[int]) -> Tensor:
 def check(query: Tensor, layer: ClusteredLayer, suffix: Suffix | None) -> None:
     """Refuse what the kernels cannot do, in one line."""
     _, heads, rows, dim = query.shape
-    kv_heads = layer.keys.shape[0]
+    kv_heads = layer.kv_heads
     if rows != 1:
         raise SqueezedError(f"query: decode takes 1 token per request, got {rows}; use prefill")
     if query.dtype not in (torch.bfloat16, torch.float16):
@@ -145,11 +146,11 @@ def check(query: Tensor, layer: ClusteredLayer, suffix: Suffix | None) -> None:
                 f"{name}: expected rows contiguous and keys and values laid out alike, got strides "
                 f"{tensor.stride()}; call contiguous()"
             )
-    plain = layer.rows.plain()
-    for name, tensor in zip(("layer.keys", "layer.values"), plain, strict=True):
+    for name in ("keys", "values"):
+        tensor = getattr(layer.rows, name)
         if not tensor.is_contiguous() or tensor.dtype != query.dtype:
             raise SqueezedError(
-                f"{name}: expected contiguous {query.dtype}, got {tensor.dtype} with strides "
+                f"layer.{name}: expected contiguous {query.dtype}, got {tensor.dtype} with strides "
                 f"{tensor.stride()}; index the context in the model's dtype"
             )
 
@@ -159,7 +160,7 @@ def shape_of(query: Tensor, layer: ClusteredLayer, suffix: Suffix | None, far: F
     return Shape(
         batch=query.shape[0],
         heads=query.shape[1],
-        kv_heads=layer.keys.shape[0],
+        kv_heads=layer.kv_heads,
         dim=query.shape[3],
         tokens=layer.tokens,
         pinned=layer.pinned if layer.levels else layer.tokens,
@@ -168,12 +169,15 @@ def shape_of(query: Tensor, layer: ClusteredLayer, suffix: Suffix | None, far: F
         far=far != "none" and bool(layer.levels),
         dipole=far == "second_order" and bool(layer.levels),
         gpu=gpus.of(query.device),
+        code_bits=code_bits(layer.rows),
     )
 
 
 def chosen_tuning(shape: Shape) -> Tuning:
     """Block sizes by shape: as measured best, smaller where a GPU's shared memory asks for it."""
     tuning = measured_tuning(shape)
+    if shape.code_bits:
+        tuning = coded_tuning(shape, tuning)
     if shape.gpu.small and shape.dim > 128:
         return replace(tuning, score_tile=32, tile=32)
     return tuning
@@ -199,6 +203,11 @@ def measured_tuning(shape: Shape) -> Tuning:
     if rows == 1 and parents >= MANY_PARENTS:
         return replace(tuning, walk_programs=32)
     return tuning
+
+
+def coded_tuning(shape: Shape, tuning: Tuning) -> Tuning:
+    """Block sizes over encoded rows: at least 16 runs in a tile, for a product of matrices."""
+    return replace(tuning, tile=64, stages=4, programs=3, attend_registers=168)
 
 
 def rows_of(shape: Shape) -> int:

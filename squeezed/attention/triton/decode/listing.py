@@ -19,6 +19,7 @@ def list_found(
     kept,
     inherited,
     node,
+    base,
     start,
     length,
     variance,
@@ -27,6 +28,7 @@ def list_found(
     row,
     exists,
     runs,
+    leaf_logits,
     far,
     counter,
     GROUP: tl.constexpr,
@@ -34,10 +36,14 @@ def list_found(
     WRITE: tl.constexpr,
     SHARED: tl.constexpr,
     LEAVES: tl.constexpr,
+    CODED: tl.constexpr,
     FAR: tl.constexpr,
     DIPOLE: tl.constexpr,
 ):
-    """Append the rows of kept leaves and the dropped nodes."""
+    """Append the rows of kept leaves and the dropped nodes; `base + node` are those of all levels.
+
+    Of encoded rows the leaves' logits are left too, `[C, R]`.
+    """
     count, dropped = tl.zeros(node.shape, tl.int32), tl.zeros_like(kept)
     if LEAVES:
         count = tl.where(kept != 0, tl.cdiv(length, RUN), 0)
@@ -48,14 +54,18 @@ def list_found(
         first_run, first_node = reserve(counter, runs_found, nodes_found)
         if LEAVES:
             begin = first_run + tl.cumsum(count, 0) - count
-            append_runs(runs, begin, kept, start, length, count, WRITE, SHARED)
+            append_runs(runs, begin, kept, node, start, length, count, WRITE, SHARED, CODED)
+            if CODED:
+                place = node[:, None] * row.shape[0] + row[None, :]
+                chosen = tl.broadcast_to((kept != 0)[:, None], place.shape)
+                tl.store(leaf_logits + place, logit, mask=chosen)
         if FAR:
             mass = node_scores(logit, far_energy, variance, DIPOLE) + log_size(length)[:, None]
             append_nodes(
                 far,
                 first_node,
                 dropped,
-                node,
+                base + node,
                 variance,
                 mass,
                 row,

@@ -16,6 +16,7 @@ from squeezed.attention.triton.decode.softmax import (
     problem,
     store_partial,
 )
+from squeezed.attention.triton.decode.turning import turn_query
 
 
 @triton.jit
@@ -108,6 +109,7 @@ def open_kernel(
     alpha,
     suffix,
     mask,
+    turning,
     scores,
     parents_of,
     norms,
@@ -136,10 +138,15 @@ def open_kernel(
     SECOND: tl.constexpr,
     NESTED: tl.constexpr,
     MASKED: tl.constexpr,
+    CODE_BITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid `(problems, pinned chunks + splits + TILE_BATCH * suffix chunks)`."""
+    """Grid `(problems, pinned chunks + splits + TILE_BATCH * suffix chunks)`.
+
+    CODE_BITS: where rows are encoded, one more of each problem turns its query.
+    """
     keys, values, tokens = context  # [Hkv, P, D] twice
+    key_turn, turned, units = turning  # [Hkv, D, D], [Z, 2 * R, D], [Z, 2, R]
     splits = norms[2]
     pinned_chunks, suffix_chunks = chunks
     z, part = tl.program_id(0), tl.program_id(1)
@@ -200,6 +207,24 @@ def open_kernel(
             N,
             SECOND,
             NESTED,
+        )
+    elif CODE_BITS and part == tl.num_programs(1) - 1:
+        turn_query(
+            query,
+            key_turn,
+            turned,
+            units,
+            z,
+            head,
+            tile,
+            batch,
+            scale_bits,
+            GROUP,
+            TILE_BATCH,
+            R,
+            D,
+            D_PAD,
+            CODE_BITS,
         )
     else:
         chunk = (part - shared_parts) % suffix_chunks

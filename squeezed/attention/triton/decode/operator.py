@@ -15,7 +15,7 @@ from squeezed.attention.interface import Attended, Suffix
 from squeezed.attention.triton.decode import launch as decode
 from squeezed.config import FarField
 from squeezed.context.layers import ClusteredLayer, Level
-from squeezed.context.rows import Rows
+from squeezed.context.rows import Codes, Rows
 from squeezed.context.rule import SelectionRule
 
 
@@ -31,7 +31,10 @@ def decode_step(
     own = (None, None, None) if suffix is None else (suffix.keys, suffix.values, suffix.mask)
     found = step_of_parts(
         query,
-        *layer.rows.plain(),
+        layer.rows.keys,
+        layer.rows.values,
+        layer.rows.encoding,
+        [] if layer.rows.codes is None else list(layer.rows.codes.named().values()),
         layer.positions,
         layer.value_slope,
         layer.centre,
@@ -57,6 +60,8 @@ def step_of_parts(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
+    encoding: str,
+    codes: list[Tensor],
     positions: Tensor,
     value_slope: Tensor,
     centre: Tensor,
@@ -80,7 +85,7 @@ def step_of_parts(
     children = [*child_offsets, None] if centroids else []
     columns = (centroids, mean_values, variance, key_offsets, children)
     levels = tuple(Level(*parts) for parts in zip(*columns, strict=True))
-    rows = Rows(keys, values)
+    rows = Rows(keys, values, encoding, Codes(*codes) if codes else None)
     layer = ClusteredLayer(rows, positions, pinned, levels, value_slope, centre, scale)
     kind = cast(FarField, far_field)  # an operator takes no literal
     rule = SelectionRule(log_thresholds, alpha, kind, far_alpha=far_alpha)

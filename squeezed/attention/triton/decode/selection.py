@@ -59,8 +59,22 @@ def unpack(counted):
 
 
 @triton.jit
-def append_runs(kept, begin, bits, start, length, count, WRITE: tl.constexpr, SHARED: tl.constexpr):
-    """Write rows `[start, start + length)` of kept nodes as `count` runs each, from `begin` on."""
+def append_runs(
+    kept,
+    begin,
+    bits,
+    node,
+    start,
+    length,
+    count,
+    WRITE: tl.constexpr,
+    SHARED: tl.constexpr,
+    CODED: tl.constexpr,
+):
+    """Write rows `[start, start + length)` of kept nodes as `count` runs each, from `begin` on.
+
+    CODED: the node stands in the lower 32 bits of an entry of 64, its run above.
+    """
     runs, run_bits = kept  # [runs] each
     for first in range(0, tl.max(count), WRITE):
         index = first + tl.arange(0, WRITE)
@@ -68,6 +82,8 @@ def append_runs(kept, begin, bits, start, length, count, WRITE: tl.constexpr, SH
         at = begin[:, None] + index[None, :]
         done = index[None, :] * RUN
         run = (start[:, None] + done) * RUN + tl.minimum(length[:, None] - done, RUN) - 1
+        if CODED:
+            run = (run.to(tl.int64) << 32) | node[:, None]
         tl.store(runs + at, run, mask=mask)
         if SHARED:
             tl.store(run_bits + at, tl.broadcast_to(bits[:, None], at.shape), mask=mask)

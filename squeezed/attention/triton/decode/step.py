@@ -2,108 +2,24 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
-from torch import Tensor
 
-from squeezed.attention.interface import Suffix
-from squeezed.attention.triton.decode import attention, combine, descend
+from squeezed.attention.triton.decode import attention, coded, combine, descend
 from squeezed.attention.triton.decode import open as lookup
-from squeezed.attention.triton.decode.workspace import (
-    Shape,
-    Tuning,
-    Workspace,
-    ceil_div,
-    plan,
-    power_of_two,
-)
-from squeezed.context.layers import ClusteredLayer, Level
-from squeezed.context.rule import SelectionRule
+from squeezed.attention.triton.decode.arguments import Arguments
+from squeezed.attention.triton.decode.workspace import ceil_div, power_of_two
 
 
-class Step:
+class Step(Arguments):
     """One decode step over one scratch; every method is one launch."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        layer: ClusteredLayer,
-        rule: SelectionRule,
-        suffix: Suffix | None,
-        valid: Tensor | None,
-        shape: Shape,
-        tuning: Tuning,
-    ) -> None:
-        self.query, self.layer, self.rule, self.tuning = query, layer, rule, tuning
-        self.suffix, self.valid = suffix, valid
-        self.shape, self.cut = shape, plan(shape, tuning)
-        self.scale_bits = layer.scale * math.log2(math.e)
-        self.scratch = Workspace.allocate(shape, self.cut, query.device)
-        self.output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        self.log_mass = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-        self.keys_read = torch.empty(shape.batch, dtype=torch.int64, device=query.device)
-
-    def _tile(self) -> dict:
-        """Compile-time sizes that every kernel shares."""
-        cut, dim = self.cut, self.shape.dim
-        return dict(
-            GROUP=cut.group,
-            TILE_BATCH=cut.tile_batch,
-            TILES=cut.tiles,
-            ROWS=cut.rows,
-            D=dim,
-            D_PAD=power_of_two(dim),
-        )
-
-    def _launch(
-        self, warps: int, dependent: bool, stages: int = 1, registers: int | None = None
-    ) -> dict:
-        """Launch options; a dependent kernel may start while its predecessor drains."""
-        overlap = self.tuning.overlap
-        options = dict(num_warps=warps, num_stages=stages, PDL=overlap)
-        if self.shape.gpu.generation and registers:
-            options["maxnreg"] = registers
-        return options | dict(launch_pdl=True) if overlap and dependent else options
-
-    def _alpha(self, level: int) -> Tensor:
-        return self.query if self.rule.alpha is None else self.rule.alpha[level]
-
-    # Tuples of arguments, by the names that they have in the kernels.
-
-    def _query(self) -> tuple[Tensor, int, int]:
-        return self.query, self.query.stride(0), self.query.stride(1)
-
-    def _context(self) -> tuple[Tensor, Tensor, int]:
-        return *self.layer.rows.plain(), self.shape.tokens
-
-    def _level(self, level: Level | None) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        if level is None:  # any tensors: the kernel reads none
-            return self.query, self.query, self.query, self.query, 0
-        children = level.key_offsets if level.child_offsets is None else level.child_offsets
-        return level.centroids, level.variance, level.key_offsets, children, level.nodes
-
-    def _suffix(self) -> tuple[Tensor, Tensor, int, int, int]:
-        own = self.suffix
-        keys, values = (self.query, self.query) if own is None else (own.keys, own.values)
-        return keys, values, keys.stride(0), keys.stride(1), keys.stride(2)
-
-    def _mask(self) -> tuple[Tensor, int, int]:
-        mask = None if self.suffix is None else self.suffix.mask
-        return (self.query, 0, 0) if mask is None else (mask, mask.stride(0), mask.stride(3))
-
-    def _norms(self) -> tuple[Tensor, Tensor, int]:
-        return self.scratch.norm_peaks, self.scratch.norm_masses, self.cut.splits
-
-    def _valid(self) -> tuple[Tensor, int]:
-        """Which requests are no padding, and the stride between them."""
-        return (self.query, 0) if self.valid is None else (self.valid, self.valid.stride(0))
 
     def open(self) -> None:
         cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
         top = self.layer.levels[0] if self.layer.levels else None
+        coding = self.coding
         programs = cut.pinned_chunks + cut.splits + cut.tile_batch * cut.recent_chunks
+        programs += bool(coding.bits)
         lookup.open_kernel[cut.problems, programs](
             self._query(),
             self._context(),
@@ -111,6 +27,7 @@ class Step:
             self._alpha(0),
             self._suffix(),
             self._mask(),
+            (coding.key_turn, coding.turned, coding.units),
             s.scores,
             s.parents_of,
             self._norms(),
@@ -134,6 +51,7 @@ class Step:
             SECOND=bool(top) and self.rule.alpha is not None,
             NESTED=cut.nested,
             MASKED=self.suffix is not None and self.suffix.mask is not None,
+            CODE_BITS=coding.bits,
             **self._launch(tuning.warps[0], dependent=False, stages=2),
         )
 
@@ -158,6 +76,7 @@ class Step:
             0 if leaves else levels[own + 1].nodes,
             self._norms(),
             s.kept,
+            self.coding.leaf_logits,
             s.far,
             s.counters,
             s.read_counts,
@@ -181,28 +100,26 @@ class Step:
             SHARED=cut.tile_batch > 1,
             SECOND=rule.alpha is not None,
             PADDED=self.valid is not None,
+            CODED=bool(shape.code_bits),
             FAR=shape.far,
             DIPOLE=shape.dipole,
             **self._launch(tuning.warps[1], dependent=True, registers=tuning.registers),
         )
 
     def attend_lists(self) -> None:
-        cut, shape, s, tuning = self.cut, self.shape, self.scratch, self.tuning
-        attention.attend_kernel[(cut.programs,)](
-            self._query(),
-            self._context(),
+        cut, shape, s, tuning, coding = (
+            self.cut, self.shape, self.scratch, self.tuning, self.coding,
+        )  # fmt: skip
+        listed = (
             s.kept,
             tuple(level.mean_values for level in self.layer.levels),
             cut.bounds,
             s.far,
             s.counters,
             s.partials,
-            s.moved,
-            shape.batch,
-            cut.problems,
-            self.scale_bits,
+        )
+        sizes = dict(
             **self._tile(),
-            M=cut.row_pad,
             TILE=tuning.tile,
             NODE_TILE=tuning.node_tile,
             NODE_UNIT=tuning.node_unit,
@@ -211,7 +128,35 @@ class Step:
             FAR=shape.far,
             DIPOLE=shape.dipole,
             STAGES=tuning.stages,
-            **self._launch(tuning.warps[2], dependent=True),
+            **self._launch(tuning.warps[2], dependent=True, registers=tuning.attend_registers),
+        )
+        if coding.bits:
+            coded.attend_coded_kernel[(cut.programs,)](
+                (coding.turned, coding.units),
+                (coding.keys, coding.values, coding.scales, shape.tokens - shape.pinned),
+                coding.leaf_logits,
+                *listed,
+                coding.sums,
+                s.moved,
+                shape.batch,
+                cut.problems,
+                shape.pinned,
+                R=cut.node_row_pad,
+                PTX=shape.gpu.ptx,
+                **coding.sizes(shape.dim),
+                **sizes,
+            )
+            return
+        attention.attend_kernel[(cut.programs,)](
+            self._query(),
+            self._context(),
+            *listed,
+            s.moved,
+            shape.batch,
+            cut.problems,
+            self.scale_bits,
+            M=cut.row_pad,
+            **sizes,
         )
 
     def combine(self) -> None:
@@ -227,6 +172,7 @@ class Step:
             s.counters,
             s.read_counts,
             s.partials,
+            (self.coding.value_turn, self.coding.sums),
             s.moved,
             shape.batch,
             cut.problems,
@@ -239,6 +185,7 @@ class Step:
             SLOTS=tuning.merge_slots,
             CLUSTERED=bool(shape.nodes),
             PADDED=self.valid is not None,
+            CODED=bool(shape.code_bits),
             DIPOLE=shape.dipole,
             NODE_UNIT=tuning.node_unit,
             **self._launch(tuning.merge_warps, dependent=True),

@@ -33,6 +33,7 @@ class Tuning:
         programs: programs of the attention kernel per multiprocessor.
         warps: of the first, the walking and the attention kernel.
         registers: most per thread of the walking kernel; as many as it likes when `None`.
+        attend_registers: likewise of the kernel that attends to encoded rows.
         merge_slots, merge_dims, merge_warps: partial sums and dimensions per step of the last
             kernel, and its warps.
         overlap: start each kernel while its predecessor drains (programmatic dependent launch).
@@ -51,6 +52,7 @@ class Tuning:
     programs: int = 3
     warps: tuple[int, int, int] = (4, 1, 4)
     registers: int | None = None
+    attend_registers: int | None = None
     merge_slots: int = 64
     merge_dims: int = 32
     merge_warps: int = 4
@@ -72,6 +74,7 @@ class Shape:
     far: bool
     dipole: bool
     gpu: Gpu
+    code_bits: int = 0  # of encoded rows
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,8 @@ class Workspace:
         counters: `[Z]` int64: kept runs of rows in the lower half, dropped nodes in the upper.
         read_counts: `[Z, tile_batch]` int32, rows that every request reads.
         states: `[Z, C]` per level from the third on: which requests keep a node's parent.
-        runs, run_bits: `[Z, capacity]` int32 kept runs, and which requests keep them; as small as
-            possible when there is one request.
+        runs, run_bits: `[Z, capacity]` int32 kept runs, int64 of encoded rows, and which requests
+            keep them; as small as possible when there is one request.
         far_nodes, far_variances, far_logits: `[Z, nodes]` dropped nodes of all levels, their
             variances, and `[Z, nodes, rows]` log2 of their masses, `-inf` for a row whose request
             does not drop the node; as small as possible where the far field needs none.
@@ -245,7 +248,7 @@ class Workspace:
             counters=new(z, dtype=torch.int64),
             read_counts=new(z, cut.tile_batch, dtype=torch.int32),
             states=tuple(new(z, n, dtype=cut.bits) for n in shape.nodes[2:] or (1,)),
-            runs=new(z, runs, dtype=torch.int32),
+            runs=new(z, runs, dtype=torch.int64 if shape.code_bits else torch.int32),
             run_bits=new(*((z, runs) if shared else unused), dtype=cut.bits),
             far_nodes=new(*(far if shape.far else unused), dtype=torch.int32),
             far_variances=new(*(far if shape.dipole else unused)),

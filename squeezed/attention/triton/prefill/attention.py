@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from squeezed.attention.triton.prefill.classes import attend_nodes, attend_rows, attend_suffix
+from squeezed.attention.triton.prefill.coded import attend_coded_rows
 from squeezed.attention.triton.prefill.normaliser import LOG2E, query_energy
 from squeezed.attention.triton.prefill.plan import LENGTHS, stretch, tile_at
 
@@ -53,6 +54,7 @@ def attention_kernel(
     capacity,
     pass_tiles,
     scale,
+    coding,
     HEADS_KV: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -66,6 +68,9 @@ def attention_kernel(
     DIPOLE: tl.constexpr,
     CAUSAL: tl.constexpr,
     STEP: tl.constexpr,
+    BITS: tl.constexpr,
+    PART: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """One program's stretches of the line of units, one in every pass."""
     queries, query_batch_stride, query_head_stride, query_row_stride = query  # [B, Hq, Q, D]
@@ -109,40 +114,62 @@ def attention_kernel(
             count, rows_end = tl.load(row_count + t), tl.load(bound)
             first, last, whole = lo, tl.minimum(hi, rows_end), count // BLOCK_N
             rows_here = row_list + wide * capacity
-            acc, peak, mass = attend_rows(
-                q,
-                scale,
-                acc,
-                peak,
-                mass,
-                k_head,
-                v_head,
-                rows_here,
-                first,
-                tl.minimum(last, whole),
-                count,
-                DIM,
-                BLOCK_D,
-                BLOCK_N,
-                False,
-            )
-            acc, peak, mass = attend_rows(
-                q,
-                scale,
-                acc,
-                peak,
-                mass,
-                k_head,
-                v_head,
-                rows_here,
-                tl.maximum(first, whole),
-                last,
-                count,
-                DIM,
-                BLOCK_D,
-                BLOCK_N,
-                True,
-            )
+            if BITS:
+                acc, peak, mass = attend_coded_rows(
+                    q,
+                    scale,
+                    acc,
+                    peak,
+                    mass,
+                    (k_head, v_head),
+                    coding,
+                    h,
+                    rows_here,
+                    first,
+                    last,
+                    count,
+                    DIM,
+                    BLOCK_D,
+                    BLOCK_N,
+                    PART,
+                    BITS,
+                    PTX,
+                )
+            else:
+                acc, peak, mass = attend_rows(
+                    q,
+                    scale,
+                    acc,
+                    peak,
+                    mass,
+                    k_head,
+                    v_head,
+                    rows_here,
+                    first,
+                    tl.minimum(last, whole),
+                    count,
+                    DIM,
+                    BLOCK_D,
+                    BLOCK_N,
+                    False,
+                )
+                acc, peak, mass = attend_rows(
+                    q,
+                    scale,
+                    acc,
+                    peak,
+                    mass,
+                    k_head,
+                    v_head,
+                    rows_here,
+                    tl.maximum(first, whole),
+                    last,
+                    count,
+                    DIM,
+                    BLOCK_D,
+                    BLOCK_N,
+                    True,
+                )
             end = tl.load(bound + 1)
             first, last = clip(lo, hi, rows_end, end)
             acc, peak, mass = attend_suffix(

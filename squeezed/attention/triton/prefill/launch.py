@@ -55,7 +55,7 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 def _pieces(query: Tensor, layer: ClusteredLayer, rule: SelectionRule) -> list[tuple[int, int]]:
     """Row ranges whose lists and partial outputs fit in `WORK_BYTES`, cut between blocks."""
     batch, heads, rows, dim = query.shape
-    lists = layer.keys.shape[0] * max(1, layer.clustered)
+    lists = layer.kv_heads * max(1, layer.clustered)
     partial = 3 * heads * min(rule.query_block, rows) * dim  # a tile is cut in two on average
     step = max(1, WORK_BYTES // (4 * batch * (lists + partial))) * rule.query_block
     cuts = [*range(rows, 0, -step), 0]
@@ -72,7 +72,8 @@ def _attend_piece(
     """One piece; `valid [B, Q]` int8."""
     sizes = geometry(query, layer, rule)
     found = lookup(query, layer, rule, sizes, valid)
-    work = Work(sizes, layer, rule, found, choose_tile(query, sizes, rule.far_field))
+    tile = choose_tile(query, sizes, rule.far_field, layer.rows.codes is not None)
+    work = Work(sizes, layer, rule, found, tile)
     ends, bounds, keys_read = work.plan(valid, suffix)
     partials = work.attend_lists(query, suffix, ends, bounds)
     return Attended(*work.combine(query, valid, ends, bounds, partials), keys_read)

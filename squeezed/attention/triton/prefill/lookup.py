@@ -78,7 +78,7 @@ class Found:
     @staticmethod
     def all_rows(sizes: Geometry, layer: ClusteredLayer) -> Found:
         """Of a context without a tree, where every row is pinned."""
-        device = layer.keys.device
+        device = layer.device
         rows = torch.arange(layer.tokens, dtype=torch.int32, device=device)
         count = torch.full((sizes.tiles,), layer.tokens, dtype=torch.int32, device=device)
         nothing = rows.new_empty(0, dtype=torch.float32)
@@ -113,7 +113,7 @@ def lookup(
 
 def geometry(query: Tensor, layer: ClusteredLayer, rule: SelectionRule) -> Geometry:
     batch, heads, rows, dim = query.shape
-    kv_heads = layer.keys.shape[0]
+    kv_heads = layer.kv_heads
     block = min(rule.query_block, max(16, triton.next_power_of_2(rows)))  # few to compile for
     return Geometry(batch, kv_heads, heads // kv_heads, rows, block, dim)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from squeezed.attention.interface import Suffix
-from squeezed.attention.scores import LOG2E
+from squeezed.attention.scores import LOG2E, owners
 from squeezed.attention.triton import gpus
+from squeezed.attention.triton.rows import code_bits, views
 from squeezed.attention.triton.prefill.attention import attention_kernel
 from squeezed.attention.triton.prefill.hopper import kernel as prefill_hopper
 from squeezed.attention.triton.prefill.hopper.kernel import aligned, hopper_attention_kernel
@@ -36,9 +38,15 @@ class Tile:
     hopper: bool = False  # by the kernel of `prefill_hopper`
 
 
-def choose_tile(query: Tensor, sizes: Geometry, far_field: FarField) -> Tile:
-    """The shape measured best on an H200 (benchmarks/h200/prefill-tiles.json)."""
+def choose_tile(query: Tensor, sizes: Geometry, far_field: FarField, coded: bool = False) -> Tile:
+    """The shape measured best on an H200 (benchmarks/h200/prefill-tiles.json).
+
+    Encoded rows are read by the kernel for any GPU alone: with two sums of values its tiles are
+    small.
+    """
     rows = max(16, triton.next_power_of_2(sizes.group * sizes.block))
+    if coded:
+        return Tile(min(rows, 64), 32, warps=4, stages=2, programs=2)
     if prefill_hopper.fits(query, rows, sizes.dim):
         return Tile(**prefill_hopper.SHAPE, stretches=1, hopper=True)
     if query.dtype == torch.float32:
@@ -77,7 +85,7 @@ class Work:
 
     @property
     def programs(self) -> int:
-        return gpus.of(self.layer.keys.device).multiprocessors * self.tile.programs
+        return gpus.of(self.layer.device).multiprocessors * self.tile.programs
 
     @property
     def dipole(self) -> bool:
@@ -93,7 +101,7 @@ class Work:
 
     def plan(self, valid: Tensor | None, suffix: Suffix | None) -> tuple[Tensor, ...]:
         """`ends [W]`, `bounds [W, classes]` int32 and keys read `[B]` int64."""
-        sizes, device = self.sizes, self.layer.keys.device
+        sizes, device = self.sizes, self.layer.device
         spans = sizes.tiles * self.split_m
         ends = torch.empty(spans, dtype=torch.int32, device=device)
         bounds = torch.empty(spans, self.classes, dtype=torch.int32, device=device)
@@ -144,8 +152,8 @@ class Work:
         kernel, settings = self._kernel(query)
         kernel[(self.programs,)](
             (query, *query.stride()[:3]),
-            layer.rows.plain(),
-            layer.tokens,
+            (layer.rows.keys, layer.rows.values),
+            layer.rows.keys.shape[1],
             (keys, *keys.stride()[:3]),
             (values, *values.stride()[:3]),
             mask,
@@ -180,15 +188,37 @@ class Work:
         )
         return partials
 
-    def _kernel(self, query: Tensor) -> tuple[triton.JITFunction, dict[str, int]]:
+    def _kernel(self, query: Tensor) -> tuple[triton.JITFunction, dict[str, Any]]:
         """The kernel of the tile's shape, and what only that one takes."""
-        tile = self.tile
+        tile, dim = self.tile, self.sizes.dim
         if tile.hopper:
             return hopper_attention_kernel, {"STAGES": tile.stages, "OTHER_N": tile.others}
-        settings = {"BLOCK_D": triton.next_power_of_2(self.sizes.dim), "num_stages": tile.stages}
+        bits, gpu = code_bits(self.layer.rows), gpus.of(query.device)
+        settings: dict[str, Any] = dict(
+            coding=self.coding(),
+            BLOCK_D=triton.next_power_of_2(dim),
+            BITS=bits,
+            PART=max(16, triton.next_power_of_2(dim * bits // 16)),
+            PTX=gpu.ptx,
+            num_stages=tile.stages,
+        )
         if tile.programs * tile.warps == 16:
-            settings |= gpus.of(query.device).two_programs_of_8_warps()
+            settings |= gpu.two_programs_of_8_warps()
         return attention_kernel, settings
+
+    def coding(self) -> tuple | None:
+        """Of encoded rows codes and scales, means and numbers of leaves, and how they are turned."""
+        layer, codes = self.layer, self.layer.rows.codes
+        if codes is None:
+            return None
+        leaves = layer.levels[-1]
+        leaf_of = owners(leaves.key_offsets, layer.tokens).int()
+        return (
+            (codes.keys.view(torch.int16), *views(codes)[1:], codes.tokens),
+            (leaves.centroids, leaves.mean_values, leaves.nodes),
+            (leaf_of, layer.pinned),
+            (codes.key_turn, codes.value_turn),
+        )
 
     def _partials(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         spans = self.sizes.tiles * self.split_m
