@@ -51,11 +51,12 @@ def key_parts(codes, BITS: tl.constexpr, PTX: tl.constexpr):
     """
     if BITS == 8:
         return (codes,)
-    if PTX:
+    elif PTX:
         return tl.inline_asm_elementwise(
             KEY_NIBBLES, "=&r,=&r,r", [codes], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
         )
-    return (codes & 15).to(tl.int8), (codes >> 4).to(tl.int8)
+    else:
+        return (codes & 15).to(tl.int8), (codes >> 4).to(tl.int8)
 
 
 @triton.jit
@@ -64,8 +65,9 @@ def value_part(codes, shift: tl.constexpr, BITS: tl.constexpr):
     if BITS == 8:
         bits = ((codes.to(tl.int32) >> shift) & 0xFF) ^ 0x6480
         return bits.to(tl.int16).to(tl.float16, bitcast=True) - 1152.0
-    bits = ((codes.to(tl.int32) << 4 >> shift) & 0xF0) | 0x6400
-    return bits.to(tl.int16).to(tl.float16, bitcast=True) - 1144.0
+    else:
+        bits = ((codes.to(tl.int32) << 4 >> shift) & 0xF0) | 0x6400
+        return bits.to(tl.int16).to(tl.float16, bitcast=True) - 1144.0
 
 
 @triton.jit
@@ -75,24 +77,24 @@ def value_parts(codes, BITS: tl.constexpr, PTX: tl.constexpr):
     Part `p` of 4 has the dimensions `2 i + p // 2`, in the upper half if `p` is odd; part `p` of 2
     has `2 i + p`.
     """
-    if BITS == 8:
-        if PTX:
-            return tl.inline_asm_elementwise(
-                VALUE_BYTES, "=&r,=&r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True,
-                pack=2,
-            )  # fmt: skip
+    if BITS == 8 and PTX:
+        return tl.inline_asm_elementwise(
+            VALUE_BYTES, "=&r,=&r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    elif BITS == 8:
         return value_part(codes, 0, 8), value_part(codes, 8, 8)
-    if PTX:
+    elif PTX:
         return tl.inline_asm_elementwise(
             VALUE_NIBBLES, "=&r,=&r,=&r,=&r,r", [codes],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
         )  # fmt: skip
-    return (
-        value_part(codes, 0, 4),
-        value_part(codes, 4, 4),
-        value_part(codes, 8, 4),
-        value_part(codes, 12, 4),
-    )
+    else:
+        return (
+            value_part(codes, 0, 4),
+            value_part(codes, 4, 4),
+            value_part(codes, 8, 4),
+            value_part(codes, 12, 4),
+        )
 
 
 @triton.jit
@@ -100,4 +102,23 @@ def part_dims(place, part: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
     """Dimensions of numbers `place` of a part of the values."""
     if BITS == 8:
         return 2 * place + part
-    return 2 * place + part // 2 + (part % 2) * (D // 2)
+    else:
+        return 2 * place + part // 2 + (part % 2) * (D // 2)
+
+
+@triton.jit
+def add_parts(sums, decay, unit, weight, levels, BITS: tl.constexpr):
+    """Sums of all parts, with weighted levels of one more tile."""
+    if BITS == 8:
+        return (
+            sums[0] * decay + unit * tl.dot(weight, levels[0]),
+            sums[1] * decay + unit * tl.dot(weight, levels[1]),
+        )
+    else:
+        step = unit / 16
+        return (
+            sums[0] * decay + step * tl.dot(weight, levels[0]),
+            sums[1] * decay + step * tl.dot(weight, levels[1]),
+            sums[2] * decay + step * tl.dot(weight, levels[2]),
+            sums[3] * decay + step * tl.dot(weight, levels[3]),
+        )

@@ -8,8 +8,8 @@ of their own.
 import triton
 import triton.language as tl
 
+from squeezed.attention.triton.codes import add_parts, key_parts, part_dims, value_parts
 from squeezed.attention.triton.decode.attention import repeat
-from squeezed.attention.triton.codes import key_parts, part_dims, value_parts
 from squeezed.attention.triton.decode.selection import RUN, RUN_BITS, wanted_by
 from squeezed.attention.triton.decode.stream import UNIT
 from squeezed.attention.triton.decode.turning import FINE
@@ -25,7 +25,8 @@ def load_turned(turned, z, R: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
     lower = tl.load(line, mask=inside, other=0)
     if BITS == 8:
         return (lower,)
-    return lower, tl.load(line + WIDTH, mask=inside, other=0)
+    else:
+        return lower, tl.load(line + WIDTH, mask=inside, other=0)
 
 
 @triton.jit
@@ -60,8 +61,9 @@ def load_leaves(leaf_logits, means, leaf, row, R: tl.constexpr, D: tl.constexpr,
     rows = means + wide[:, None] * D + d[None, :]
     if D == D_PAD:
         return logits, tl.load(rows)
-    inside = tl.broadcast_to((d < D)[None, :], rows.shape)
-    return logits, tl.load(rows, mask=inside, other=0.0)
+    else:
+        inside = tl.broadcast_to((d < D)[None, :], rows.shape)
+        return logits, tl.load(rows, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -71,8 +73,9 @@ def load_codes(codes, place, WIDTH: tl.constexpr, PAD: tl.constexpr):
     rows = codes + place.to(tl.int64)[:, None] * WIDTH + k[None, :]
     if WIDTH == PAD:
         return tl.load(rows)
-    inside = tl.broadcast_to((k < WIDTH)[None, :], rows.shape)
-    return tl.load(rows, mask=inside, other=0)
+    else:
+        inside = tl.broadcast_to((k < WIDTH)[None, :], rows.shape)
+        return tl.load(rows, mask=inside, other=0)
 
 
 @triton.jit
@@ -151,23 +154,6 @@ def attend_coded_runs(
         weight = (weight * (value_scale / unit)[None, :]).to(tl.float16)
         turned = add_parts(turned, decay, unit, weight, value_parts(value, BITS, PTX), BITS)
     return peak, tl.sum(mass, 1), acc, turned
-
-
-@triton.jit
-def add_parts(sums, decay, unit, weight, levels, BITS: tl.constexpr):
-    """Sums of all parts, with weighted levels of one more tile."""
-    step = unit / 16 if BITS == 4 else unit
-    if BITS == 8:
-        return (
-            sums[0] * decay + step * tl.dot(weight, levels[0]),
-            sums[1] * decay + step * tl.dot(weight, levels[1]),
-        )
-    return (
-        sums[0] * decay + step * tl.dot(weight, levels[0]),
-        sums[1] * decay + step * tl.dot(weight, levels[1]),
-        sums[2] * decay + step * tl.dot(weight, levels[2]),
-        sums[3] * decay + step * tl.dot(weight, levels[3]),
-    )
 
 
 @triton.jit

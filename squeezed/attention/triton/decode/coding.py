@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squeezed.attention.triton.rows import code_bits, views
 from squeezed.attention.triton.decode.workspace import Plan, Shape, power_of_two
+from squeezed.attention.triton.rows import code_bits, views
 from squeezed.context.rows import Rows
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from squeezed.attention.interface import Attended, Suffix
 from squeezed.attention.triton import gpus
-from squeezed.attention.triton.rows import code_bits
 from squeezed.attention.triton.decode.selection import RUN
 from squeezed.attention.triton.decode.step import Step
 from squeezed.attention.triton.decode.workspace import Shape, Tuning
+from squeezed.attention.triton.rows import code_bits
 from squeezed.config import FarField
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule

@@ -9,27 +9,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from squeezed.attention.triton.codes import part_dims, value_parts
+from squeezed.attention.triton.codes import add_parts, part_dims, value_parts
 from squeezed.attention.triton.prefill.classes import NEG_INF
 
 
 @triton.jit
-def turned_query(q, key_turn, DIM: tl.constexpr, BLOCK_D, PART: tl.constexpr, BITS: tl.constexpr):
-    """Parts `[BLOCK_M, PART]` of a turned query as float16, and what 1 in them is worth."""
+def turned_part(q, key_turn, part: tl.constexpr, DIM: tl.constexpr, BLOCK_D, PART, BITS):
+    """A part `[BLOCK_M, PART]` of a turned query."""
     d, place = tl.arange(0, BLOCK_D), tl.arange(0, PART)
     inside = (d < DIM)[:, None] & (place < DIM * BITS // 16)[None, :]
-    parts = ()
-    unit = tl.full([q.shape[0]], 1e-30, tl.float32)
-    for part in tl.static_range(16 // BITS):
-        columns = key_turn + d[:, None] * DIM + part_dims(place, part, DIM, BITS)[None, :]
-        matrix = tl.load(columns, mask=inside, other=0.0)
-        turned = tl.dot(q, matrix, input_precision="ieee")
-        unit = tl.maximum(unit, tl.max(tl.abs(turned), 1))
-        parts = parts + (turned,)
-    halves = ()
-    for part in tl.static_range(16 // BITS):
-        halves = halves + ((parts[part] / unit[:, None]).to(tl.float16),)
-    return halves, unit
+    columns = key_turn + d[:, None] * DIM + part_dims(place, part, DIM, BITS)[None, :]
+    return tl.dot(q, tl.load(columns, mask=inside, other=0.0), input_precision="ieee")
+
+
+@triton.jit
+def turned_query(q, key_turn, DIM: tl.constexpr, BLOCK_D, PART: tl.constexpr, BITS: tl.constexpr):
+    """All parts of a turned query as float16, and what 1 in them is worth `[BLOCK_M]`."""
+    a = turned_part(q, key_turn, 0, DIM, BLOCK_D, PART, BITS)
+    b = turned_part(q, key_turn, 1, DIM, BLOCK_D, PART, BITS)
+    unit = tl.maximum(tl.maximum(tl.max(tl.abs(a), 1), tl.max(tl.abs(b), 1)), 1e-30)
+    if BITS == 8:
+        over = unit[:, None]
+        return ((a / over).to(tl.float16), (b / over).to(tl.float16)), unit
+    else:
+        c = turned_part(q, key_turn, 2, DIM, BLOCK_D, PART, BITS)
+        d = turned_part(q, key_turn, 3, DIM, BLOCK_D, PART, BITS)
+        unit = tl.maximum(unit, tl.maximum(tl.max(tl.abs(c), 1), tl.max(tl.abs(d), 1)))
+        over = unit[:, None]
+        halves = (
+            (a / over).to(tl.float16),
+            (b / over).to(tl.float16),
+            (c / over).to(tl.float16),
+            (d / over).to(tl.float16),
+        )
+        return halves, unit
 
 
 @triton.jit
@@ -98,7 +111,10 @@ def attend_coded_rows(
         mean_keys, mean_values = mean_keys + head * nodes * DIM, mean_values + head * nodes * DIM
         queries, unit = turned_query(q, key_turn + head * DIM * DIM, DIM, BLOCK_D, PART, BITS)
         WIDTH: tl.constexpr = DIM * BITS // 16
-        key_codes, value_codes = key_codes + head * coded * WIDTH, value_codes + head * coded * WIDTH
+        key_codes, value_codes = (
+            key_codes + head * coded * WIDTH,
+            value_codes + head * coded * WIDTH,
+        )
         zero = tl.zeros([q.shape[0], PART], tl.float32)
         sums = (zero,) * (16 // BITS)
         worth = unit / 16 if BITS == 4 else unit  # of levels, which are 16 times too large
@@ -125,12 +141,7 @@ def attend_coded_rows(
             acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
             largest = tl.maximum(tl.max(value_scale), 1e-30)  # so that float16 holds what it weighs
             p = (p * (value_scale / largest)[None, :]).to(tl.float16)
-            step = largest / 16 if BITS == 4 else largest
             levels = value_parts(load_coded(value_codes, row, pinned, WIDTH, PART), BITS, PTX)
-            more = ()
-            for part in tl.static_range(len(levels)):
-                dot = tl.dot(p, levels[part])
-                more = more + (sums[part] * shrink[:, None] + step * dot,)
-            sums = more
+            sums = add_parts(sums, shrink[:, None], largest, p, levels, BITS)
         acc = turned_back(acc, sums, value_turn + head * DIM * DIM, DIM, BLOCK_D, BITS)
     return acc, peak, mass

@@ -13,12 +13,12 @@ from torch import Tensor
 from squeezed.attention.interface import Suffix
 from squeezed.attention.scores import LOG2E, owners
 from squeezed.attention.triton import gpus
-from squeezed.attention.triton.rows import code_bits, views
 from squeezed.attention.triton.prefill.attention import attention_kernel
 from squeezed.attention.triton.prefill.hopper import kernel as prefill_hopper
 from squeezed.attention.triton.prefill.hopper.kernel import aligned, hopper_attention_kernel
 from squeezed.attention.triton.prefill.lookup import Found, Geometry, NodeList
 from squeezed.attention.triton.prefill.plan import combine_kernel, plan_kernel
+from squeezed.attention.triton.rows import code_bits, views
 from squeezed.config import FarField
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
@@ -207,7 +207,7 @@ class Work:
         return attention_kernel, settings
 
     def coding(self) -> tuple | None:
-        """Of encoded rows codes and scales, means and numbers of leaves, and how they are turned."""
+        """Of encoded rows codes and scales, means and sizes of leaves, and how they are turned."""
         layer, codes = self.layer, self.layer.rows.codes
         if codes is None:
             return None
