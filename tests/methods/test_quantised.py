@@ -38,7 +38,8 @@ def test_levels_are_those_of_lloyd_and_max():
     expected = [0.4528, 1.5104]  # Max, IRE Trans. IT-6 (1960), table I
     assert normal_levels(2)[2:].tolist() == pytest.approx(expected, abs=3e-3)
     assert float(normal_levels(4)[-1]) == pytest.approx(2.733, abs=0.03)
-    assert relative(SCHEMES["rotation"](ROWS, 4, True)[0], ROWS) == pytest.approx(0.0975, rel=0.05)
+    error = relative(SCHEMES["rotation"](ROWS, 4, True)[0], ROWS)
+    assert 0.085 < error < 0.0975  # that of one scale for all; each row has its best one
 
 
 def test_outliers_cost_even_levels_much_and_what_keeps_them_apart_little():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -22,8 +22,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from squeezed.attention import cpu, reference
 from squeezed.attention.interface import Attended, Suffix
 from squeezed.attention.reference.lookup import lookup
-from squeezed.config import FAR_FIELDS
+from squeezed.config import FAR_FIELDS, ROWS
 from squeezed.context.bytes import LayerBytes
+from squeezed.context.encoding import encoded
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
 from squeezed.errors import SqueezedError
@@ -116,17 +117,20 @@ def measure(sizes: Sizes, budget: float, turns: int) -> dict:
     target = torch.empty_like(source)
     methods: dict[str, Callable] = {"memory copy": lambda: target.copy_(source)}
     facts: dict[str, dict] = {}
-    for far_field in FAR_FIELDS:
-        rule = second_order_rule(query, layer, budget, far_field)
-        start = time.perf_counter()
-        read = step.squeezed(rule).keys_read.double().mean() / (sizes.kv_heads * layer.clustered)
-        facts[f"squeezed, far field {far_field}"] = {
-            "first_call_s": time.perf_counter() - start,
-            "budget_read": float(read),
-            "oracle_error": checked_error(step, rule, dtype),
-            "bytes": step.bytes_read(rule),
-        }
-        methods[f"squeezed, far field {far_field}"] = lambda rule=rule: step.squeezed(rule)
+    for rows in ROWS:
+        own = replace(step, layer=encoded(layer, rows))
+        for far_field in FAR_FIELDS:
+            name = f"squeezed, far field {far_field}" + (f", {rows}" if rows != "plain" else "")
+            rule = second_order_rule(query, layer, budget, far_field)
+            start = time.perf_counter()
+            read = own.squeezed(rule).keys_read.double().mean()
+            facts[name] = {
+                "first_call_s": time.perf_counter() - start,
+                "budget_read": float(read / (sizes.kv_heads * layer.clustered)),
+                "oracle_error": checked_error(own, rule, dtype),
+                "bytes": own.bytes_read(rule),
+            }
+            methods[name] = lambda own=own, rule=rule: own.squeezed(rule)
     times = take_turns(methods | dense_forms(step), turns)
     return {**asdict(sizes), "dtype": dtype, "budget": budget, **summary(times, facts)}
 
