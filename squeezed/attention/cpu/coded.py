@@ -13,7 +13,7 @@ from numba import prange
 from squeezed.attention.cpu.compiled import compiled
 from squeezed.attention.cpu.exact import CONTEXT, attend_task
 from squeezed.attention.cpu.lookup import KEPT
-from squeezed.attention.cpu.nibbles import add_nibbles, nibble_dots
+from squeezed.attention.cpu.nibbles import add_lower, nibble_dots, upper_codes
 from squeezed.attention.cpu.numerics import (
     TILE,
     add_values,
@@ -25,20 +25,32 @@ from squeezed.attention.cpu.numerics import (
 )
 
 
+@compiled(parallel=True)
+def turn(rows, matrices):
+    """`rows[h] @ matrices[h]` of `[H, W, D]` and of square matrices, flat, as they are stored."""
+    heads, width, dim = rows.shape
+    out, whole = np.zeros((heads, width, dim), np.float32), dim - dim % 4
+    for h in prange(heads):
+        offsets = (h * dim + np.arange(dim)) * dim
+        add_values(rows[h], whole, matrices, offsets, out[h])
+        for d in range(whole, dim):
+            for r in range(width):
+                for e in range(dim):
+                    out[h, r, e] += rows[h, r, d] * load(matrices, offsets[d] + e)
+    return out
+
+
 @compiled
-def _logits(turned, of_leaves, codes, scales, packed, zero, offsets, rows, leaves, count, logits):
+def _logits(turned, shift, of_leaves, codes, scales, packed, place, count, logits):
     """Of `count` rows, `[R, TILE]`: that of the leaf's mean key and that of the difference."""
+    offsets, rows, leaves = place
     if packed:
         nibble_dots(turned, codes, offsets, count, logits)
     else:
         dots(turned, codes, offsets, count, logits)
     for r in range(turned.shape[0]):
-        shift = np.float32(0.0)
-        for d in range(turned.shape[1]):
-            shift += turned[r, d]
-        shift *= zero
         for t in range(count):
-            difference = load(scales, 2 * rows[t]) * (logits[r, t] - shift)
+            difference = load(scales, 2 * rows[t]) * (logits[r, t] - shift[r])
             logits[r, t] = of_leaves[r, leaves[t]] + difference
 
 
@@ -79,24 +91,24 @@ def _add_codes(weights, count, codes, scales, packed, rows, offsets, lower, uppe
             weights[r, t] *= load(scales, 2 * rows[t] + 1)
             weight[r] += weights[r, t]
     if packed:
-        add_nibbles(weights, count, codes, offsets, np.int32(0), lower)
-        add_nibbles(weights, count, codes, offsets, np.int32(4), upper)
+        add_lower(weights, count, codes, offsets, lower)
+        add_values(weights, count, codes, offsets, upper)
     else:
         add_values(weights, count, codes, offsets, lower)
 
 
 @compiled
-def _absorb(turned, of_leaves, codes, means, form, place, count, logits, sums, coded):
+def _absorb(queries, codes, means, packed, place, count, logits, sums, coded):
     """Add `count <= TILE` rows to the softmax sums and to those of the codes."""
     if not count:
         return
     keys, values, scales = codes
-    packed, zero, _ = form
+    turned, shift, of_leaves = queries
     offsets, rows, leaves = place
     peak, mass, acc = sums
     for t in range(count):
         prefetch_row(values, offsets[t], coded[0].shape[1])
-    _logits(turned, of_leaves, keys, scales, packed, zero, offsets, rows, leaves, count, logits)
+    _logits(turned, shift, of_leaves, keys, scales, packed, place, count, logits)
     padded, before = (count + 3) // 4 * 4, peak.copy()
     for t in range(count, padded):
         offsets[t], rows[t] = offsets[count - 1], rows[count - 1]
@@ -109,16 +121,14 @@ def _absorb(turned, of_leaves, codes, means, form, place, count, logits, sums, c
 
 
 @compiled
-def _kept_rows(
-    turned, of_leaves, codes, means, form, first, start, stop, state, key_offsets, sums, coded
-):
+def _kept_rows(queries, codes, means, packed, first, start, stop, state, key_offsets, sums, coded):
     """Rows in `[start, stop)` whose leaf is kept, gathered into full tiles.
 
     `first`: the number among all code rows that row 0 of the head would have.
     """
     width = coded[0].shape[1]
     offsets, rows = np.empty(TILE, np.int64), np.empty(TILE, np.int64)
-    leaves, logits = np.empty(TILE, np.int64), np.empty((turned.shape[0], TILE), np.float32)
+    leaves, logits = np.empty(TILE, np.int64), np.empty((sums[0].shape[0], TILE), np.float32)
     place, count = (offsets, rows, leaves), 0
     leaf = np.searchsorted(key_offsets[1:], start, side="right")
     while leaf < state.shape[0] and key_offsets[leaf] < stop:
@@ -128,23 +138,22 @@ def _kept_rows(
                 offsets[count] = rows[count] * width
                 count += 1
                 if count == TILE:
-                    _absorb(
-                        turned, of_leaves, codes, means, form, place, count, logits, sums, coded
-                    )
+                    _absorb(queries, codes, means, packed, place, count, logits, sums, coded)
                     count = 0
         leaf += 1
-    _absorb(turned, of_leaves, codes, means, form, place, count, logits, sums, coded)
+    _absorb(queries, codes, means, packed, place, count, logits, sums, coded)
 
 
 @compiled
-def _coded_task(pieces, turned, of_leaves, codes, means, form, state, key_offsets, units, out):
+def _coded_task(pieces, queries, codes, means, form, state, key_offsets, units, out):
     peak, mass, acc, levels = out
     peak[:], mass[:], acc[:] = -np.inf, 0.0, 0.0
     packed, zero, clustered = form
+    turned, shift, of_leaves = queries
     _, width, dim = turned.shape
     rows, pinned, half = width // units, key_offsets[0, 0], dim // 2 if packed else dim
     lower = np.zeros((width, half), np.float32)
-    upper = np.zeros((width, dim - half), np.float32)
+    upper = np.zeros((width, dim - half), np.float32)  # of whole bytes
     weight = np.zeros(width, np.float32)
     for piece in range(pieces.shape[0]):
         _, head, start, stop = pieces[piece]
@@ -154,11 +163,10 @@ def _coded_task(pieces, turned, of_leaves, codes, means, form, state, key_offset
             own = slice(u * rows, (u + 1) * rows)
             sums, coded = (peak[own], mass[own], acc[own]), (lower[own], upper[own], weight[own])
             _kept_rows(
-                turned[head, own],
-                of_leaves[head, own],
+                (turned[head, own], shift[head, own], of_leaves[head, own]),
                 codes,
                 of_head,
-                form,
+                packed,
                 first,
                 start,
                 stop,
@@ -171,7 +179,7 @@ def _coded_task(pieces, turned, of_leaves, codes, means, form, state, key_offset
         for d in range(half):
             levels[r, d] = lower[r, d] - zero * weight[r]
         for d in range(dim - half):
-            levels[r, half + d] = upper[r, d] - zero * weight[r]
+            levels[r, half + d] = upper_codes(upper[r, d], lower[r, d]) - zero * weight[r]
 
 
 @compiled(parallel=True)
@@ -182,8 +190,7 @@ def attend_coded(
     keys,
     values,
     pinned,
-    turned,
-    of_leaves,
+    queries,
     codes,
     means,
     form,
@@ -201,9 +208,10 @@ def attend_coded(
 ):
     """As `exact.attend_exact`, of a layer with encoded rows.
 
-    `keys`, `values` are the `pinned` plain rows per head; `turned [H, W, D]` the queries as the
-    codes see them; `of_leaves [H, W, C]` the first-order logits of the leaves; `codes` the flat
-    codes of keys and of values and the scales of both; `means` the leaves' mean values, flat;
+    `keys`, `values` are the `pinned` plain rows per head; `queries` those that the codes see,
+    `[H, W, D]` and halved if two share a byte, their sums times the code of zero `[H, W]`, and the
+    first-order logits of the leaves `[H, W, C]`; `codes` the flat codes of keys and of values and
+    the scales of both; `means` the leaves' mean values, flat;
     `form`: whether two codes share a byte, which code means 0, and encoded rows per head. Writes
     `levels [T, W, D]`, with the same weights as `acc`, before `value_turn`.
     """
@@ -212,7 +220,7 @@ def attend_coded(
         own = pieces[bounds[task] : bounds[task + 1]]
         if own[0, 0] == CONTEXT:
             out = (peak[task], mass[task], acc[task], levels[task])
-            _coded_task(own, turned, of_leaves, codes, means, form, state, key_offsets, units, out)
+            _coded_task(own, queries, codes, means, form, state, key_offsets, units, out)
         else:
             levels[task] = 0.0
             attend_task(

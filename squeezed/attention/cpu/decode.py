@@ -8,6 +8,7 @@ from torch import Tensor
 
 from squeezed.attention.cpu import coded, exact, tasks
 from squeezed.attention.cpu.arrays import Array, SuffixRows, flat
+from squeezed.attention.cpu.nibbles import halved
 from squeezed.attention.cpu.rows import QueryRows
 from squeezed.attention.cpu.walk import Walk, walk
 from squeezed.context.encoding import ENCODINGS
@@ -73,12 +74,13 @@ def coded_rows(layer: ClusteredLayer, found: Walk) -> tuple:
     rows, codes = layer.rows, layer.rows.codes
     assert codes is not None
     encoding = ENCODINGS[rows.encoding]
+    turned = coded.turn(found.q, flat(codes.key_turn))
+    shift = np.float32(encoding.zero) * turned.sum(-1)
     return (
         flat(rows.keys),
         flat(rows.values),
         layer.pinned,
-        torch.bmm(torch.from_numpy(found.q), codes.key_turn.float()).numpy(),
-        found.visited[-1][2],
+        (halved(turned) if encoding.packed else turned, shift, found.visited[-1][2]),
         (flat(codes.keys), flat(codes.values), flat(codes.scales)),
         flat(layer.levels[-1].mean_values),
         (encoding.packed, np.float32(encoding.zero), layer.clustered),
@@ -97,4 +99,4 @@ def _of_codes(
     levels, mass = np.empty_like(found.q), np.empty_like(found.peak)
     nothing = np.zeros_like(found.acc)
     tasks.combine(pieces, bounds, *parts, found.peak, found.mass, nothing, levels, mass)
-    return torch.bmm(torch.from_numpy(levels), layer.rows.codes.value_turn.float()).numpy()
+    return coded.turn(levels, flat(layer.rows.codes.value_turn))

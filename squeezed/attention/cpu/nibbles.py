@@ -1,7 +1,9 @@
 """Dot products and sums over rows of two codes to a byte, as they lie: nothing is unpacked first.
 
-A byte holds the code of dimension `d` below that of `d + D / 2`, from 0 to 15. A level is a code
-less the encoding's zero, which is left to the caller: it is the same for all dimensions of a row.
+A byte holds the code of dimension `d` below that of `d + D / 2`, from 0 to 15. It is read as two
+numbers, itself and its lower code, for that costs no shift: queries are halved before (`halved`),
+and sums after (`upper_codes`), so that these stand for the two codes. A level is a code less the
+encoding's zero, which is left to the caller: it is the same for all dimensions of a row.
 """
 
 from __future__ import annotations
@@ -29,20 +31,24 @@ def _byte(typing_context, array, index):
 
 
 @compiled
-def _below(byte):
+def _lower(byte):
     return np.float32(byte & np.int32(15))
 
 
-@compiled
-def _above(byte):
-    return np.float32(byte >> np.int32(4))
+def halved(q):
+    """Queries `[..., D]` as `nibble_dots` takes them: with `u` above and `l` below, a byte is
+    `16 u + l`, so that `q0 l + q1 u = (q0 - q1 / 16) l + q1 / 16 (16 u + l)`."""
+    lower, upper = np.split(q, 2, -1)
+    upper = upper / np.float32(16)
+    return np.concatenate([lower - upper, upper], -1)
 
 
 @compiled(fastmath=REORDER)
 def nibble_dots(q, flat, offsets, count, out):
     """`out[r, t] = q[r] . codes of flat[offsets[t]:]` for all rows `r` of `q` and `t < count`.
 
-    Four rows by two keys at a time. An odd count computes its last key twice.
+    Args:
+        q: halved. Four rows by two keys at a time; an odd count computes its last key twice.
     """
     rows, dim = q.shape
     half, fours = dim // 2, rows - rows % 4
@@ -58,11 +64,11 @@ def nibble_dots(q, flat, offsets, count, out):
             s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = np.float32(0.0)
             for d in range(half):
                 b0, b1 = _byte(flat, o0 + d), _byte(flat, o1 + d)
-                x0, x1 = _below(b0), _below(b1)
+                x0, x1 = _lower(b0), _lower(b1)
                 q0, q1, q2, q3 = load(q, p0 + d), load(q, p1 + d), load(q, p2 + d), load(q, p3 + d)
                 s00, s01, s02, s03 = s00 + q0 * x0, s01 + q1 * x0, s02 + q2 * x0, s03 + q3 * x0
                 s10, s11, s12, s13 = s10 + q0 * x1, s11 + q1 * x1, s12 + q2 * x1, s13 + q3 * x1
-                x0, x1, e = _above(b0), _above(b1), d + half
+                x0, x1, e = np.float32(b0), np.float32(b1), d + half
                 q0, q1, q2, q3 = load(q, p0 + e), load(q, p1 + e), load(q, p2 + e), load(q, p3 + e)
                 s00, s01, s02, s03 = s00 + q0 * x0, s01 + q1 * x0, s02 + q2 * x0, s03 + q3 * x0
                 s10, s11, s12, s13 = s10 + q0 * x1, s11 + q1 * x1, s12 + q2 * x1, s13 + q3 * x1
@@ -74,17 +80,17 @@ def nibble_dots(q, flat, offsets, count, out):
             for d in range(half):
                 b0, b1 = _byte(flat, o0 + d), _byte(flat, o1 + d)
                 q0, q1 = load(q, r * dim + d), load(q, r * dim + half + d)
-                s00 += q0 * _below(b0) + q1 * _above(b0)
-                s10 += q0 * _below(b1) + q1 * _above(b1)
+                s00 += q0 * _lower(b0) + q1 * np.float32(b0)
+                s10 += q0 * _lower(b1) + q1 * np.float32(b1)
             out[r, t], out[r, t + 1] = s00, s10
 
 
 @compiled(fastmath=REORDER)
-def add_nibbles(weights, count, flat, offsets, shift, acc):
-    """`acc[r] += sum over t of weights[r, t] * codes of flat[offsets[t]:]`.
+def add_lower(weights, count, flat, offsets, acc):
+    """`acc[r] += sum over t of weights[r, t] * lower codes of flat[offsets[t]:]`.
 
-    Of `count` values, a multiple of 4, and of half of the dimensions: of the lower codes with a
-    `shift` of 0 bits, of the upper ones with 4. Four rows by four values at a time.
+    `count` is a multiple of 4, `acc [R, D / 2]`. Four rows by four values at a time, as
+    `numerics.add_values`, which adds the bytes themselves.
     """
     rows, half = acc.shape
     fours = rows - rows % 4
@@ -98,10 +104,8 @@ def add_nibbles(weights, count, flat, offsets, shift, acc):
             w20, w21, w22, w23 = w[2, 0], w[2, 1], w[2, 2], w[2, 3]
             w30, w31, w32, w33 = w[3, 0], w[3, 1], w[3, 2], w[3, 3]
             for d in range(half):
-                x0 = _below(_byte(flat, o0 + d) >> shift)
-                x1 = _below(_byte(flat, o1 + d) >> shift)
-                x2 = _below(_byte(flat, o2 + d) >> shift)
-                x3 = _below(_byte(flat, o3 + d) >> shift)
+                x0, x1 = _lower(_byte(flat, o0 + d)), _lower(_byte(flat, o1 + d))
+                x2, x3 = _lower(_byte(flat, o2 + d)), _lower(_byte(flat, o3 + d))
                 a0[d] += w00 * x0 + w01 * x1 + w02 * x2 + w03 * x3
                 a1[d] += w10 * x0 + w11 * x1 + w12 * x2 + w13 * x3
                 a2[d] += w20 * x0 + w21 * x1 + w22 * x2 + w23 * x3
@@ -110,8 +114,12 @@ def add_nibbles(weights, count, flat, offsets, shift, acc):
             a0, w = acc[r], weights[r, t : t + 4]
             w00, w01, w02, w03 = w[0], w[1], w[2], w[3]
             for d in range(half):
-                x0 = _below(_byte(flat, o0 + d) >> shift)
-                x1 = _below(_byte(flat, o1 + d) >> shift)
-                x2 = _below(_byte(flat, o2 + d) >> shift)
-                x3 = _below(_byte(flat, o3 + d) >> shift)
+                x0, x1 = _lower(_byte(flat, o0 + d)), _lower(_byte(flat, o1 + d))
+                x2, x3 = _lower(_byte(flat, o2 + d)), _lower(_byte(flat, o3 + d))
                 a0[d] += w00 * x0 + w01 * x1 + w02 * x2 + w03 * x3
+
+
+@compiled
+def upper_codes(whole, lower):
+    """Sum of the upper codes, from that of whole bytes and that of the lower codes."""
+    return (whole - lower) * np.float32(0.0625)
