@@ -34,6 +34,7 @@ from squeezed.hf.rehearsal import rehearse
 from squeezed.hf.support import input_device, layer_kinds
 from squeezed.indexing.build import cluster
 from squeezed.indexing.calibrate import calibrate
+from squeezed.indexing.encode import encode
 from squeezed.indexing.probe import probe_question
 from squeezed.system.failures import readable_failures
 
@@ -116,8 +117,13 @@ def index(
                 forest, preset, config.budgets, config.calibration
             )
             progress("calibrate", done + 1, len(config.presets))
-    seen = forest.layers()
-    made = FixedContext(
+    calibrated = time.perf_counter()
+    observed = tuple(layer.queries for layer in forest.layers())
+    del forest  # so that plain rows go where encoded ones come
+    losses: tuple[tuple[float, ...], ...] = ()
+    if config.rows != "plain":
+        losses = encode(layers, observed, config.rows, partial(progress, "encode"))
+    return FixedContext(
         tokens=tokens,
         layers=tuple(layers),
         windows=tuple(kind.sliding_window for kind in kinds),
@@ -126,14 +132,15 @@ def index(
         template=template,
         model=fingerprint,
         tokenizer=tokenizer_fingerprint(tokenizer),
-        observed=tuple(layer.queries for layer in seen),
+        observed=observed,
         seconds={
             "prefill": prefilled - started,
             "cluster": clustered - prefilled,
-            "calibrate": time.perf_counter() - clustered,
-        },
+            "calibrate": calibrated - clustered,
+        }
+        | ({} if config.rows == "plain" else {"encode": time.perf_counter() - calibrated}),
+        rows_loss=losses,
     )
-    return made.encoded(config.rows, partial(progress, "encode"))
 
 
 def _document(text: str) -> str:

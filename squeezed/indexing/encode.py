@@ -13,46 +13,56 @@ from torch import Tensor
 from squeezed.config import RowsName, check_rows
 from squeezed.context.encoding import encoded, wide
 from squeezed.context.layers import ClusteredLayer
-from squeezed.context.record import ContextRecord
+from squeezed.context.record import ContextRecord, Layer
 from squeezed.indexing.threads import each_in_a_thread
 
 Context = TypeVar("Context", bound=ContextRecord)
+Progress = Callable[[int, int], None]
 
 LOSS_QUERIES = 32
 """Most queries of the probe, per query head, with which the loss is measured."""
 
 
+def silent(done: int, total: int) -> None:
+    pass
+
+
 def encode(
-    layers: Sequence[ClusteredLayer],
+    layers: list[Layer],
     observed: Sequence[Tensor],
     rows: RowsName,
-    progress: Callable[[int], None] = lambda done: None,
-) -> tuple[list[ClusteredLayer], tuple[tuple[float, ...], ...]]:
-    """Layers with rows in that encoding, and the loss of every head (`loss`).
+    progress: Progress = silent,
+) -> tuple[tuple[float, ...], ...]:
+    """Put layers with rows in that encoding in the place of those with plain ones.
 
     Args:
-        layers: taken one after the other, each let go by who holds no other name for it.
-        observed: `[Hq, W, D]` of a probe, per layer; empty if nobody kept them: then keys are not
-            fitted to queries, and no loss is measured.
-        progress: called with the number of layers done.
+        layers: windows stay. Each is let go when it is encoded, if nobody else holds it.
+        observed: `[Hq, W, D]` of a probe, per layer that is no window; empty if nobody kept them:
+            then keys are not fitted to queries, and no loss is measured.
+        progress: called with the layers done, and with all there are.
+
+    Returns:
+        The loss of every head of those layers (`loss`).
 
     Raises:
         SqueezedError: what `squeezed.context.encoding.encoded` refuses.
     """
+    full = [place for place, layer in enumerate(layers) if isinstance(layer, ClusteredLayer)]
 
-    def one(place: int) -> tuple[ClusteredLayer, tuple[float, ...]]:
-        layer, queries = layers[place], observed[place] if observed else None
-        found = encoded(layer, rows, queries)
-        return found, () if queries is None else tuple(loss(layer, found, queries).tolist())
+    def one(number: int) -> tuple[float, ...]:
+        layer, queries = layers[full[number]], observed[number] if observed else None
+        assert isinstance(layer, ClusteredLayer)
+        with torch.autocast(layer.device.type, enabled=False):
+            found = encoded(layer, rows, queries)
+            layers[full[number]] = found
+            return () if queries is None else tuple(loss(layer, found, queries).tolist())
 
-    places = range(len(layers))
-    on_cpu = bool(layers) and layers[0].device.type == "cpu"
-    made, losses = [], []
-    for found, lost in each_in_a_thread(one, places) if on_cpu else map(one, places):
-        made.append(found)
+    numbers, losses = range(len(full)), []
+    devices = {layer.device.type for layer in layers if isinstance(layer, ClusteredLayer)}
+    for lost in each_in_a_thread(one, numbers) if devices == {"cpu"} else map(one, numbers):
         losses.append(lost)
-        progress(len(made))
-    return made, tuple(losses) if observed else ()
+        progress(len(losses), len(full))
+    return tuple(losses) if observed else ()
 
 
 def loss(layer: ClusteredLayer, written: ClusteredLayer, queries: Tensor) -> Tensor:
@@ -81,15 +91,8 @@ def _dense(layer: ClusteredLayer, query: Tensor) -> Tensor:
     return (layer.scale * query @ keys.T).softmax(-1) @ values
 
 
-def with_rows(
-    context: Context,
-    rows: RowsName,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Context:
+def with_rows(context: Context, rows: RowsName, progress: Progress = silent) -> Context:
     """A context with its rows in that encoding; as it is if they are written so.
-
-    Args:
-        progress: called with the layers done, and with all there are.
 
     Raises:
         SqueezedError: rows in another encoding: what they were is lost.
@@ -97,15 +100,11 @@ def with_rows(
     if check_rows(rows) == context.rows:
         return context
     context.check_plain(f"an encoding as {rows!r}")
-    started, layers = time.perf_counter(), context.clustered_layers
-    made, losses = encode(layers, context.observed, rows, lambda done: progress(done, len(layers)))
-    encoded_layers = iter(made)
+    started, layers = time.perf_counter(), list(context.layers)
+    losses = encode(layers, context.observed, rows, progress)
     return replace(
         context,
-        layers=tuple(
-            next(encoded_layers) if isinstance(layer, ClusteredLayer) else layer
-            for layer in context.layers
-        ),
+        layers=tuple(layers),
         config=replace(context.config, rows=rows),
         rows_loss=losses,
         seconds=context.seconds | {"encode": time.perf_counter() - started},

@@ -12,7 +12,7 @@ import torch
 from trees import far_alpha_for, random_layer
 
 from squeezed.attention import Suffix, cpu, reference
-from squeezed.attention.cpu import decode, walk
+from squeezed.attention.cpu import decode, gathered, walk
 from squeezed.attention.scores import block_scores, grouped
 from squeezed.attention.walk import scored_levels
 from squeezed.config import ClusteringConfig
@@ -97,6 +97,19 @@ def test_cpu_reads_encoded_rows(name, share, dim, rows, group):
     query, keys, values = request(layer, group=group, rows=rows, suffix=rows + 3)
     shares = (1.0, 1.0) if share == 1 else (share**0.5, share)
     rule = rule_for(layer, query, "second_order", 2, shares)
+    written = encoded(layer, name)
+    got = cpu.attend(query, written, rule, Suffix(keys, values))
+    assert_close(got, query, written, rule, keys, values)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("share", [1.0, 0.1])
+def test_cpu_reads_encoded_rows_in_products_a_piece_at_a_time(name, share, monkeypatch):
+    monkeypatch.setattr(gathered, "PIECE_ROWS", 64)
+    layer = random_layer(dtype=torch.bfloat16, tokens=500, nodes=(8, 40), dim=80)
+    query, keys, values = request(layer, group=2, rows=70, suffix=74)
+    shares = (1.0, 1.0) if share == 1 else (share**0.5, share)
+    rule = rule_for(layer, query, "second_order", 32, shares)
     written = encoded(layer, name)
     got = cpu.attend(query, written, rule, Suffix(keys, values))
     assert_close(got, query, written, rule, keys, values)
