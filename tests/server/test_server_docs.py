@@ -71,7 +71,7 @@ def test_pages_run_from_the_first_command_to_the_last(served, place, monkeypatch
 
 
 def after_documents(served, scope, said):
-    assert "done None" in said
+    assert "done None" in said and "appended: done" in said
     with served.http() as http:
         found = {each["id"]: each for each in http.get("/v1/contexts").json()["data"]}
     assert set(found) == {"manual"} and found["manual"]["pinned"]

@@ -49,7 +49,7 @@ class Killable:
                 if not line.startswith("data: "):
                     continue
                 now = json.loads(line[6:])
-                if now["phase"] == phase or now["state"] == "done":
+                if now["phase"] == phase or now["state"] not in ("waiting", "running"):
                     break
             self.process.kill()
         self.kill()
@@ -115,3 +115,24 @@ def test_killed_while_it_reads_sorts_or_saves_and_answers(killable, phase):
     assert served.told(phase)
     left = {path.name for path in root.iterdir() if not path.name.endswith(".sqz")}
     assert all(name.startswith(".") for name in left) and len(left) == 1
+
+
+def test_killed_while_text_is_put_behind_a_context_that_answers(killable):
+    """The old version or the new one is there, whole; in the end it is the new one."""
+    served, root = killable
+    old = load(root / "one.sqz").tokens
+    streams = begin_answers(served, 1)
+    more = {"text": " " + document(300, seed=9)}
+    job = served.http.post("/v1/contexts/one/append", json=more).json()["id"]
+    served.kill_in(job, "save")
+    for stream, lines in streams:
+        with pytest.raises(httpx.HTTPError):
+            list(lines)
+        stream.__exit__(None, None, None)
+    served.start()
+    assert "one" in served.known() and served.told("one")
+    assert served.ended(job)["state"] == "done"
+    new = load(root / "one.sqz").tokens
+    assert new[: len(old)].equal(old)
+    assert tiny_tokenizer().decode(new[len(old) :]) == more["text"]
+    assert served.told("one")
