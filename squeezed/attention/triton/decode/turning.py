@@ -35,7 +35,7 @@ def turn_query(
     In `units [2, R]` lie what a step of the upper one is worth in a logit, in bits, and what the
     logit of levels has on top of that of codes, for a row's scale of 1.
     """
-    STEP: tl.constexpr = 16
+    STEP: tl.constexpr = D_PAD if D_PAD <= 128 else 64  # few, so that most loads are in flight
     queries, batch_stride, head_stride = query  # [B, Hq, 1, D]
     row, d, part = tl.arange(0, R), tl.arange(0, D_PAD), tl.arange(0, STEP)
     request = tile * TILE_BATCH + row // GROUP
@@ -45,8 +45,10 @@ def turn_query(
     total = tl.zeros([R, D_PAD], tl.float32)
     for first in range(0, D, STEP):
         e = first + part
-        q = tl.load(queries + line[:, None] + e[None, :], mask=exists[:, None], other=0.0)
-        entries = tl.load(matrix + e[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+        there = exists[:, None] & (e < D)[None, :]
+        q = tl.load(queries + line[:, None] + e[None, :], mask=there, other=0.0)
+        inside = (e < D)[:, None] & (d < D)[None, :]
+        entries = tl.load(matrix + e[:, None] * D + d[None, :], mask=inside, other=0.0)
         total = tl.dot(q, entries, acc=total, input_precision="ieee")
     unit = tl.maximum(tl.max(tl.abs(total), 1), 1e-30) / 127
     steps = total / unit[:, None]
