@@ -176,11 +176,9 @@ def shape_of(query: Tensor, layer: ClusteredLayer, suffix: Suffix | None, far: F
 def chosen_tuning(shape: Shape) -> Tuning:
     """Block sizes by shape: as measured best, smaller where a GPU's shared memory asks for it."""
     tuning = measured_tuning(shape)
-    if shape.code_bits:
-        tuning = coded_tuning(shape, tuning)
     if shape.gpu.small and shape.dim > 128:
-        return replace(tuning, score_tile=32, tile=32)
-    return tuning
+        tuning = replace(tuning, score_tile=32, tile=32)
+    return coded_tuning(shape, tuning) if shape.code_bits else tuning
 
 
 def measured_tuning(shape: Shape) -> Tuning:
@@ -206,7 +204,12 @@ def measured_tuning(shape: Shape) -> Tuning:
 
 
 def coded_tuning(shape: Shape, tuning: Tuning) -> Tuning:
-    """Block sizes over encoded rows: at least 16 runs in a tile, for a product of matrices."""
+    """Block sizes over encoded rows: at least 16 runs in a tile, for a product of matrices.
+
+    Derived from registers and shared memory, not yet swept on a GPU.
+    """
+    if rows_of(shape) > 16:
+        return replace(tuning, tile=64, stages=4)
     return replace(tuning, tile=64, stages=4, programs=3, attend_registers=168)
 
 
