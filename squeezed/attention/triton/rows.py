@@ -20,3 +20,12 @@ def views(codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of keys by bytes, those of values by pairs of bytes, and both scales of a row as one
     number."""
     return codes.keys, codes.values.view(torch.int16), codes.scales.view(torch.int32)[..., 0]
+
+
+def in_16_bits(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Keys and values that are no codes: all of plain rows, the pinned ones of encoded rows.
+
+    Raises:
+        SqueezedError: an encoding that nobody here knows.
+    """
+    return rows.plain() if rows.codes is None else (rows.keys, rows.values)

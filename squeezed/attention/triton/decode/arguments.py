@@ -10,6 +10,7 @@ from torch import Tensor
 from squeezed.attention.interface import Suffix
 from squeezed.attention.triton.decode.coding import Coding
 from squeezed.attention.triton.decode.workspace import Shape, Tuning, Workspace, plan, power_of_two
+from squeezed.attention.triton.rows import in_16_bits
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
 
@@ -66,8 +67,8 @@ class Arguments:
         return self.query, self.query.stride(0), self.query.stride(1)
 
     def _context(self) -> tuple[Tensor, Tensor, int]:
-        rows = self.layer.rows  # of encoded ones, the pinned rows
-        return rows.keys, rows.values, rows.keys.shape[1]
+        keys, values = in_16_bits(self.layer.rows)
+        return keys, values, keys.shape[1]
 
     def _level(self, level: Level | None) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         if level is None:  # any tensors: the kernel reads none

@@ -19,7 +19,7 @@ from squeezed.attention.triton import gpus
 from squeezed.attention.triton.decode.selection import RUN
 from squeezed.attention.triton.decode.step import Step
 from squeezed.attention.triton.decode.workspace import Shape, Tuning
-from squeezed.attention.triton.rows import code_bits
+from squeezed.attention.triton.rows import code_bits, in_16_bits
 from squeezed.config import FarField
 from squeezed.context.layers import ClusteredLayer
 from squeezed.context.rule import SelectionRule
@@ -146,8 +146,7 @@ def check(query: Tensor, layer: ClusteredLayer, suffix: Suffix | None) -> None:
                 f"{name}: expected rows contiguous and keys and values laid out alike, got strides "
                 f"{tensor.stride()}; call contiguous()"
             )
-    for name in ("keys", "values"):
-        tensor = getattr(layer.rows, name)
+    for name, tensor in zip(("keys", "values"), in_16_bits(layer.rows), strict=True):
         if not tensor.is_contiguous() or tensor.dtype != query.dtype:
             raise SqueezedError(
                 f"layer.{name}: expected contiguous {query.dtype}, got {tensor.dtype} with strides "

@@ -18,7 +18,7 @@ from squeezed.attention.triton.prefill.hopper import kernel as prefill_hopper
 from squeezed.attention.triton.prefill.hopper.kernel import aligned, hopper_attention_kernel
 from squeezed.attention.triton.prefill.lookup import Found, Geometry, NodeList
 from squeezed.attention.triton.prefill.plan import combine_kernel, plan_kernel
-from squeezed.attention.triton.rows import code_bits, views
+from squeezed.attention.triton.rows import code_bits, in_16_bits, views
 from squeezed.config import FarField
 from squeezed.context.layers import ClusteredLayer, Level
 from squeezed.context.rule import SelectionRule
@@ -152,7 +152,7 @@ class Work:
         kernel, settings = self._kernel(query)
         kernel[(self.programs,)](
             (query, *query.stride()[:3]),
-            (layer.rows.keys, layer.rows.values),
+            in_16_bits(layer.rows),
             layer.rows.keys.shape[1],
             (keys, *keys.stride()[:3]),
             (values, *values.stride()[:3]),
