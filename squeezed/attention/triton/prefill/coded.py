@@ -46,15 +46,18 @@ def turned_query(q, key_turn, DIM: tl.constexpr, BLOCK_D, PART: tl.constexpr, BI
 
 
 @triton.jit
-def turned_back(acc, parts, value_turn, DIM: tl.constexpr, BLOCK_D, BITS: tl.constexpr):
+def turned_back(
+    acc, parts, value_turn, DIM: tl.constexpr, BLOCK_D, BITS: tl.constexpr, PTX: tl.constexpr
+):
     """`acc [BLOCK_M, BLOCK_D]` with the turned sums `[BLOCK_M, PART]` turned back."""
     PART: tl.constexpr = parts[0].shape[1]
+    PRECISION: tl.constexpr = "tf32x3" if PTX else "ieee"  # AMD's compiler knows no tf32x3
     d, place = tl.arange(0, BLOCK_D), tl.arange(0, PART)
     inside = (d < DIM)[None, :] & (place < DIM * BITS // 16)[:, None]
     for part in tl.static_range(len(parts)):
         rows = value_turn + part_dims(place, part, DIM, BITS)[:, None] * DIM + d[None, :]
         matrix = tl.load(rows, mask=inside, other=0.0).to(tl.float32)
-        acc = tl.dot(parts[part], matrix, acc=acc, input_precision="tf32x3")
+        acc = tl.dot(parts[part], matrix, acc=acc, input_precision=PRECISION)
     return acc
 
 
@@ -143,5 +146,5 @@ def attend_coded_rows(
             p = (p * (value_scale / largest)[None, :]).to(tl.float16)
             levels = value_parts(load_coded(value_codes, row, pinned, WIDTH, PART), BITS, PTX)
             sums = add_parts(sums, shrink[:, None], largest, p, levels, BITS)
-        acc = turned_back(acc, sums, value_turn + head * DIM * DIM, DIM, BLOCK_D, BITS)
+        acc = turned_back(acc, sums, value_turn + head * DIM * DIM, DIM, BLOCK_D, BITS, PTX)
     return acc, peak, mass

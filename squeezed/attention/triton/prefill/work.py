@@ -46,7 +46,8 @@ def choose_tile(query: Tensor, sizes: Geometry, far_field: FarField, coded: bool
     """
     rows = max(16, triton.next_power_of_2(sizes.group * sizes.block))
     if coded:
-        return Tile(min(rows, 64), 32, warps=4, stages=2, programs=2)
+        most = 32 if gpus.of(query.device).small and sizes.dim > 128 else 64
+        return Tile(min(rows, most), 32, warps=4, stages=2, programs=2)
     if prefill_hopper.fits(query, rows, sizes.dim):
         return Tile(**prefill_hopper.SHAPE, stretches=1, hopper=True)
     if query.dtype == torch.float32:
