@@ -18,11 +18,11 @@ from squeezed.context.text import check_text
 from squeezed.engine import check_maker
 from squeezed.errors import SqueezedError, whole
 from squeezed.hf.answer import Answer, Request
-from squeezed.hf.arguments import Wishes
+from squeezed.hf.arguments import ASSISTED, Wishes
 from squeezed.hf.asking import Asking
 from squeezed.hf.cache import SqueezedCache
 from squeezed.hf.fixed_context import FixedContext
-from squeezed.hf.folding import fold
+from squeezed.hf.folding import Folding, fold
 from squeezed.system.forks import Turns
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ class Chat:
         turns: what was asked and answered so far; of several sequences the first goes on.
         asking: the settings that `cache` was made with, if answers shall say what they read.
         fold_at: tokens of the conversation, read in full at every step, beyond which the oldest of
-            them are clustered when a turn has ended, all but half as many; needs `asking`. `None`
-            never does so.
+            them are clustered, all but half as many: when a turn has ended, and between two steps
+            of a long answer. It needs `asking`; `None` never does so.
     """
 
     model: PreTrainedModel
@@ -111,6 +111,17 @@ class Chat:
         if count >= LEAST_FOLDED // 2:
             self.cache = fold(self.cache, self.context, self.asking, count, GrowthConfig())
 
+    def _folding(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate` with a look after every step, where steps come one by one."""
+        wishes = Wishes(self.model, arguments)
+        assisted = any(wishes.chosen(name) is not None for name in ASSISTED)
+        if self.fold_at is None or self.asking is None or assisted:
+            return arguments
+        given = arguments.get("stopping_criteria")
+        criteria = list(given) if isinstance(given, (list, tuple)) else [given] if given else []
+        criteria.append(Folding(self.cache, self.context, self.asking, self.fold_at))
+        return arguments | {"stopping_criteria": criteria}
+
     def _behind_folded(self, ids: Tensor) -> Tensor:
         """What of a conversation follows the tokens that are folded. A template that writes those
         anew in another way has all of it read again."""
@@ -142,6 +153,7 @@ class Chat:
         ids = conversation_ids(self.tokenizer, self.context.template, self.turns, question)
         ids = self._behind_folded(ids)
         self.cache.restart_spending()
+        arguments = self._folding(arguments)
         asked = Request.of(self.model, self.tokenizer, self.cache, ids, arguments)
         if self.asking is None:
             self.cache.watch_queries()

@@ -120,6 +120,7 @@ class Request:
         """Answer it, once."""
         cache, wishes = self.cache, self.wishes
         self.clock.start()
+        document = len(cache.document)
         cache.rewind(self.ids)
         if wishes.rows > 1:
             cache.batch_repeat_interleave(wishes.rows)
@@ -127,7 +128,8 @@ class Request:
         whole = output if isinstance(output, Tensor) else output.sequences
         new = whole[:, self.prompt.shape[1] :].cpu()
         certain = wishes.rows == 1 and "custom_generate" not in wishes.arguments
-        cache.remember(torch.cat([self.ids, new[0]]) if certain else self.ids)
+        said = torch.cat([self.ids, new[0]]) if certain else self.ids
+        cache.remember(said[len(cache.document) - document :])  # some may have become part of it
         return Answer(
             text=self.tokenizer.decode(new[0], skip_special_tokens=True).strip(),
             tokens=new[0] if len(new) == 1 else new,

@@ -105,6 +105,10 @@ class SqueezedCache(Cache):
         for layer in self.layers:
             layer.keep_first_row()
 
+    def becomes(self, other: SqueezedCache) -> None:
+        """Hold what another cache does, which nobody uses any more."""
+        self.__dict__.update(other.__dict__)
+
     def remember(self, ids: Tensor) -> None:
         """Note that the suffix begins with `ids` `[S]`; those not yet read are left out."""
         self.known = ids.cpu()[: int(self.layers[-1].suffix_length)]
@@ -143,7 +147,7 @@ class SqueezedCache(Cache):
             keys_read, queries, answered = layer.counters()
             tokens = int(answered)
             read += float(keys_read)
-            available += int(queries) * layer.context.selectable_keys
+            available += int(queries) * layer.context.selectable_keys - layer.surplus
         return Spending(
             budget=read / available if available else 1.0,
             keys_read=read / tokens if tokens else 0.0,

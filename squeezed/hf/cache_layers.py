@@ -69,6 +69,7 @@ class ContextLayer(SuffixLayer):
         self.keys_read: Tensor | None = None
         self.queries_answered: Tensor | None = None
         self.tokens_answered: Tensor | None = None
+        self.surplus = 0  # keys that earlier queries could not choose among
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -184,9 +185,18 @@ class ContextLayer(SuffixLayer):
         self.restart_spending()
 
     def restart_spending(self) -> None:
+        self.surplus = 0
         if self.keys_read is not None:
             for counter in self.counters():
                 counter.zero_()
+
+    def continues(self, old: ContextLayer) -> None:
+        """Count, listen and watch on where a layer of fewer context tokens ends."""
+        self.keys_read, self.queries_answered, self.tokens_answered = old.counters()
+        more = self.context.selectable_keys - old.context.selectable_keys
+        self.surplus = old.surplus + int(self.queries_answered) * more
+        self.select_per_token = old.select_per_token
+        self.watch, self.listen, self.recognise = old.watch, old.listen, old.recognise
 
 
 class WindowedLayer(SuffixLayer):

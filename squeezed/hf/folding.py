@@ -9,6 +9,7 @@ those that the cache holds.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,28 @@ QUERIES = 256
 """Most of the last queries on which a folded part is calibrated."""
 
 
+class Folding:
+    """A stopping criterion that never stops: it folds a cache between two steps of `generate()`.
+
+    Of a single request; beams and several sequences go on unfolded.
+    """
+
+    def __init__(
+        self, cache: SqueezedCache, context: ContextRecord, asking: Asking, limit: int
+    ) -> None:
+        """Folds all but half of `limit` tokens behind the document when there are more."""
+        self.cache, self.context, self.asking, self.limit = cache, context, asking, limit
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        held, start = int(self.cache.layers[-1].suffix_length), len(self.cache.document)
+        if len(input_ids) == 1 and held > self.limit:
+            self.cache.known = input_ids[0, start : start + held].cpu()
+            count = held - self.limit // 2
+            made = fold(self.cache, self.context, self.asking, count, GrowthConfig())
+            self.cache.becomes(made)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def fold(
     cache: SqueezedCache, context: ContextRecord, asking: Asking, count: int, config: GrowthConfig
 ) -> SqueezedCache:
@@ -45,6 +68,14 @@ def fold(
         asking: the settings that it was made with.
         count: at most as many as the cache knows the ids of.
     """
+    device = cache.layers[-1].keys.device.type
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        return _fold(cache, context, asking, count, config)
+
+
+def _fold(
+    cache: SqueezedCache, context: ContextRecord, asking: Asking, count: int, config: GrowthConfig
+) -> SqueezedCache:
     record = _folded(cache, context, asking, count, config)
     both = zip(asking.attentions(context), asking.attentions(record), strict=True)
     views = (ExtendedLayer(*pair) for pair in both)
@@ -66,6 +97,8 @@ def fold(
 def _with_suffix(new: SuffixLayer, old: SuffixLayer, count: int) -> SuffixLayer:
     """A layer that holds what the old one does behind its first `count` tokens."""
     keys, values = (x[:1, :, count:].clone() for x in (old.keys, old.values))
+    if isinstance(new, ContextLayer) and isinstance(old, ContextLayer):
+        new.continues(old)
     new.lazy_initialization(keys, values)
     new.keys, new.values = keys, values
     return new
