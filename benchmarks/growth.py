@@ -172,6 +172,7 @@ def main(
             context, steps = made(session, cut(whole[:end], count), plan)
             parts = parts_of(session, context, whole[end:], tokens)
             row = asdict(plan) | {
+                "pieces_made": len(steps),  # fewer where lines are longer than pieces
                 "tokens": len(context.tokens),
                 "index_bytes": context.index_bytes(),
                 "seconds": sum(step["seconds"] for step in steps),
