@@ -24,6 +24,9 @@ from squeezed.hf.watched import Watched
 if TYPE_CHECKING:
     from squeezed.hf.fixed_context import FixedContext
 
+CACHE_NAMES = ("past_key_values", "cache")
+"""What Transformers calls a cache; the second from 5.24 on."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -184,7 +187,8 @@ class Request:
         """Other threads' passes come by here too, without `kwargs` while the hook is removed."""
         kwargs = kwargs or {}
         ids = kwargs.get("input_ids")
-        if ids is None or kwargs.get("past_key_values") is not self.cache or self._begun:
+        held_by = (kwargs.get(name) for name in CACHE_NAMES)
+        if ids is None or not any(cache is self.cache for cache in held_by) or self._begun:
             return None
         if ids.shape[1] >= self.prompt.shape[1]:
             held = int(self.cache.get_seq_length())

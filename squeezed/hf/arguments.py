@@ -23,6 +23,7 @@ MADE_HERE = (
     "cache_position",
     "token_type_ids",
     "past_key_values",
+    "cache",
     "tokenizer",
 )
 """Arguments of `generate` that context, question and cache decide."""
