@@ -104,7 +104,8 @@ def test_contexts_take_turns(made, monkeypatch):
         assert served.until(lambda: served.engine.under_way == 7)
         found = served.openai().completions.create(model="tiny", prompt="a", max_tokens=5)
         assert found.choices[0].finish_reason == "length"
-        assert served.engine.numbers()["answers_running"] == 4
+        # an answer may be told before its place is free
+        assert served.until(lambda: served.engine.numbers()["answers_running"] == 4)
         for stream in busy:
             stream.close()
         for thread in more:
