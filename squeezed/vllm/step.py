@@ -140,22 +140,29 @@ def calls_of(groups: Groups, builder: SqueezedBuilder, tokens: int, in_place: bo
         reads = builder.reads[: len(reads)].zero_()
     on_gpu = flat.split([len(places) for places in filled])
     counted = reads.split([len(rows) for _, rows, _ in found])
-    calls = []
-    for (kind, rows, places), own, where, read in zip(found, filled, on_gpu, counted, strict=True):
-        is_filled = -1 in own
-        calls.append(
-            Call(
-                context_of(rows[0]),
-                rows,
-                kind,
-                [len(one) for one in places],
-                where,
-                None if own == list(range(tokens)) else where.clamp(min=0) if is_filled else where,
-                (where >= 0).unflatten(0, (len(places), -1)) if is_filled else None,
-                read,
-            )
+    return [
+        call_of(kind, rows, places, where, read, own == list(range(tokens)))
+        for (kind, rows, places), own, where, read in zip(
+            found, filled, on_gpu, counted, strict=True
         )
-    return calls
+    ]
+
+
+def call_of(
+    kind: str,
+    rows: list[Row],
+    places: list[list[int]],
+    where: Tensor,
+    reads: Tensor,
+    is_all: bool,
+) -> Call:
+    """The call for rows of `places`, which lie at `where` on the device, filled up."""
+    lengths = [len(one) for one in places]
+    asked, valid = where, None
+    if min(lengths) < max(lengths):
+        asked, valid = where.clamp(min=0), (where >= 0).unflatten(0, (len(places), -1))
+    context = context_of(rows[0])
+    return Call(context, rows, kind, lengths, where, None if is_all else asked, valid, reads)
 
 
 def parts_of(prefills: list[Row]) -> list[tuple[str, list[Row], list[list[int]]]]:
