@@ -64,7 +64,9 @@ class SqueezedLayer(ContextAttention):
         own_heads = heads if suffix is None else suffix.keys.shape[1]
         found = query.shape[1], own_heads, query.shape[3]
         alpha = self.token.alpha
-        query_heads = found[0] // heads * heads if alpha is None else alpha.shape[1]
+        query_heads = found[0] // heads * heads
+        if alpha is not None and len(alpha):  # one of no levels, from a file, does not know
+            query_heads = alpha.shape[1]
         if found != (query_heads, heads, dim):
             raise SqueezedError(
                 f"context: it has {query_heads} query heads, {heads} KV heads and {dim} dimensions,"

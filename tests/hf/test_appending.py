@@ -285,3 +285,25 @@ def append_unchecked(model, context):
     """Past the look at the model, which would see the hook."""
     growing = Growing(model, tiny_tokenizer(), Asking(1.0, method="dense"), APART, silent)
     return append(growing, context, "some more text")
+
+
+def test_a_saved_document_that_is_read_in_full_answers_and_grows(tmp_path):
+    """Shorter than what is always kept, it has no cluster, and its files no row of query heads."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    squeezed.index(model, tokenizer, document(60)).save(tmp_path / "short.sqz")
+    short = squeezed.load(tmp_path / "short.sqz", model)
+    assert not short.clustered_layers[0].levels
+    asked = {"question": "which?", "max_new_tokens": 6}
+    made = squeezed.generate(
+        model, tokenizer, squeezed.index(model, tokenizer, document(60)), **asked
+    )
+    assert (
+        squeezed.generate(model, tokenizer, short, **asked).tokens.tolist() == made.tokens.tolist()
+    )
+    grown = short.append(model, tokenizer, document(300, 1))
+    assert grown.clustered_layers[0].levels
+    whole = squeezed.generate(model, tokenizer, grown, budget=1.0, **asked)
+    grown.save(tmp_path / "grown.sqz")
+    again = squeezed.load(tmp_path / "grown.sqz", model)
+    found = squeezed.generate(model, tokenizer, again, budget=1.0, **asked)
+    assert found.tokens.tolist() == whole.tokens.tolist()
